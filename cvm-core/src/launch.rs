@@ -1,0 +1,374 @@
+//! The launch of a VM: configure, load, seal.
+//!
+//! | step | type | what can be done |
+//! |---|---|---|
+//! | configure | [`VmConfig`] | memory, vCPUs, interrupt policy, how guest and VMM talk |
+//! | load | [`Launch`] | pages and vCPU states, each once; every one enters the [`Transcript`] |
+//! | seal | [`Vm`](crate::Vm) | run; nothing can be loaded any more |
+//!
+//! Each step consumes the one before, so that a VM which is not sealed cannot run and one that is sealed cannot be
+//! loaded. Dropping a [`Launch`] leaves nothing of the VM.
+
+use crate::boot::{self, BootPage, MemoryRange};
+use crate::doorbell::{Doorbell, Transport};
+use crate::image::Image;
+use crate::interrupt::InterruptPolicy;
+use crate::memory::Slots;
+use crate::x86::{self, VcpuState};
+use crate::{BoxError, Error, Gpa, GpaRange, PAGE_SIZE};
+use sha2::{Digest, Sha384};
+use std::collections::BTreeMap;
+use std::fmt;
+use zerocopy::{FromZeros, IntoBytes};
+
+/// The most vCPUs that a VM can have. KVM on x86 allows 1024 (`KVM_CAP_MAX_VCPUS`), and hosts may allow fewer.
+pub const MAX_VCPUS: u32 = 1024;
+
+/// The most memory that a VM can have, in bytes: what the doorbell's 32-bit page frame number can name.
+pub const MAX_MEMORY: u64 = PAGE_SIZE << 32;
+
+/// What a VM shall be.
+#[derive(Debug, Clone)]
+pub struct VmConfig {
+    /// Where memory is: one slot each.
+    pub memory: Vec<GpaRange>,
+    /// How many vCPUs there are.
+    pub vcpus: u32,
+    /// Which interrupts the guest accepts.
+    pub interrupts: InterruptPolicy,
+    /// Which instructions ring the doorbell.
+    pub doorbell: Doorbell,
+    /// How the guest asks for conversions; `None` is the best that works on this host.
+    pub transport: Option<Transport>,
+}
+
+impl VmConfig {
+    /// A VM with `bytes` of memory from address 0, `vcpus` vCPUs, and the defaults for the rest.
+    ///
+    /// # Errors
+    /// [`Error::Config`] or [`Error::Layout`] as [`VmConfig::check`].
+    pub fn new(bytes: u64, vcpus: u32) -> Result<Self, Error> {
+        let memory = GpaRange::new(0, bytes).map_err(|error| Error::Layout(error.to_string()))?;
+        let config = Self {
+            memory: vec![memory],
+            vcpus,
+            interrupts: InterruptPolicy::default(),
+            doorbell: Doorbell::Port,
+            transport: None,
+        };
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Whether it makes sense, on whatever platform.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a number of vCPUs that is 0 or above [`MAX_VCPUS`]; [`Error::Layout`] for no memory, more
+    /// than [`MAX_MEMORY`] or [`boot::MAX_RANGES`] slots of it, or slots that overlap.
+    pub fn check(&self) -> Result<(), Error> {
+        if !(1..=MAX_VCPUS).contains(&self.vcpus) {
+            return Err(Error::Config(format!("{} vcpus; it takes 1 to {MAX_VCPUS}", self.vcpus)));
+        }
+        if self.memory.len() > boot::MAX_RANGES {
+            return Err(Error::Layout(format!("more than {} ranges of memory", boot::MAX_RANGES)));
+        }
+        if let Some(range) = self.memory.iter().find(|range| range.end().0 > MAX_MEMORY) {
+            return Err(Error::Layout(format!("{range} ends above {MAX_MEMORY:#x}")));
+        }
+        Slots::new(&self.memory)?;
+        Ok(())
+    }
+}
+
+/// What a submitted page is to the measurement. The numbers are those of the transcript.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u64)]
+pub enum PageKind {
+    /// Its contents are measured.
+    Measured = 1,
+    /// It is zero, which is measured.
+    Zero = 3,
+    /// Only its address is measured, not its contents: the guest must not trust them.
+    Unmeasured = 4,
+}
+
+/// A line of the transcript.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Entry {
+    /// What the guest was promised before any page: vCPUs and accepted interrupt vectors.
+    Config {
+        /// How many vCPUs.
+        vcpus: u32,
+        /// The accepted vectors as 256 bits.
+        interrupts: [u64; 4],
+    },
+    /// One page.
+    Page {
+        /// What it is to the measurement.
+        kind: PageKind,
+        /// Where it is.
+        gpa: Gpa,
+        /// SHA-384 of its contents if it is [`PageKind::Measured`], else zeros.
+        contents: [u8; 48],
+    },
+    /// The first state of a vCPU.
+    Vcpu {
+        /// Its index.
+        index: u32,
+        /// SHA-384 of the state's bytes.
+        state: [u8; 48],
+    },
+}
+
+/// All that was submitted to a launch, in the order of submission.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Transcript {
+    entries: Vec<Entry>,
+}
+
+impl Transcript {
+    /// Its lines.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// The measurement of software-only isolation: a chain of SHA-384.
+    ///
+    /// It starts as SHA-384 of the ASCII text `cvm software launch 1`. Each line makes it SHA-384 of: the measurement
+    /// so far (48 bytes), the line's kind (8 bytes, little endian: a [`PageKind`], 16 for a configuration, 17 for a
+    /// vCPU), the GPA or vCPU index or number of vCPUs (8 bytes, little endian), and the line's digest (48 bytes; of a
+    /// configuration, SHA-384 of the 32 bytes of accepted vectors).
+    pub fn measurement(&self) -> Measurement {
+        let start: [u8; 48] = Sha384::digest(b"cvm software launch 1").into();
+        Measurement(self.entries.iter().fold(start, |digest, entry| {
+            let (kind, place, contents) = match entry {
+                Entry::Config { vcpus, interrupts } => {
+                    (16, u64::from(*vcpus), Sha384::digest(interrupts.map(u64::to_le_bytes).as_flattened()).into())
+                }
+                Entry::Page { kind, gpa, contents } => (*kind as u64, gpa.0, *contents),
+                Entry::Vcpu { index, state } => (17, u64::from(*index), *state),
+            };
+            let next = Sha384::new()
+                .chain_update(digest)
+                .chain_update(u64::to_le_bytes(kind))
+                .chain_update(place.to_le_bytes())
+                .chain_update(contents);
+            next.finalize().into()
+        }))
+    }
+}
+
+/// The digest that stands for a whole launch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Measurement(pub [u8; 48]);
+
+impl fmt::Display for Measurement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+/// A backend's part in a launch. What it is called with has been checked against the configuration.
+pub trait Loader {
+    /// What the launch becomes.
+    type Vm: crate::Vm;
+
+    /// Puts `contents`, as long as `range`, into private memory; for [`PageKind::Zero`] it is empty, and the pages
+    /// have to be zero.
+    ///
+    /// # Errors
+    /// The launch is over then.
+    fn load(&mut self, range: GpaRange, contents: &[u8], kind: PageKind) -> Result<(), BoxError>;
+
+    /// Sets the first state of a vCPU.
+    ///
+    /// # Errors
+    /// The launch is over then.
+    fn set_vcpu(&mut self, index: u32, state: &VcpuState) -> Result<(), BoxError>;
+
+    /// Ends the launch.
+    ///
+    /// # Errors
+    /// Nothing is left of the VM then.
+    fn seal(self, transcript: Transcript) -> Result<Self::Vm, BoxError>;
+}
+
+/// A VM that is being loaded.
+#[derive(Debug)]
+pub struct Launch<L> {
+    loader: L,
+    config: VmConfig,
+    transport: Transport,
+    memory: Slots,
+    loaded: BTreeMap<Gpa, GpaRange>,
+    vcpus: Vec<bool>,
+    transcript: Transcript,
+}
+
+impl<L: Loader> Launch<L> {
+    /// For backends: a launch of what `config` says through `loader`, whose guest will use `transport`.
+    ///
+    /// # Errors
+    /// As [`VmConfig::check`].
+    pub fn new(loader: L, config: VmConfig, transport: Transport) -> Result<Self, Error> {
+        config.check()?;
+        let memory = Slots::new(&config.memory)?;
+        let first = Entry::Config { vcpus: config.vcpus, interrupts: config.interrupts.bits() };
+        Ok(Self {
+            loader,
+            transport,
+            memory,
+            loaded: BTreeMap::new(),
+            vcpus: vec![false; config.vcpus as usize],
+            transcript: Transcript { entries: vec![first] },
+            config,
+        })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    /// How the guest will ask for conversions.
+    pub fn transport(&self) -> Transport {
+        self.transport
+    }
+
+    fn claim(&mut self, range: GpaRange) -> Result<(), Error> {
+        self.memory.split(range)?;
+        let before = self.loaded.range(..range.end()).next_back();
+        if let Some(twice) = before.and_then(|(_, earlier)| earlier.intersection(&range)) {
+            return Err(Error::LoadedTwice { range: twice });
+        }
+        self.loaded.insert(range.start(), range);
+        Ok(())
+    }
+
+    fn submit(&mut self, range: GpaRange, contents: &[u8], kind: PageKind) -> Result<(), Error> {
+        self.claim(range)?;
+        for part in self.memory.split(range)? {
+            // A zero page has no contents, so there is nothing to cut then.
+            let from = (part.start().0 - range.start().0) as usize;
+            let cut = contents.get(from..from + part.len() as usize).unwrap_or_default();
+            self.loader.load(part, cut, kind).map_err(|source| Error::Backend {
+                step: "load pages",
+                range: Some(part),
+                source,
+            })?;
+        }
+        let mut pages = contents.chunks(PAGE_SIZE as usize);
+        for page in 0..range.pages() {
+            let contents = match (kind, pages.next()) {
+                (PageKind::Measured, Some(contents)) => Sha384::digest(contents).into(),
+                _ => [0; 48],
+            };
+            let gpa = Gpa(range.start().0 + page * PAGE_SIZE);
+            self.transcript.entries.push(Entry::Page { kind, gpa, contents });
+        }
+        Ok(())
+    }
+
+    /// Loads `contents` at `gpa`, the start of a page; the rest of the last page is zero.
+    ///
+    /// # Errors
+    /// [`Error::Layout`] for a `gpa` within a page or no contents, [`Error::OutsideMemory`], [`Error::LoadedTwice`],
+    /// [`Error::Backend`].
+    pub fn load(&mut self, gpa: Gpa, contents: &[u8], kind: PageKind) -> Result<(), Error> {
+        let len = (contents.len() as u64).next_multiple_of(PAGE_SIZE);
+        let range = GpaRange::new(gpa.0, len).map_err(|error| Error::Layout(error.to_string()))?;
+        self.memory.split(range)?;
+        if kind == PageKind::Zero {
+            return Err(Error::Layout(format!("{range} is to be zero and has contents")));
+        }
+        let mut padded = contents.to_vec();
+        padded.resize(len as usize, 0);
+        self.submit(range, &padded, kind)
+    }
+
+    /// Declares that `range` is zero, which is measured.
+    ///
+    /// # Errors
+    /// As [`Launch::load`].
+    pub fn zero(&mut self, range: GpaRange) -> Result<(), Error> {
+        self.submit(range, &[], PageKind::Zero)
+    }
+
+    /// Loads the pages of an image, measured, in the order of their addresses.
+    ///
+    /// # Errors
+    /// As [`Launch::load`].
+    pub fn load_image(&mut self, image: &Image) -> Result<(), Error> {
+        for (range, contents) in image.pages() {
+            match contents {
+                Some(contents) => self.submit(*range, contents, PageKind::Measured)?,
+                None => self.zero(*range)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Loads a measured [`BootPage`] at `gpa`, with `argument` for the guest.
+    ///
+    /// # Errors
+    /// As [`Launch::load`].
+    pub fn load_boot_page(&mut self, gpa: Gpa, argument: [u64; 4]) -> Result<(), Error> {
+        let mut page = BootPage {
+            magic: boot::MAGIC,
+            vcpus: self.config.vcpus,
+            doorbell: self.config.doorbell as u32,
+            transport: self.transport as u32,
+            argument,
+            ..BootPage::new_zeroed()
+        };
+        for (entry, range) in page.memory.iter_mut().zip(&self.config.memory) {
+            *entry = MemoryRange { start: range.start().0, len: range.len() };
+        }
+        self.load(gpa, page.as_bytes(), PageKind::Measured)
+    }
+
+    /// Makes every vCPU start in 64-bit mode at `entry`, on page tables that map all memory to its own address and are
+    /// loaded, measured, from `tables` on; RDI is the vCPU's index and RSI the boot page.
+    ///
+    /// # Errors
+    /// As [`Launch::load`] and [`Launch::set_vcpu`].
+    pub fn start_in_long_mode(&mut self, entry: Gpa, tables: Gpa, boot_page: Gpa) -> Result<(), Error> {
+        let top = self.config.memory.iter().map(|range| range.end().0).max().unwrap_or(0);
+        self.load(tables, &x86::identity_map(tables, top)?, PageKind::Measured)?;
+        for index in 0..self.config.vcpus {
+            self.set_vcpu(index, &VcpuState::long_mode(entry, tables, index, boot_page))?;
+        }
+        Ok(())
+    }
+
+    /// Sets the first state of a vCPU, which is measured.
+    ///
+    /// # Errors
+    /// [`Error::VcpuState`] if there is no such vCPU or its state is set already, [`Error::Backend`].
+    pub fn set_vcpu(&mut self, index: u32, state: &VcpuState) -> Result<(), Error> {
+        match self.vcpus.get_mut(index as usize) {
+            None => return Err(Error::VcpuState { vcpu: index, problem: "there is no such vcpu" }),
+            Some(true) => return Err(Error::VcpuState { vcpu: index, problem: "its state is set already" }),
+            Some(set) => *set = true,
+        }
+        self.loader.set_vcpu(index, state).map_err(|source| Error::Backend {
+            step: "set the first state of a vcpu",
+            range: None,
+            source,
+        })?;
+        self.transcript.entries.push(Entry::Vcpu { index, state: Sha384::digest(state.as_bytes()).into() });
+        Ok(())
+    }
+
+    /// Ends the launch: from here on the guest runs, and nothing more can be loaded.
+    ///
+    /// # Errors
+    /// [`Error::VcpuState`] if a vCPU has no state, [`Error::Backend`].
+    pub fn seal(self) -> Result<L::Vm, Error> {
+        if let Some(vcpu) = self.vcpus.iter().position(|set| !set) {
+            return Err(Error::VcpuState { vcpu: vcpu as u32, problem: "it has no state to start from" });
+        }
+        let seal = self.loader.seal(self.transcript);
+        seal.map_err(|source| Error::Backend { step: "seal the vm", range: None, source })
+    }
+}

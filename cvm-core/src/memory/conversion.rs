@@ -1,0 +1,347 @@
+//! The conversion engine: the one way in which pages change sides.
+
+use super::map::{PageState, PageStateMap};
+use super::view::SharedMemory;
+use crate::{Answer, BoxError, Error, Gpa, GpaRange, Side};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+/// A guest's wish to move pages to a side, as it came: nothing in it is validated yet.
+///
+/// A request is good for one conversion, and only after a backend has seen the guest make it: a host cannot start one
+/// on its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ConversionRequest {
+    vcpu: u32,
+    gpa: u64,
+    pages: u64,
+    to: Side,
+}
+
+impl ConversionRequest {
+    /// What vCPU `vcpu` asked for: `pages` pages from `gpa` to the side `to`.
+    ///
+    /// For backends, which call it with what an exit of that vCPU exposed. Anybody may make up a request, but the
+    /// engine refuses those that no guest has made.
+    pub fn from_guest(vcpu: u32, gpa: u64, pages: u64, to: Side) -> Self {
+        Self { vcpu, gpa, pages, to }
+    }
+
+    /// Which vCPU asked.
+    pub fn vcpu(&self) -> u32 {
+        self.vcpu
+    }
+
+    /// The first address, as the guest gave it.
+    pub fn gpa(&self) -> Gpa {
+        Gpa(self.gpa)
+    }
+
+    /// How many pages, as the guest gave it.
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// The side that the pages shall be on.
+    pub fn to(&self) -> Side {
+        self.to
+    }
+}
+
+/// What became of a request.
+#[derive(Debug)]
+#[must_use = "the guest waits for the answer"]
+pub struct Conversion {
+    /// What the guest must hear.
+    pub answer: Answer,
+    /// How many pages changed sides; pages that already were where the guest wants them do not count.
+    pub pages: u64,
+    /// Why the answer is not [`Answer::Done`].
+    pub cause: Option<Error>,
+}
+
+/// In which state a converter left the range that it could not convert.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LeftAs {
+    /// As it was before the call, contents included.
+    Before,
+    /// Nobody knows.
+    Unknown,
+}
+
+/// Why a converter did not convert.
+#[derive(Debug)]
+pub struct ConverterError {
+    /// How the range was left.
+    pub left_as: LeftAs,
+    /// What went wrong.
+    pub source: BoxError,
+}
+
+/// A backend's part in a conversion. Every range lies within one slot.
+pub trait Converter: Send + Sync {
+    /// Makes the guest see side `to` for every page of `range`.
+    ///
+    /// # Errors
+    /// With the state that the range was left in.
+    fn convert(&self, range: GpaRange, to: Side) -> Result<(), ConverterError>;
+
+    /// Frees the memory that backs `range` on the side that has just lost it, contents and all.
+    ///
+    /// # Errors
+    /// The memory may then be still there, in part or in whole.
+    fn discard(&self, range: GpaRange, losing: Side) -> Result<(), BoxError>;
+
+    /// Takes `range` from the guest: neither side may be seen there any more.
+    ///
+    /// # Errors
+    /// The guest may then still see one; the VM must not go on.
+    fn poison(&self, range: GpaRange) -> Result<(), BoxError>;
+}
+
+/// Why a listener does not let a conversion happen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Objection {
+    /// Not now; the guest shall ask again.
+    Wait(String),
+    /// Never.
+    Refuse(String),
+}
+
+/// Somebody who must know of conversions: an IOMMU mapper, a vhost process, a balloon.
+///
+/// The engine calls from the thread that runs the conversion, one conversion at a time; each [`prepare`] that returned
+/// `Ok` is followed by just one of the other three for the same range.
+///
+/// [`prepare`]: ConversionListener::prepare
+pub trait ConversionListener: Send + Sync {
+    /// What to call it in errors.
+    fn name(&self) -> &str;
+
+    /// `range` is about to move to side `to`; give it up, or object.
+    ///
+    /// # Errors
+    /// An objection: nothing has happened to the range, nor will.
+    fn prepare(&self, range: GpaRange, to: Side) -> Result<(), Objection>;
+
+    /// `range` is on side `to` now.
+    fn committed(&self, range: GpaRange, to: Side);
+
+    /// `range` stayed where it was before [`prepare`](ConversionListener::prepare).
+    fn aborted(&self, range: GpaRange, to: Side);
+
+    /// `range` is lost to guest and host.
+    fn poisoned(&self, range: GpaRange);
+}
+
+/// What an engine has done so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ConversionTotals {
+    /// Requests answered.
+    pub requests: u64,
+    /// Requests not answered with [`Answer::Done`].
+    pub refused: u64,
+    /// Pages that became private.
+    pub to_private: u64,
+    /// Pages that became shared.
+    pub to_shared: u64,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    requests: AtomicU64,
+    refused: AtomicU64,
+    to_private: AtomicU64,
+    to_shared: AtomicU64,
+}
+
+/// How long a conversion to private waits for pins of the shared view before the guest must ask again.
+pub const PIN_PATIENCE: Duration = Duration::from_millis(100);
+
+/// Converts pages on behalf of the guest, in the order that [`memory`](super) states.
+pub struct ConversionEngine<C> {
+    converter: C,
+    memory: SharedMemory,
+    listeners: RwLock<Vec<Arc<dyn ConversionListener>>>,
+    /// What guests have asked for and nobody has carried out yet: at most one request for each vCPU.
+    asked: Mutex<BTreeMap<u32, ConversionRequest>>,
+    turn: Mutex<()>,
+    counters: Counters,
+}
+
+/// A run of pages under conversion, with the listeners that have agreed to it.
+struct Prepared<'a> {
+    range: GpaRange,
+    from: Side,
+    to: Side,
+    listeners: &'a [Arc<dyn ConversionListener>],
+}
+
+impl<C: Converter> ConversionEngine<C> {
+    /// An engine that converts by `converter` what `memory` shows to devices.
+    pub fn new(converter: C, memory: SharedMemory) -> Self {
+        Self {
+            converter,
+            memory,
+            listeners: RwLock::default(),
+            asked: Mutex::default(),
+            turn: Mutex::default(),
+            counters: Counters::default(),
+        }
+    }
+
+    /// The backend's part.
+    pub fn converter(&self) -> &C {
+        &self.converter
+    }
+
+    /// The shared side of the memory.
+    pub fn memory(&self) -> &SharedMemory {
+        &self.memory
+    }
+
+    /// Adds a listener for conversions to come.
+    pub fn add_listener(&self, listener: Arc<dyn ConversionListener>) {
+        self.listeners.write().unwrap_or_else(PoisonError::into_inner).push(listener);
+    }
+
+    /// What was done so far.
+    pub fn totals(&self) -> ConversionTotals {
+        ConversionTotals {
+            requests: self.counters.requests.load(Ordering::Relaxed),
+            refused: self.counters.refused.load(Ordering::Relaxed),
+            to_private: self.counters.to_private.load(Ordering::Relaxed),
+            to_shared: self.counters.to_shared.load(Ordering::Relaxed),
+        }
+    }
+
+    /// For backends: a guest has just made this request. It replaces an earlier one of the same vCPU.
+    pub fn ask(&self, request: ConversionRequest) {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner).insert(request.vcpu, request);
+    }
+
+    /// Carries out what a guest has asked for, page run by page run; may be called by several vCPUs' threads at once.
+    ///
+    /// A request for pages that already are on that side is done at once, without asking anybody. One that no guest
+    /// has made, or that was carried out before, is refused.
+    pub fn convert(&self, request: &ConversionRequest) -> Conversion {
+        let asked = |asked: &mut BTreeMap<u32, ConversionRequest>| {
+            (asked.get(&request.vcpu) == Some(request)).then(|| asked.remove(&request.vcpu)).is_some()
+        };
+        if !asked(&mut self.asked.lock().unwrap_or_else(PoisonError::into_inner)) {
+            let cause = Error::NotAsked { vcpu: request.vcpu, gpa: request.gpa() };
+            return Conversion { answer: Answer::Invalid, pages: 0, cause: Some(cause) };
+        }
+        let _turn = self.turn();
+        let mut pages = 0;
+        let cause = self.convert_all(request, &mut pages).err();
+        self.counters.requests.fetch_add(1, Ordering::Relaxed);
+        if cause.is_some() {
+            self.counters.refused.fetch_add(1, Ordering::Relaxed);
+        }
+        let answer = match &cause {
+            None => Answer::Done,
+            Some(Error::Pinned { .. } | Error::ListenerWaits { .. }) => Answer::Retry,
+            Some(_) => Answer::Invalid,
+        };
+        Conversion { answer, pages, cause }
+    }
+
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        // A listener that panicked left its pages as `Converting`: out of everybody's reach, so going on is safe.
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn map(&self) -> &PageStateMap {
+        self.memory.map()
+    }
+
+    fn convert_all(&self, request: &ConversionRequest, done: &mut u64) -> Result<(), Error> {
+        let range = GpaRange::from_pages(request.gpa, request.pages)
+            .map_err(|source| Error::InvalidRequest { vcpu: request.vcpu, source })?;
+        let parts = self.map().slots().split(range)?;
+        let listeners = self.listeners.read().unwrap_or_else(PoisonError::into_inner);
+        for part in parts {
+            for (run, state) in self.map().runs(part) {
+                match state {
+                    _ if state == PageState::from(request.to) => continue,
+                    PageState::Private | PageState::Shared => {}
+                    PageState::Converting | PageState::Poisoned => {
+                        return Err(Error::Inaccessible { range: run });
+                    }
+                }
+                self.convert_run(run, request.to, &listeners)?;
+                *done += run.pages();
+                let counter = match request.to {
+                    Side::Private => &self.counters.to_private,
+                    Side::Shared => &self.counters.to_shared,
+                };
+                counter.fetch_add(run.pages(), Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    fn convert_run(&self, range: GpaRange, to: Side, listeners: &[Arc<dyn ConversionListener>]) -> Result<(), Error> {
+        let from = to.other();
+        for (agreed, listener) in listeners.iter().enumerate() {
+            if let Err(objection) = listener.prepare(range, to) {
+                for earlier in &listeners[..agreed] {
+                    earlier.aborted(range, to);
+                }
+                let listener = listener.name().to_owned();
+                return Err(match objection {
+                    Objection::Wait(reason) => Error::ListenerWaits { listener, range, reason },
+                    Objection::Refuse(reason) => Error::ListenerRefuses { listener, range, reason },
+                });
+            }
+        }
+        let run = Prepared { range, from, to, listeners };
+        self.map().set(range, PageState::Converting);
+        // Pages on their way to the shared side were never in the view, so nobody can hold them.
+        if to == Side::Private && !self.memory.pins().drain(Instant::now() + PIN_PATIENCE) {
+            return Err(self.roll_back(&run, Error::Pinned { range, waited: PIN_PATIENCE }));
+        }
+        if let Err(ConverterError { left_as, source }) = self.converter.convert(range, to) {
+            let error = Error::Backend { step: "convert", range: Some(range), source };
+            return Err(match left_as {
+                LeftAs::Before => self.roll_back(&run, error),
+                LeftAs::Unknown => self.poison(&run, error),
+            });
+        }
+        if let Err(source) = self.converter.discard(range, from) {
+            let error = Error::Backend { step: "discard the losing side", range: Some(range), source };
+            return Err(match self.converter.convert(range, from) {
+                Ok(()) => self.roll_back(&run, error),
+                Err(_) => self.poison(&run, error),
+            });
+        }
+        self.map().set(range, to.into());
+        for listener in listeners {
+            listener.committed(range, to);
+        }
+        Ok(())
+    }
+
+    fn roll_back(&self, run: &Prepared<'_>, error: Error) -> Error {
+        self.map().set(run.range, run.from.into());
+        for listener in run.listeners {
+            listener.aborted(run.range, run.to);
+        }
+        error
+    }
+
+    fn poison(&self, run: &Prepared<'_>, error: Error) -> Error {
+        self.map().set(run.range, PageState::Poisoned);
+        for listener in run.listeners {
+            listener.poisoned(run.range);
+        }
+        let contained = self.converter.poison(run.range).is_ok();
+        Error::Poisoned { range: run.range, contained, source: Box::new(error) }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,360 @@
+use super::*;
+use crate::PAGE_SIZE;
+use crate::memory::Slots;
+use proptest::prelude::*;
+use std::collections::BTreeMap;
+use std::collections::VecDeque;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
+
+/// What the guest sees of a page of the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Seen {
+    Side(Side),
+    /// A failure left it in an unknown state.
+    Unknown,
+    Nothing,
+}
+
+/// How the next calls of a mock go; when there is no more, they go well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Well,
+    FailsAndLeavesAsBefore,
+    FailsAndLeavesUnknown,
+}
+
+/// A converter that does to a list what a backend does to memory.
+#[derive(Debug)]
+struct Model {
+    seen: Mutex<BTreeMap<u64, Seen>>,
+    /// Pages with memory behind them, by side.
+    allocated: Mutex<[BTreeMap<u64, ()>; 2]>,
+    fates: Mutex<VecDeque<Fate>>,
+}
+
+impl Model {
+    fn new(pages: impl Iterator<Item = u64> + Clone, fates: Vec<Fate>) -> Self {
+        Self {
+            seen: Mutex::new(pages.clone().map(|page| (page, Seen::Side(Side::Private))).collect()),
+            allocated: Mutex::new([pages.map(|page| (page, ())).collect(), BTreeMap::new()]),
+            fates: Mutex::new(fates.into()),
+        }
+    }
+
+    fn fate(&self) -> Fate {
+        self.fates.lock().unwrap().pop_front().unwrap_or(Fate::Well)
+    }
+
+    fn see(&self, range: GpaRange, seen: Seen) {
+        for page in pages(range) {
+            self.seen.lock().unwrap().insert(page, seen);
+        }
+    }
+}
+
+fn pages(range: GpaRange) -> std::ops::Range<u64> {
+    range.start().0 / PAGE_SIZE..range.end().0 / PAGE_SIZE
+}
+
+impl Converter for Model {
+    fn convert(&self, range: GpaRange, to: Side) -> Result<(), ConverterError> {
+        let fate = self.fate();
+        let failed = |left_as| Err(ConverterError { left_as, source: "the model was told to fail".into() });
+        match fate {
+            Fate::Well => {
+                self.see(range, Seen::Side(to));
+                for page in pages(range) {
+                    self.allocated.lock().unwrap()[to as usize].insert(page, ());
+                }
+                Ok(())
+            }
+            Fate::FailsAndLeavesAsBefore => failed(LeftAs::Before),
+            Fate::FailsAndLeavesUnknown => {
+                self.see(range, Seen::Unknown);
+                failed(LeftAs::Unknown)
+            }
+        }
+    }
+
+    fn discard(&self, range: GpaRange, losing: Side) -> Result<(), BoxError> {
+        if self.fate() != Fate::Well {
+            return Err("the model was told to fail".into());
+        }
+        for page in pages(range) {
+            self.allocated.lock().unwrap()[losing as usize].remove(&page);
+        }
+        Ok(())
+    }
+
+    fn poison(&self, range: GpaRange) -> Result<(), BoxError> {
+        if self.fate() != Fate::Well {
+            return Err("the model was told to fail".into());
+        }
+        self.see(range, Seen::Nothing);
+        Ok(())
+    }
+}
+
+/// A listener that remembers what it heard and objects when told to.
+#[derive(Debug, Default)]
+struct Ear {
+    heard: Mutex<Vec<(&'static str, GpaRange)>>,
+    objections: Mutex<VecDeque<Option<Objection>>>,
+}
+
+impl Ear {
+    fn hear(&self, what: &'static str, range: GpaRange) {
+        self.heard.lock().unwrap().push((what, range));
+    }
+}
+
+impl ConversionListener for Ear {
+    fn name(&self) -> &str {
+        "ear"
+    }
+
+    fn prepare(&self, range: GpaRange, _to: Side) -> Result<(), Objection> {
+        if let Some(objection) = self.objections.lock().unwrap().pop_front().flatten() {
+            return Err(objection);
+        }
+        self.hear("prepare", range);
+        Ok(())
+    }
+
+    fn committed(&self, range: GpaRange, _to: Side) {
+        self.hear("committed", range);
+    }
+
+    fn aborted(&self, range: GpaRange, _to: Side) {
+        self.hear("aborted", range);
+    }
+
+    fn poisoned(&self, range: GpaRange) {
+        self.hear("poisoned", range);
+    }
+}
+
+/// Two slots that touch and one apart.
+fn slots() -> [GpaRange; 3] {
+    [(0, 40), (40, 24), (80, 8)].map(|(start, pages)| GpaRange::from_pages(start * PAGE_SIZE, pages).unwrap())
+}
+
+fn engine(fates: Vec<Fate>) -> ConversionEngine<Model> {
+    let map = Arc::new(PageStateMap::new(Slots::new(&slots()).unwrap()));
+    let regions = slots().map(|slot| (GuestAddress(slot.start().0), slot.len() as usize));
+    let memory = SharedMemory::new(GuestMemoryMmap::from_ranges(&regions).unwrap(), map).unwrap();
+    ConversionEngine::new(Model::new(slots().into_iter().flat_map(pages), fates), memory)
+}
+
+fn ask(engine: &ConversionEngine<Model>, start: u64, pages: u64, to: Side) -> Conversion {
+    ask_from(engine, 0, start, pages, to)
+}
+
+fn ask_from(engine: &ConversionEngine<Model>, vcpu: u32, start: u64, pages: u64, to: Side) -> Conversion {
+    let request = ConversionRequest::from_guest(vcpu, start * PAGE_SIZE, pages, to);
+    engine.ask(request);
+    engine.convert(&request)
+}
+
+#[test]
+fn a_host_cannot_convert_what_no_guest_has_asked_for() {
+    let engine = engine(vec![]);
+    let forged = ConversionRequest::from_guest(0, 0, 1, Side::Shared);
+    let refuse = || {
+        let refused = engine.convert(&forged);
+        assert!(matches!(refused.cause, Some(Error::NotAsked { vcpu: 0, .. })), "{:?}", refused.cause);
+    };
+    refuse();
+    engine.ask(ConversionRequest::from_guest(0, 0, 2, Side::Shared));
+    refuse();
+    engine.ask(ConversionRequest::from_guest(1, 0, 1, Side::Shared));
+    refuse();
+    assert_eq!(engine.memory().map().count(PageState::Private), 72);
+    engine.ask(forged);
+    assert_eq!(engine.convert(&forged).answer, Answer::Done);
+    refuse();
+}
+
+#[test]
+fn a_request_across_slots_is_done_and_doing_it_again_is_free() {
+    let engine = engine(vec![]);
+    let done = ask(&engine, 30, 20, Side::Shared);
+    assert_eq!((done.answer, done.pages), (Answer::Done, 20));
+    assert_eq!(engine.memory().map().count(PageState::Shared), 20);
+    let again = ask(&engine, 30, 20, Side::Shared);
+    assert_eq!((again.answer, again.pages), (Answer::Done, 0));
+    let totals = ConversionTotals { requests: 2, refused: 0, to_private: 0, to_shared: 20 };
+    assert_eq!(engine.totals(), totals);
+}
+
+#[test]
+fn requests_that_make_no_sense_are_invalid_and_change_nothing() {
+    let engine = engine(vec![]);
+    for (gpa, pages) in [(0, 0), (1, 1), (0x800, 2), (62 * PAGE_SIZE, 4), (1 << 52, 1), (0, u64::MAX), (u64::MAX, 1)] {
+        let request = ConversionRequest::from_guest(7, gpa, pages, Side::Shared);
+        engine.ask(request);
+        let refused = engine.convert(&request);
+        assert_eq!((refused.answer, refused.pages), (Answer::Invalid, 0), "{gpa:#x}, {pages} pages");
+        assert!(matches!(refused.cause, Some(Error::InvalidRequest { vcpu: 7, .. } | Error::OutsideMemory { .. })));
+    }
+    assert_eq!(engine.memory().map().count(PageState::Private), 72);
+}
+
+#[test]
+fn listeners_that_agreed_hear_that_a_later_one_objects() {
+    for (objection, answer) in
+        [(Objection::Wait("busy".into()), Answer::Retry), (Objection::Refuse("never".into()), Answer::Invalid)]
+    {
+        let engine = engine(vec![]);
+        let (first, second) = (Arc::new(Ear::default()), Arc::new(Ear::default()));
+        engine.add_listener(Arc::clone(&first) as _);
+        engine.add_listener(Arc::clone(&second) as _);
+        second.objections.lock().unwrap().push_back(Some(objection));
+        let outcome = ask(&engine, 0, 4, Side::Shared);
+        assert_eq!(outcome.answer, answer);
+        let range = GpaRange::from_pages(0, 4).unwrap();
+        assert_eq!(*first.heard.lock().unwrap(), [("prepare", range), ("aborted", range)]);
+        assert!(second.heard.lock().unwrap().is_empty());
+        assert_eq!(engine.memory().map().count(PageState::Private), 72);
+        assert_eq!(ask(&engine, 0, 4, Side::Shared).answer, Answer::Done);
+    }
+}
+
+#[test]
+fn a_page_does_not_become_private_while_the_view_is_pinned() {
+    let engine = engine(vec![]);
+    assert_eq!(ask(&engine, 0, 8, Side::Shared).answer, Answer::Done);
+    let pinned = engine.memory().memory();
+    let refused = ask(&engine, 2, 2, Side::Private);
+    assert_eq!(refused.answer, Answer::Retry);
+    assert!(matches!(refused.cause, Some(Error::Pinned { .. })));
+    pinned.write_slice(&[1; 16], GuestAddress(2 * PAGE_SIZE)).unwrap();
+    assert_eq!(ask(&engine, 10, 2, Side::Shared).answer, Answer::Done, "sharing more does not wait for pins");
+    drop(pinned);
+    assert_eq!(ask(&engine, 2, 2, Side::Private).answer, Answer::Done);
+    assert!(engine.memory().memory().write_slice(&[1; 16], GuestAddress(2 * PAGE_SIZE)).is_err());
+}
+
+#[test]
+fn a_discard_that_fails_is_undone() {
+    let engine = engine(vec![Fate::Well, Fate::FailsAndLeavesAsBefore]);
+    let refused = ask(&engine, 0, 4, Side::Shared);
+    assert_eq!((refused.answer, refused.pages), (Answer::Invalid, 0));
+    assert_eq!(engine.memory().map().count(PageState::Private), 72);
+    assert_eq!(engine.converter().seen.lock().unwrap()[&0], Seen::Side(Side::Private));
+}
+
+#[test]
+fn what_cannot_be_undone_is_poisoned_and_stays_so() {
+    let engine = engine(vec![Fate::FailsAndLeavesUnknown]);
+    let ear = Arc::new(Ear::default());
+    engine.add_listener(Arc::clone(&ear) as _);
+    let lost = ask(&engine, 0, 4, Side::Shared);
+    assert!(matches!(lost.cause, Some(Error::Poisoned { contained: true, .. })));
+    assert_eq!(lost.answer, Answer::Invalid);
+    assert_eq!(engine.memory().map().count(PageState::Poisoned), 4);
+    assert_eq!(engine.converter().seen.lock().unwrap()[&0], Seen::Nothing);
+    let range = GpaRange::from_pages(0, 4).unwrap();
+    assert_eq!(*ear.heard.lock().unwrap(), [("prepare", range), ("poisoned", range)]);
+    for side in [Side::Private, Side::Shared] {
+        assert!(matches!(ask(&engine, 0, 4, side).cause, Some(Error::Inaccessible { .. })));
+    }
+}
+
+#[test]
+fn vcpus_that_convert_at_once_end_with_a_map_and_a_model_that_agree() {
+    let engine = engine(vec![]);
+    std::thread::scope(|scope| {
+        for vcpu in 0..4u64 {
+            let engine = &engine;
+            scope.spawn(move || {
+                for round in 0..200 {
+                    let to = if (round + vcpu) % 2 == 0 { Side::Shared } else { Side::Private };
+                    let start = (round * 7 + vcpu * 3) % 50;
+                    assert_eq!(ask_from(engine, vcpu as u32, start, 10, to).answer, Answer::Done);
+                }
+            });
+        }
+    });
+    check_agreement(&engine);
+}
+
+/// Map and model say the same of every page, and the guest never loses the memory that it sees.
+fn check_agreement(engine: &ConversionEngine<Model>) {
+    let model = engine.converter();
+    let allocated = model.allocated.lock().unwrap();
+    for (page, seen) in model.seen.lock().unwrap().iter() {
+        let state = engine.memory().map().get(Gpa(page * PAGE_SIZE)).unwrap();
+        match seen {
+            Seen::Side(side) => {
+                assert!(
+                    state == PageState::from(*side) || state == PageState::Poisoned,
+                    "page {page} is {state:?} in the map and seen as {side}"
+                );
+            }
+            Seen::Unknown | Seen::Nothing => assert_eq!(state, PageState::Poisoned, "page {page} is {seen:?}"),
+        }
+        if state != PageState::Poisoned {
+            assert!(allocated[state_side(state) as usize].contains_key(page), "page {page} has lost its memory");
+        }
+    }
+}
+
+fn state_side(state: PageState) -> Side {
+    match state {
+        PageState::Private => Side::Private,
+        PageState::Shared => Side::Shared,
+        PageState::Converting | PageState::Poisoned => panic!("{state:?} is no side"),
+    }
+}
+
+fn fate() -> impl Strategy<Value = Fate> {
+    prop_oneof![8 => Just(Fate::Well), 1 => Just(Fate::FailsAndLeavesAsBefore), 1 => Just(Fate::FailsAndLeavesUnknown)]
+}
+
+proptest! {
+    #[test]
+    fn whatever_fails_and_whatever_is_asked_map_and_model_agree(
+        fates in prop::collection::vec(fate(), 0..60),
+        objections in prop::collection::vec(prop::option::weighted(0.1, Just(Objection::Wait(String::new()))), 0..40),
+        requests in prop::collection::vec((0u64..95, 0u64..30, any::<bool>()), 1..40),
+    ) {
+        let engine = engine(fates);
+        let ear = Arc::new(Ear { objections: Mutex::new(objections.into()), ..Ear::default() });
+        engine.add_listener(Arc::clone(&ear) as _);
+        for (start, pages, share) in requests {
+            let to = if share { Side::Shared } else { Side::Private };
+            let outcome = ask(&engine, start, pages, to);
+            prop_assert_eq!(outcome.answer == Answer::Done, outcome.cause.is_none());
+            if outcome.answer == Answer::Done {
+                let range = GpaRange::from_pages(start * PAGE_SIZE, pages).unwrap();
+                prop_assert_eq!(engine.memory().map().first_not_in(range, to.into()), None);
+            }
+            prop_assert_eq!(engine.memory().map().count(PageState::Converting), 0);
+            check_agreement(&engine);
+        }
+        let heard = ear.heard.lock().unwrap();
+        for pair in heard.chunks(2) {
+            prop_assert_eq!(pair[0].0, "prepare");
+            prop_assert!(pair[1].0 != "prepare" && pair[0].1 == pair[1].1);
+        }
+        prop_assert_eq!(heard.len() % 2, 0);
+    }
+
+    #[test]
+    fn without_failures_each_page_has_memory_on_its_side_only(
+        requests in prop::collection::vec((0u64..60, 1u64..4, any::<bool>()), 1..60),
+    ) {
+        let engine = engine(vec![]);
+        for (start, pages, share) in requests {
+            let to = if share { Side::Shared } else { Side::Private };
+            prop_assert_eq!(ask(&engine, start, pages, to).answer, Answer::Done);
+        }
+        let allocated = engine.converter().allocated.lock().unwrap();
+        for page in slots().into_iter().flat_map(pages) {
+            let state = engine.memory().map().get(Gpa(page * PAGE_SIZE)).unwrap();
+            prop_assert_eq!(allocated[0].contains_key(&page), state == PageState::Private);
+            prop_assert_eq!(allocated[1].contains_key(&page), state == PageState::Shared);
+        }
+    }
+}

@@ -1,0 +1,29 @@
+//! Guest memory: which side each page is on, how it changes sides, and the view of the shared side.
+//!
+//! One conversion, in order, for every backend:
+//!
+//! | step | who | when it fails |
+//! |---|---|---|
+//! | validate the request | engine | the guest hears `Invalid`; nothing happened |
+//! | prepare | [`ConversionListener`]s, in the order they were added | those already prepared are told to abort |
+//! | take the pages out of the view and wait for the pins that may see them | engine | listeners abort, the guest hears `Retry` |
+//! | let the guest see the other side | [`Converter::convert`] | rolled back, or the pages are poisoned |
+//! | free the losing side | [`Converter::discard`] | converted back, or the pages are poisoned |
+//! | commit to the [`PageStateMap`] | engine | cannot fail |
+//! | tell | listeners | cannot fail |
+//!
+//! A poisoned page is in nobody's reach: the view refuses it, and the backend takes it from the guest.
+
+mod conversion;
+mod map;
+mod pins;
+mod slots;
+mod view;
+
+pub use conversion::{
+    Conversion, ConversionEngine, ConversionListener, ConversionRequest, ConversionTotals, Converter, ConverterError,
+    LeftAs, Objection,
+};
+pub use map::{PageState, PageStateMap};
+pub use slots::Slots;
+pub use view::{Pinned, SharedMemory, SharedView};

@@ -1,0 +1,78 @@
+//! Where memory is.
+
+use crate::{Error, Gpa, GpaRange};
+
+/// Ranges of guest memory that do not overlap, in the order of their addresses; at least one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Slots(Vec<GpaRange>);
+
+impl Slots {
+    /// These ranges, in whatever order.
+    ///
+    /// # Errors
+    /// [`Error::Layout`] if there is none or two of them overlap.
+    pub fn new(ranges: &[GpaRange]) -> Result<Self, Error> {
+        let mut sorted = ranges.to_vec();
+        sorted.sort();
+        if sorted.is_empty() {
+            return Err(Error::Layout("there is no memory".into()));
+        }
+        if let Some(pair) = sorted.windows(2).find(|pair| pair[0].intersection(&pair[1]).is_some()) {
+            return Err(Error::Layout(format!("{} and {} overlap", pair[0], pair[1])));
+        }
+        Ok(Self(sorted))
+    }
+
+    /// The ranges.
+    pub fn ranges(&self) -> &[GpaRange] {
+        &self.0
+    }
+
+    /// The number of the slot that `gpa` lies in.
+    pub fn find(&self, gpa: Gpa) -> Option<usize> {
+        let after = self.0.partition_point(|slot| slot.end() <= gpa);
+        self.0.get(after).filter(|slot| slot.contains(gpa)).map(|_| after)
+    }
+
+    /// The parts of `range` that lie in a slot each.
+    ///
+    /// # Errors
+    /// [`Error::OutsideMemory`] with the first address that lies in none.
+    pub fn split(&self, range: GpaRange) -> Result<Vec<GpaRange>, Error> {
+        let mut parts = Vec::new();
+        let mut next = range.start();
+        while next < range.end() {
+            let part = self.find(next).and_then(|slot| self.0[slot].intersection(&range));
+            let part = part.ok_or(Error::OutsideMemory { gpa: next })?;
+            next = part.end();
+            parts.push(part);
+        }
+        Ok(parts)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::PAGE_SIZE;
+
+    fn range(start: u64, pages: u64) -> GpaRange {
+        GpaRange::from_pages(start * PAGE_SIZE, pages).unwrap()
+    }
+
+    #[test]
+    fn a_layout_without_memory_or_with_overlaps_is_refused() {
+        assert!(matches!(Slots::new(&[]), Err(Error::Layout(_))));
+        assert!(matches!(Slots::new(&[range(0, 5), range(4, 2)]), Err(Error::Layout(_))));
+        assert!(matches!(Slots::new(&[range(4, 2), range(0, 50)]), Err(Error::Layout(_))));
+        assert!(Slots::new(&[range(5, 2), range(0, 5)]).is_ok());
+    }
+
+    #[test]
+    fn a_range_that_straddles_two_slots_is_split_at_the_border() {
+        let slots = Slots::new(&[range(0, 5), range(5, 5), range(12, 2)]).unwrap();
+        assert_eq!(slots.split(range(3, 4)).unwrap(), [range(3, 2), range(5, 2)]);
+        let Err(Error::OutsideMemory { gpa }) = slots.split(range(8, 5)) else { panic!("not refused") };
+        assert_eq!(gpa, Gpa(10 * PAGE_SIZE));
+    }
+}

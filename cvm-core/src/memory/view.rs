@@ -1,0 +1,175 @@
+//! The shared side, as device models see it.
+
+use super::map::{PageState, PageStateMap};
+use super::pins::{Pin, Pins};
+use crate::{Error, GpaRange};
+use std::ops::Deref;
+use std::sync::Arc;
+use vm_memory::guest_memory::GuestMemorySliceIterator;
+use vm_memory::{
+    GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, Permissions,
+};
+
+/// A handle to the shared side of a VM's memory, for devices to keep.
+///
+/// [`memory`](GuestAddressSpace::memory) pins it; what the pinned view implements is `vm-memory`'s [`GuestMemory`], so
+/// `virtio-queue` and other crates that are generic over it work unchanged. An access that touches a page which is not
+/// shared fails whole, with the first such address.
+///
+/// Hold a pin for one batch of accesses, not longer: a conversion to private waits for it, and answers the guest with
+/// [`Answer::Retry`](crate::Answer::Retry) when it waits in vain.
+#[derive(Debug, Clone)]
+pub struct SharedMemory {
+    view: Arc<SharedView>,
+    pins: Arc<Pins>,
+}
+
+impl SharedMemory {
+    /// The view of `backing` through `map`.
+    ///
+    /// `backing` must map every slot of `map`, and nothing in it may ever show a private page.
+    ///
+    /// # Errors
+    /// [`Error::Layout`] if a slot has no backing.
+    pub fn new(backing: GuestMemoryMmap, map: Arc<PageStateMap>) -> Result<Self, Error> {
+        for slot in map.slots().ranges() {
+            let len = usize::try_from(slot.len()).unwrap_or(usize::MAX);
+            if !GuestMemoryBackend::check_range(&backing, GuestAddress(slot.start().0), len) {
+                return Err(Error::Layout(format!("{slot} has no shared backing")));
+            }
+        }
+        Ok(Self { view: Arc::new(SharedView { backing, map }), pins: Arc::default() })
+    }
+
+    /// The page-state map that this view obeys.
+    pub fn map(&self) -> &Arc<PageStateMap> {
+        &self.view.map
+    }
+
+    pub(super) fn pins(&self) -> &Arc<Pins> {
+        &self.pins
+    }
+}
+
+impl GuestAddressSpace for SharedMemory {
+    type M = SharedView;
+    type T = Pinned;
+
+    fn memory(&self) -> Pinned {
+        Pinned { _pin: self.pins.pin(), view: Arc::clone(&self.view) }
+    }
+}
+
+/// The shared view for as long as nothing in it can go private.
+#[derive(Debug, Clone)]
+pub struct Pinned {
+    view: Arc<SharedView>,
+    _pin: Pin,
+}
+
+impl Deref for Pinned {
+    type Target = SharedView;
+
+    fn deref(&self) -> &SharedView {
+        &self.view
+    }
+}
+
+/// The shared side of a VM's memory. Only a [`Pinned`] leads to it.
+#[derive(Debug)]
+pub struct SharedView {
+    backing: GuestMemoryMmap,
+    map: Arc<PageStateMap>,
+}
+
+impl SharedView {
+    /// The first address of `addr..addr + count` that is not on the shared side.
+    fn first_unshared(&self, addr: GuestAddress, count: usize) -> Option<GuestAddress> {
+        if count == 0 {
+            return None;
+        }
+        let Some(pages) = GpaRange::covering(addr.0, count as u64) else { return Some(addr) };
+        self.map.first_not_in(pages, PageState::Shared).map(|gpa| GuestAddress(gpa.0.max(addr.0)))
+    }
+}
+
+impl GuestMemory for SharedView {
+    type PhysicalMemory = GuestMemoryMmap;
+    type Bitmap = ();
+
+    fn check_range(&self, addr: GuestAddress, count: usize, _access: Permissions) -> bool {
+        self.first_unshared(addr, count).is_none()
+    }
+
+    fn get_slices<'a>(
+        &'a self,
+        addr: GuestAddress,
+        count: usize,
+        _access: Permissions,
+    ) -> Result<impl GuestMemorySliceIterator<'a, ()>, GuestMemoryError> {
+        match self.first_unshared(addr, count) {
+            None => Ok(GuestMemoryBackend::get_slices(&self.backing, addr, count)),
+            Some(first) => Err(GuestMemoryError::InvalidGuestAddress(first)),
+        }
+    }
+
+    // `physical_memory` stays at nothing: it would lead around the check.
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::PAGE_SIZE;
+    use crate::memory::Slots;
+    use vm_memory::Bytes;
+
+    /// Two slots that touch, four pages each; pages 2..6 are shared, so the border of the slots is inside.
+    fn shared_memory() -> SharedMemory {
+        let slots = [GpaRange::from_pages(0, 4).unwrap(), GpaRange::from_pages(4 * PAGE_SIZE, 4).unwrap()];
+        let map = Arc::new(PageStateMap::new(Slots::new(&slots).unwrap()));
+        map.set(GpaRange::from_pages(2 * PAGE_SIZE, 4).unwrap(), PageState::Shared);
+        let regions = slots.map(|slot| (GuestAddress(slot.start().0), slot.len() as usize));
+        SharedMemory::new(GuestMemoryMmap::from_ranges(&regions).unwrap(), map).unwrap()
+    }
+
+    #[test]
+    fn shared_pages_read_back_what_was_written_across_slots() {
+        let memory = shared_memory().memory();
+        let data: Vec<u8> = (0..3 * PAGE_SIZE as usize).map(|i| i as u8).collect();
+        memory.write_slice(&data, GuestAddress(2 * PAGE_SIZE + 7)).unwrap();
+        let mut back = vec![0; data.len()];
+        memory.read_slice(&mut back, GuestAddress(2 * PAGE_SIZE + 7)).unwrap();
+        assert_eq!(back, data);
+    }
+
+    #[test]
+    fn an_access_that_straddles_into_private_memory_fails_whole_and_names_the_first_private_address() {
+        let memory = shared_memory().memory();
+        let before = [0xaau8; 16];
+        memory.write_slice(&before, GuestAddress(6 * PAGE_SIZE - 16)).unwrap();
+        let error = memory.write_slice(&[0u8; 32], GuestAddress(6 * PAGE_SIZE - 16)).unwrap_err();
+        assert!(matches!(error, GuestMemoryError::InvalidGuestAddress(GuestAddress(gpa)) if gpa == 6 * PAGE_SIZE));
+        let mut after = [0; 16];
+        memory.read_slice(&mut after, GuestAddress(6 * PAGE_SIZE - 16)).unwrap();
+        assert_eq!(after, before);
+
+        let error = memory.read_slice(&mut after, GuestAddress(PAGE_SIZE + 3)).unwrap_err();
+        assert!(matches!(error, GuestMemoryError::InvalidGuestAddress(GuestAddress(gpa)) if gpa == PAGE_SIZE + 3));
+    }
+
+    #[test]
+    fn what_lies_outside_memory_or_wraps_around_is_refused() {
+        let memory = shared_memory().memory();
+        for addr in [8 * PAGE_SIZE, 1 << 52, u64::MAX, u64::MAX - 3] {
+            assert!(memory.read_obj::<u64>(GuestAddress(addr)).is_err());
+            assert!(!memory.check_range(GuestAddress(addr), 8, Permissions::Read));
+        }
+    }
+
+    #[test]
+    fn a_slot_without_backing_is_refused() {
+        let map = Arc::new(PageStateMap::new(Slots::new(&[GpaRange::from_pages(0, 4).unwrap()]).unwrap()));
+        let backing = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x3000)]).unwrap();
+        assert!(matches!(SharedMemory::new(backing, map), Err(Error::Layout(_))));
+    }
+}

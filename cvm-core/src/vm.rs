@@ -1,0 +1,249 @@
+//! A sealed VM and its vCPUs.
+
+use crate::interrupt::Guarding;
+use crate::launch::Transcript;
+use crate::memory::{Conversion, ConversionListener, ConversionRequest, ConversionTotals, SharedMemory};
+use crate::x86::Register;
+use crate::{Answer, Error, Event, Lifecycle, LifecycleAnswer};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Why a vCPU stopped, with just the values that are exposed to the host for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Exit {
+    /// The guest asks for a conversion. Pass it to [`Vm::convert`], and the answer to [`Vcpu::answer_conversion`].
+    Conversion(ConversionRequest),
+    /// The guest writes a byte to its console.
+    Console(u8),
+    /// The guest writes a device's doorbell register.
+    DoorbellWrite {
+        /// The register, see [`doorbell`](crate::doorbell).
+        register: u16,
+        /// What it writes.
+        value: u32,
+    },
+    /// The guest reads a device's doorbell register: [`Vcpu::answer_read`].
+    DoorbellRead {
+        /// The register, see [`doorbell`](crate::doorbell).
+        register: u16,
+    },
+    /// The guest writes a port outside the doorbell space.
+    PortWrite {
+        /// The port.
+        port: u16,
+        /// How many bytes: 1, 2 or 4.
+        width: u8,
+        /// What it writes.
+        value: u32,
+    },
+    /// The guest reads a port outside the doorbell space: [`Vcpu::answer_read`].
+    PortRead {
+        /// The port.
+        port: u16,
+        /// How many bytes: 1, 2 or 4.
+        width: u8,
+    },
+    /// The guest writes an MSR that KVM does not know, outside the doorbell space.
+    MsrWrite {
+        /// The MSR.
+        index: u32,
+        /// What it writes.
+        value: u64,
+    },
+    /// The guest reads an MSR that KVM does not know, outside the doorbell space: [`Vcpu::answer_read`].
+    MsrRead {
+        /// The MSR.
+        index: u32,
+    },
+    /// The vCPU waits for an interrupt.
+    Halted,
+    /// The guest has ended, by its own will.
+    Ended {
+        /// What it gave as the reason; 0 is success.
+        code: u32,
+    },
+    /// Somebody kicked the vCPU, see [`Kick`]. The guest notices nothing if it runs on.
+    Kicked,
+}
+
+/// What a host learns when it reads a register.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RegisterRead {
+    /// The value: this isolation does not hide registers.
+    Visible(u64),
+    /// The value, as the exit under way exposes it.
+    Exposed(u64),
+    /// Nothing. It is not zero; it is unknown.
+    Hidden,
+}
+
+/// A VM after its launch. Safe to use from several threads.
+pub trait Vm: Send + Sync {
+    /// Its vCPUs.
+    type Vcpu: Vcpu;
+
+    /// Hands out the vCPUs, the first one first, to run on a thread each. The second call gets none.
+    fn take_vcpus(&mut self) -> Vec<Self::Vcpu>;
+
+    /// The shared side of its memory.
+    fn memory(&self) -> &SharedMemory;
+
+    /// Carries out what a guest has asked for by [`Exit::Conversion`], once. The outcome's answer is for
+    /// [`Vcpu::answer_conversion`].
+    fn convert(&self, request: &ConversionRequest) -> Conversion;
+
+    /// Adds a listener for conversions to come.
+    fn add_listener(&self, listener: Arc<dyn ConversionListener>);
+
+    /// What was converted so far.
+    fn conversions(&self) -> ConversionTotals;
+
+    /// What was submitted to the launch.
+    fn transcript(&self) -> &Transcript;
+
+    /// What can be done with this VM.
+    fn lifecycle(&self, what: Lifecycle) -> LifecycleAnswer;
+
+    /// Who keeps the host from injecting what the guest does not accept.
+    fn guarding(&self) -> Guarding;
+}
+
+/// A vCPU. It stays on the thread that runs it.
+pub trait Vcpu: Send {
+    /// Its index, from 0.
+    fn index(&self) -> u32;
+
+    /// Runs the guest until it exits.
+    ///
+    /// # Errors
+    /// [`Error::MmioRefused`], [`Error::MissingConversion`], [`Error::UnknownDoorbell`] and [`Error::Crashed`] for what
+    /// the guest did: it cannot go on. [`Error::Protocol`] if the last exit still waits for an answer.
+    /// [`Error::Backend`] if the host failed.
+    fn run(&mut self) -> Result<Exit, Error>;
+
+    /// Answers a read exit; only as many low bytes count as the guest reads.
+    ///
+    /// # Errors
+    /// [`Error::Protocol`] if the last exit was not a read.
+    fn answer_read(&mut self, value: u64) -> Result<(), Error>;
+
+    /// Answers [`Exit::Conversion`].
+    ///
+    /// # Errors
+    /// [`Error::Protocol`] if the last exit was no conversion.
+    fn answer_conversion(&mut self, answer: Answer) -> Result<(), Error>;
+
+    /// What the host can see of a register.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] if the host failed.
+    fn register(&self, register: Register) -> Result<RegisterRead, Error>;
+
+    /// Injects an event when the guest can take it.
+    ///
+    /// # Errors
+    /// [`Error::InjectionRefused`] if the guard does not allow it, [`Error::Backend`] if the host failed.
+    fn inject(&mut self, event: Event) -> Result<(), Error>;
+
+    /// A way to stop this vCPU from another thread.
+    fn kicker(&self) -> Arc<dyn Kick>;
+}
+
+/// Stops a vCPU from another thread.
+pub trait Kick: Send + Sync {
+    /// Makes the [`Vcpu::run`] that is under way, or else the next one, return [`Exit::Kicked`] soon.
+    fn kick(&self);
+}
+
+#[derive(Debug, Default)]
+struct Leash {
+    released: bool,
+    fired: bool,
+}
+
+/// Kicks vCPUs when a time is over, so that a guest which spins does not hold its VMM forever.
+#[derive(Debug)]
+pub struct Watchdog {
+    leash: Arc<(Mutex<Leash>, Condvar)>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watchdog {
+    /// Kicks all of `vcpus` once when `limit` is over, unless it is dropped before.
+    ///
+    /// # Errors
+    /// If there can be no more threads.
+    pub fn new(limit: Duration, vcpus: Vec<Arc<dyn Kick>>) -> std::io::Result<Self> {
+        let leash = Arc::<(Mutex<Leash>, Condvar)>::default();
+        let theirs = Arc::clone(&leash);
+        let end = Instant::now() + limit;
+        let thread = std::thread::Builder::new().name("vm-watchdog".into()).spawn(move || {
+            let (state, wake) = &*theirs;
+            let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+            while !state.released {
+                let left = end.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    state.fired = true;
+                    vcpus.iter().for_each(|vcpu| vcpu.kick());
+                    return;
+                }
+                state = wake.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            }
+        })?;
+        Ok(Self { leash, thread: Some(thread) })
+    }
+
+    /// Whether the time was over.
+    pub fn fired(&self) -> bool {
+        self.leash.0.lock().unwrap_or_else(PoisonError::into_inner).fired
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        self.leash.0.lock().unwrap_or_else(PoisonError::into_inner).released = true;
+        self.leash.1.notify_all();
+        if let Some(thread) = self.thread.take() {
+            // It cannot have panicked but inside a kick, and then there is nothing to be done about it here.
+            let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    #[derive(Default)]
+    struct Kicked(AtomicUsize);
+
+    impl Kick for Kicked {
+        fn kick(&self) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn a_watchdog_kicks_everybody_once() {
+        let vcpus = [Arc::new(Kicked::default()), Arc::new(Kicked::default())];
+        let kicks = vcpus.iter().map(|vcpu| Arc::clone(vcpu) as Arc<dyn Kick>).collect();
+        let dog = Watchdog::new(Duration::from_millis(1), kicks).unwrap();
+        while !dog.fired() {
+            std::thread::yield_now();
+        }
+        drop(dog);
+        assert!(vcpus.iter().all(|vcpu| vcpu.0.load(Ordering::SeqCst) == 1));
+    }
+
+    #[test]
+    fn a_watchdog_that_is_dropped_in_time_kicks_nobody() {
+        let vcpu = Arc::new(Kicked::default());
+        let dog = Watchdog::new(Duration::from_secs(3600), vec![Arc::clone(&vcpu) as Arc<dyn Kick>]).unwrap();
+        assert!(!dog.fired());
+        drop(dog);
+        assert_eq!(vcpu.0.load(Ordering::SeqCst), 0);
+    }
+}

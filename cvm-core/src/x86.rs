@@ -1,0 +1,127 @@
+//! What an x86-64 guest starts from, and the names of its registers.
+
+use crate::{Error, Gpa, PAGE_SIZE};
+use zerocopy::{Immutable, IntoBytes, KnownLayout};
+
+/// The first state of a vCPU that starts in 64-bit mode with flat segments and interrupts off. Measured as its bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct VcpuState {
+    /// Where it starts.
+    pub rip: u64,
+    /// Its stack.
+    pub rsp: u64,
+    /// First argument: by convention the vCPU's index.
+    pub rdi: u64,
+    /// Second argument: by convention the boot page.
+    pub rsi: u64,
+    /// Its page tables.
+    pub cr3: u64,
+}
+
+impl VcpuState {
+    /// vCPU `index` at `entry` on the page tables at `tables`, without a stack.
+    pub fn long_mode(entry: Gpa, tables: Gpa, index: u32, boot_page: Gpa) -> Self {
+        Self { rip: entry.0, rsp: 0, rdi: index.into(), rsi: boot_page.0, cr3: tables.0 }
+    }
+}
+
+/// Bits of page-table entries (AMD64 APM volume 2, section 5.3.3).
+mod entry {
+    pub const PRESENT: u64 = 1;
+    pub const WRITABLE: u64 = 1 << 1;
+    pub const LARGE: u64 = 1 << 7;
+}
+
+const TABLE_ENTRIES: u64 = 512;
+const LARGE_PAGE: u64 = 2 << 20;
+const GIB: u64 = 1 << 30;
+
+/// How far an identity map reaches at least: past where other machines have their devices, so that a guest which tries
+/// to reach one is refused as such and does not merely fault.
+const LEAST_TOP: u64 = 4 * GIB;
+
+/// Page tables, to be loaded at `tables`, that map `0..top` (at least 4 GiB, and rounded up to 1 GiB) to itself by pages
+/// of 2 MiB: not of 1 GiB, which KVM hosts that emulate instructions do not walk.
+///
+/// # Errors
+/// [`Error::Layout`] when `top` is above 512 GiB, which is where one page of second-level tables ends.
+pub fn identity_map(tables: Gpa, top: u64) -> Result<Vec<u8>, Error> {
+    let gibibytes = top.max(LEAST_TOP).div_ceil(GIB);
+    if gibibytes > TABLE_ENTRIES {
+        return Err(Error::Layout(format!("an identity map ends at 512 GiB, below {top:#x}")));
+    }
+    let table = |index: u64| (tables.0 + index * PAGE_SIZE) | entry::PRESENT | entry::WRITABLE;
+    let root = (0..TABLE_ENTRIES).map(|i| if i == 0 { table(1) } else { 0 });
+    let second = (0..TABLE_ENTRIES).map(|i| if i < gibibytes { table(2 + i) } else { 0 });
+    let pages =
+        (0..gibibytes * TABLE_ENTRIES).map(|i| (i * LARGE_PAGE) | entry::PRESENT | entry::WRITABLE | entry::LARGE);
+    Ok(root.chain(second).chain(pages).flat_map(u64::to_le_bytes).collect())
+}
+
+/// A register that a host may want to read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[allow(missing_docs, reason = "they have the names that the architecture gives them")]
+pub enum Register {
+    Rax,
+    Rbx,
+    Rcx,
+    Rdx,
+    Rsi,
+    Rdi,
+    Rsp,
+    Rbp,
+    R8,
+    R9,
+    R10,
+    R11,
+    R12,
+    R13,
+    R14,
+    R15,
+    Rip,
+    Rflags,
+    Cr0,
+    Cr2,
+    Cr3,
+    Cr4,
+    Efer,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Walks the tables as the processor does.
+    fn walk(tables: &[u8], base: u64, address: u64) -> Option<u64> {
+        let read = |table: u64, index: u64| {
+            let at = (table - base + index * 8) as usize;
+            u64::from_le_bytes(tables[at..at + 8].try_into().unwrap())
+        };
+        let mut table = base;
+        for shift in [39, 30, 21] {
+            let entry = read(table, address >> shift & 0x1ff);
+            if entry & entry::PRESENT == 0 {
+                return None;
+            }
+            table = entry & !0xfff & !(1 << 63);
+            if shift == 21 {
+                assert_ne!(entry & entry::LARGE, 0);
+                return Some(table + address % LARGE_PAGE);
+            }
+        }
+        None
+    }
+
+    #[test]
+    fn the_identity_map_maps_every_address_to_itself_and_nothing_above() {
+        let tables = identity_map(Gpa(0x10_0000), 4 * GIB + 1).unwrap();
+        assert_eq!(tables.len() as u64, 7 * PAGE_SIZE);
+        for address in [0, 0x1234, LARGE_PAGE - 1, GIB + 5, 5 * GIB - 1] {
+            assert_eq!(walk(&tables, 0x10_0000, address), Some(address));
+        }
+        assert_eq!(walk(&tables, 0x10_0000, 5 * GIB), None);
+        assert_eq!(identity_map(Gpa(0), 1).unwrap().len() as u64, 6 * PAGE_SIZE);
+        assert!(identity_map(Gpa(0), 513 * GIB).is_err());
+    }
+}
