@@ -1,0 +1,67 @@
+use cvm_core::GpaRange;
+use std::io;
+use std::path::PathBuf;
+
+/// What can go wrong between this backend and the host.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The KVM device cannot be opened.
+    #[error("failed to open {}: {remedy}", path.display())]
+    Open {
+        /// The device.
+        path: PathBuf,
+        /// What to do about it.
+        remedy: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The KVM device is not KVM, or one from another time.
+    #[error("{} speaks version {version} of the kvm api, not 12", path.display())]
+    ApiVersion {
+        /// The device.
+        path: PathBuf,
+        /// What it says.
+        version: i32,
+    },
+    /// A KVM call failed.
+    #[error("kvm failed to {step}")]
+    Kvm {
+        /// What it was to do.
+        step: &'static str,
+        /// Its answer.
+        source: io::Error,
+    },
+    /// A call about guest memory failed.
+    #[error("failed to {step} {range}")]
+    Memory {
+        /// What it was to do.
+        step: &'static str,
+        /// To which pages.
+        range: GpaRange,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The memory as a whole cannot be made.
+    #[error("failed to {step} of {bytes} bytes")]
+    Backing {
+        /// What it was to do.
+        step: &'static str,
+        /// For how much memory.
+        bytes: u64,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+impl Error {
+    /// For `map_err`: `step` was what a KVM call was to do.
+    pub(crate) fn kvm(step: &'static str) -> impl Fn(kvm_ioctls::Error) -> Self {
+        move |error| Self::Kvm { step, source: error.into() }
+    }
+
+    /// For `map_err`: `step` was what a call was to do to `range`.
+    pub(crate) fn memory<E: Into<io::Error>>(step: &'static str, range: GpaRange) -> impl FnOnce(E) -> Self {
+        move |error| Self::Memory { step, range, source: error.into() }
+    }
+}

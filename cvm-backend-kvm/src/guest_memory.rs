@@ -1,0 +1,228 @@
+//! A VM's memory: two files, and a window per slot that shows one or the other.
+
+#![allow(unsafe_code, reason = "KVM is told where the windows are")]
+
+use crate::Error;
+use crate::backing::Backing;
+use crate::window::Window;
+use cvm_core::memory::{Converter, ConverterError, LeftAs, PageStateMap, SharedMemory, Slots};
+use cvm_core::{BoxError, Gpa, GpaRange, Side};
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use rustix::io::Errno;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+
+/// How much memory a VM occupies, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Allocated {
+    /// Behind the private side.
+    pub private: u64,
+    /// Behind the shared side.
+    pub shared: u64,
+}
+
+#[derive(Debug)]
+struct Slot {
+    range: GpaRange,
+    /// Where the slot begins in both files.
+    offset: u64,
+    window: Window,
+}
+
+impl Slot {
+    fn offset(&self, gpa: Gpa) -> u64 {
+        self.offset + (gpa.0 - self.range.start().0)
+    }
+}
+
+/// The memory of one VM, in slots.
+#[derive(Debug)]
+pub(crate) struct GuestMemory {
+    private: Backing,
+    shared: Backing,
+    slots: Vec<Slot>,
+}
+
+impl GuestMemory {
+    /// Memory for `slots`, all of it private and zero.
+    pub(crate) fn new(slots: &[GpaRange]) -> Result<Self, Error> {
+        let bytes = slots.iter().map(GpaRange::len).sum();
+        let mut memory = Self {
+            private: Backing::new("cvm-private", bytes)?,
+            shared: Backing::new("cvm-shared", bytes)?,
+            slots: Vec::new(),
+        };
+        let mut offset = 0;
+        for range in slots.iter().copied() {
+            let window = Window::new(range).map_err(Error::memory("reserve address space for", range))?;
+            let slot = Slot { range, offset, window };
+            offset += range.len();
+            slot.window.show(range, &memory.private, slot.offset).map_err(Error::memory("map", range))?;
+            memory.slots.push(slot);
+        }
+        Ok(memory)
+    }
+
+    /// Makes the windows the guest's memory. The vCPUs of `vm` must keep this memory alive.
+    pub(crate) fn attach(&self, vm: &VmFd) -> Result<(), Error> {
+        for (number, slot) in (0..).zip(&self.slots) {
+            let region = kvm_userspace_memory_region {
+                slot: number,
+                guest_phys_addr: slot.range.start().0,
+                memory_size: slot.range.len(),
+                userspace_addr: slot.window.address(),
+                flags: 0,
+            };
+            // SAFETY: the region is a window, which holds nothing but guest memory for as long as it lives; the guest
+            // reaches it only through vCPUs, which keep it alive.
+            unsafe { vm.set_user_memory_region(region) }.map_err(Error::kvm("register a memory slot"))?;
+        }
+        Ok(())
+    }
+
+    /// The shared side, as devices see it.
+    pub(crate) fn shared_view(&self) -> Result<SharedMemory, BoxError> {
+        let ranges: Vec<_> = self.slots.iter().map(|slot| slot.range).collect();
+        let regions = self
+            .slots
+            .iter()
+            .map(|slot| {
+                let file = FileOffset::new(self.shared.file().try_clone()?, slot.offset);
+                let len = usize::try_from(slot.range.len()).map_err(io::Error::other)?;
+                Ok((GuestAddress(slot.range.start().0), len, Some(file)))
+            })
+            .collect::<io::Result<Vec<_>>>()?;
+        let backing = GuestMemoryMmap::from_ranges_with_files(regions)?;
+        Ok(SharedMemory::new(backing, Arc::new(PageStateMap::new(Slots::new(&ranges)?)))?)
+    }
+
+    /// Writes to the private side, before there is a guest.
+    pub(crate) fn write_private(&self, range: GpaRange, contents: &[u8]) -> Result<(), Error> {
+        let (slot, _) = self.slot(range).map_err(Error::memory("find", range))?;
+        self.private.file().write_all_at(contents, slot.offset(range.start())).map_err(Error::memory("write", range))
+    }
+
+    pub(crate) fn contains(&self, gpa: Gpa) -> bool {
+        self.slots.iter().any(|slot| slot.range.contains(gpa))
+    }
+
+    pub(crate) fn allocated(&self) -> io::Result<Allocated> {
+        Ok(Allocated { private: self.private.allocated()?, shared: self.shared.allocated()? })
+    }
+
+    fn slot(&self, range: GpaRange) -> Result<(&Slot, u64), Errno> {
+        let slot = self.slots.iter().find(|slot| slot.range.contains_range(&range)).ok_or(Errno::FAULT)?;
+        Ok((slot, slot.offset(range.start())))
+    }
+
+    fn backing(&self, side: Side) -> &Backing {
+        match side {
+            Side::Private => &self.private,
+            Side::Shared => &self.shared,
+        }
+    }
+}
+
+impl Converter for GuestMemory {
+    fn convert(&self, range: GpaRange, to: Side) -> Result<(), ConverterError> {
+        let show = |side: Side| self.slot(range).and_then(|(slot, at)| slot.window.show(range, self.backing(side), at));
+        show(to).map_err(|error| ConverterError {
+            // A mapping that fails may have removed the one before it.
+            left_as: if show(to.other()).is_ok() { LeftAs::Before } else { LeftAs::Unknown },
+            source: Error::memory("map", range)(error).into(),
+        })
+    }
+
+    fn discard(&self, range: GpaRange, losing: Side) -> Result<(), BoxError> {
+        let (_, offset) = self.slot(range).map_err(Error::memory("find", range))?;
+        Ok(self.backing(losing).free(offset, range.len()).map_err(Error::memory("free", range))?)
+    }
+
+    fn poison(&self, range: GpaRange) -> Result<(), BoxError> {
+        let hidden = self.slot(range).and_then(|(slot, _)| slot.window.hide(range));
+        Ok(hidden.map_err(Error::memory("hide", range))?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cvm_core::memory::ConversionEngine;
+    use cvm_core::{Answer, ConversionRequest, PAGE_SIZE};
+    use vm_memory::{Bytes, GuestAddressSpace};
+
+    const PAGES: u64 = 600;
+
+    fn memory() -> GuestMemory {
+        let pages = |start, pages| GpaRange::from_pages(start * PAGE_SIZE, pages).unwrap();
+        GuestMemory::new(&[pages(0, 500), pages(1000, 100)]).unwrap()
+    }
+
+    fn fill_private(memory: &GuestMemory) {
+        for slot in &memory.slots {
+            memory.write_private(slot.range, &vec![0xa5; slot.range.len() as usize]).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_page_has_memory_on_one_side_only_whatever_is_converted() {
+        let memory = memory();
+        fill_private(&memory);
+        let view = memory.shared_view().unwrap();
+        let engine = ConversionEngine::new(memory, view);
+        let allocated = || engine.converter().allocated().unwrap();
+        assert_eq!(allocated(), Allocated { private: PAGES * PAGE_SIZE, shared: 0 });
+
+        let ask = |start: u64, pages, to| {
+            let request = ConversionRequest::from_guest(0, start * PAGE_SIZE, pages, to);
+            engine.ask(request);
+            let outcome = engine.convert(&request);
+            assert_eq!(outcome.answer, Answer::Done, "{:?}", outcome.cause);
+        };
+        ask(490, 10, Side::Shared);
+        ask(1000, 10, Side::Shared);
+        assert_eq!(allocated(), Allocated { private: (PAGES - 20) * PAGE_SIZE, shared: 0 });
+        let pinned = engine.memory().memory();
+        for page in (490..500).chain(1000..1010) {
+            let mut contents = [1u8; PAGE_SIZE as usize];
+            pinned.read_slice(&mut contents, GuestAddress(page * PAGE_SIZE)).unwrap();
+            assert!(contents.iter().all(|byte| *byte == 0), "page {page} has kept its private contents");
+            pinned.write_slice(&[0x5a; PAGE_SIZE as usize], GuestAddress(page * PAGE_SIZE)).unwrap();
+        }
+        drop(pinned);
+        assert_eq!(
+            allocated(),
+            Allocated { private: (PAGES - 20) * PAGE_SIZE, shared: 20 * PAGE_SIZE },
+            "shared pages are allocated when they are written"
+        );
+        ask(0, 500, Side::Private);
+        ask(1000, 100, Side::Private);
+        assert_eq!(allocated(), Allocated { private: (PAGES - 20) * PAGE_SIZE, shared: 0 });
+        let mut contents = [1u8; PAGE_SIZE as usize];
+        engine.converter().private.file().read_exact_at(&mut contents, 495 * PAGE_SIZE).unwrap();
+        assert!(contents.iter().all(|byte| *byte == 0), "contents came back with the page");
+    }
+
+    #[test]
+    fn ranges_outside_a_slot_are_refused_by_every_step() {
+        let memory = memory();
+        let outside = GpaRange::from_pages(499 * PAGE_SIZE, 2).unwrap();
+        assert!(memory.convert(outside, Side::Shared).is_err());
+        assert!(memory.discard(outside, Side::Shared).is_err());
+        assert!(memory.poison(outside).is_err());
+        assert!(memory.write_private(outside, &[0; 0x2000]).is_err());
+    }
+
+    #[test]
+    fn the_shared_view_does_not_reach_private_memory() {
+        let memory = memory();
+        fill_private(&memory);
+        let view = memory.shared_view().unwrap();
+        for page in [0, 499, 1000, 1099] {
+            assert!(view.memory().read_obj::<u8>(GuestAddress(page * PAGE_SIZE)).is_err());
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! The host's KVM and what it can do.
+
+use crate::Error;
+use kvm_ioctls::{Cap, Kvm};
+use std::ffi::CString;
+use std::fs::OpenOptions;
+use std::io::{self, ErrorKind};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+/// The bit of `KVM_HC_MAP_GPA_RANGE` in the masks of `KVM_CAP_EXIT_HYPERCALL`, and its number
+/// (Linux include/uapi/linux/kvm_para.h).
+pub(crate) const HC_MAP_GPA_RANGE: u32 = 12;
+
+/// An opened KVM device.
+#[derive(Debug)]
+pub(crate) struct Host {
+    pub(crate) kvm: Kvm,
+}
+
+impl Host {
+    /// Opens `path`, which is usually `/dev/kvm`.
+    pub(crate) fn open(path: &Path) -> Result<Self, Error> {
+        let fail = |source: io::Error| {
+            let remedy = match source.kind() {
+                ErrorKind::NotFound => {
+                    "load kvm_intel or kvm_amd, and enable virtualization in the firmware or the outer hypervisor"
+                }
+                ErrorKind::PermissionDenied => "add your user to the group that owns it (usually kvm), or run as root",
+                _ => "it must be a kvm device",
+            };
+            Error::Open { path: path.to_owned(), remedy, source }
+        };
+        // Opened once without kvm-ioctls for an error that tells a missing device from a forbidden one.
+        OpenOptions::new().read(true).write(true).open(path).map_err(fail)?;
+        let name = CString::new(path.as_os_str().as_bytes()).map_err(|error| fail(error.into()))?;
+        let kvm = Kvm::new_with_path(name).map_err(|error| fail(error.into()))?;
+        match kvm.get_api_version() {
+            // The only version that there is (Linux Documentation/virt/kvm/api.rst, section 4.1).
+            12 => Ok(Self { kvm }),
+            version => Err(Error::ApiVersion { path: path.to_owned(), version }),
+        }
+    }
+
+    /// Whether the kernel says that a hypercall for conversions can be handed to user space.
+    pub(crate) fn offers_hypercall(&self) -> bool {
+        self.kvm.check_extension_int(Cap::ExitHypercall) >> HC_MAP_GPA_RANGE & 1 == 1
+    }
+}

@@ -1,0 +1,132 @@
+//! Stopping a vCPU that runs on another thread.
+
+#![allow(unsafe_code, reason = "a signal is sent to a thread, and a flag that the kernel reads is mapped twice")]
+
+use crate::Error;
+use cvm_core::Kick;
+use kvm_bindings::kvm_run;
+use kvm_ioctls::VcpuFd;
+use libc::{c_int, c_void, pthread_t, siginfo_t};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use std::io;
+use std::mem::offset_of;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr::{NonNull, null_mut};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+/// The signal that makes KVM_RUN return: the first real-time signal. A VMM must not use it for something else.
+fn signal() -> c_int {
+    SIGRTMIN()
+}
+
+/// Does nothing; that there is a handler is what interrupts the call.
+extern "C" fn ignore(_: c_int, _: *mut siginfo_t, _: *mut c_void) {}
+
+/// A second mapping of the page that a vCPU shares with KVM, for one byte of it. The first one belongs to `VcpuFd`,
+/// which is busy while the vCPU runs.
+#[derive(Debug)]
+struct ImmediateExit {
+    page: NonNull<c_void>,
+}
+
+// SAFETY: the mapping is only ever accessed as an atomic byte.
+unsafe impl Send for ImmediateExit {}
+// SAFETY: as above.
+unsafe impl Sync for ImmediateExit {}
+
+const PAGE: usize = 4096;
+
+impl ImmediateExit {
+    fn new(vcpu: &VcpuFd) -> io::Result<Self> {
+        // SAFETY: `vcpu` owns the descriptor and outlives this function.
+        let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
+        // SAFETY: without MAP_FIXED the kernel chooses an address where nothing is.
+        let page = unsafe { mmap(null_mut(), PAGE, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, fd, 0)? };
+        Ok(Self { page: NonNull::new(page).ok_or(io::ErrorKind::OutOfMemory)? })
+    }
+
+    fn set(&self, on: bool) {
+        // SAFETY: the byte lies in the page, which lives as long as `self`, and every byte is a valid AtomicU8.
+        let flag = unsafe { self.page.byte_add(offset_of!(kvm_run, immediate_exit)).cast::<AtomicU8>().as_ref() };
+        flag.store(on.into(), Ordering::SeqCst);
+    }
+}
+
+impl Drop for ImmediateExit {
+    fn drop(&mut self) {
+        // SAFETY: the page is this mapping, to which no reference is left.
+        let unmapped = unsafe { munmap(self.page.as_ptr(), PAGE) };
+        debug_assert!(unmapped.is_ok(), "a vcpu page could not be unmapped: {unmapped:?}");
+    }
+}
+
+#[derive(Debug, Default)]
+struct State {
+    requested: bool,
+    /// The thread that is in KVM_RUN, or about to be, or just back.
+    thread: Option<pthread_t>,
+}
+
+/// Kicks one vCPU.
+#[derive(Debug)]
+pub(crate) struct Kicker {
+    state: Mutex<State>,
+    immediate_exit: ImmediateExit,
+}
+
+impl Kicker {
+    pub(crate) fn new(vcpu: &VcpuFd) -> Result<Arc<Self>, Error> {
+        static HANDLER: OnceLock<Result<(), i32>> = OnceLock::new();
+        let handler = HANDLER.get_or_init(|| register_signal_handler(signal(), ignore).map_err(|error| error.errno()));
+        let made = handler.map_err(io::Error::from_raw_os_error).and_then(|()| ImmediateExit::new(vcpu));
+        let immediate_exit = made.map_err(|source| Error::Kvm { step: "prepare a way to interrupt a vcpu", source })?;
+        Ok(Arc::new(Self { state: Mutex::default(), immediate_exit }))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a kick was requested; it is over then.
+    pub(crate) fn take(&self) -> bool {
+        let mut state = self.state();
+        if state.requested {
+            state.requested = false;
+            self.immediate_exit.set(false);
+            return true;
+        }
+        false
+    }
+
+    /// Marks this thread as the one in KVM_RUN for as long as the result lives.
+    pub(crate) fn enter(&self) -> Entered<'_> {
+        // SAFETY: it has no preconditions.
+        self.state().thread = Some(unsafe { libc::pthread_self() });
+        Entered(self)
+    }
+}
+
+impl Kick for Kicker {
+    fn kick(&self) {
+        let mut state = self.state();
+        state.requested = true;
+        // With the flag set, a KVM_RUN that is only about to begin returns at once; the signal ends one under way.
+        self.immediate_exit.set(true);
+        if let Some(thread) = state.thread {
+            // SAFETY: the thread is alive: it takes itself out, under the lock that is held here, before it goes on.
+            let sent = unsafe { libc::pthread_kill(thread, signal()) };
+            debug_assert_eq!(sent, 0, "a vcpu thread could not be signalled");
+        }
+    }
+}
+
+/// A thread is in KVM_RUN.
+pub(crate) struct Entered<'a>(&'a Kicker);
+
+impl Drop for Entered<'_> {
+    fn drop(&mut self) {
+        self.0.state().thread = None;
+    }
+}

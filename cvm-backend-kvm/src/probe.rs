@@ -1,0 +1,162 @@
+//! What this host offers of each kind of protection.
+
+use crate::host::Host;
+use crate::hypercall;
+use cvm_core::platform::{Missing, Offer, Protection};
+use kvm_ioctls::Cap;
+use std::fs;
+use std::path::Path;
+
+/// The bits of `KVM_CAP_VM_TYPES`, and the capabilities that `kvm-ioctls` has no names for
+/// (Linux include/uapi/linux/kvm.h and arch/x86/include/uapi/asm/kvm.h).
+mod uapi {
+    pub const SW_PROTECTED_VM: u32 = 1;
+    pub const SEV_VM: u32 = 2;
+    pub const SEV_ES_VM: u32 = 3;
+    pub const SNP_VM: u32 = 4;
+    pub const TDX_VM: u32 = 5;
+    pub const CAP_MEMORY_ATTRIBUTES: u64 = 233;
+    pub const CAP_GUEST_MEMFD: u64 = 234;
+    pub const CAP_VM_TYPES: u64 = 235;
+}
+
+fn missing(what: impl Into<String>, remedy: impl Into<String>) -> Missing {
+    Missing { what: what.into(), remedy: remedy.into() }
+}
+
+fn offer(protection: Protection, missing: Vec<Missing>) -> Offer {
+    Offer { protection, missing, notes: Vec::new() }
+}
+
+/// Every kind of protection, as far as the KVM device at `path` and the kernel's files tell.
+pub(crate) fn offers(path: &Path) -> Vec<Offer> {
+    let host = match Host::open(path) {
+        Ok(host) => host,
+        Err(error) => {
+            let mut what = error.to_string();
+            let mut remedy = String::from("see above");
+            if let crate::Error::Open { path, remedy: how, source } = &error {
+                what = format!("{} cannot be opened: {source}", path.display());
+                remedy = (*how).into();
+            }
+            return ALL.map(|protection| offer(protection, vec![missing(what.clone(), remedy.clone())])).into();
+        }
+    };
+    ALL.map(|protection| match protection {
+        Protection::None => none(&host),
+        Protection::GuestMemfd => guest_memfd(&host),
+        Protection::Sev => sev(&host, protection, uapi::SEV_VM, "sev"),
+        Protection::SevEs => sev(&host, protection, uapi::SEV_ES_VM, "sev_es"),
+        Protection::SevSnp => sev(&host, protection, uapi::SNP_VM, "sev_snp"),
+        Protection::Tdx => tdx(&host),
+        Protection::SecureExecution => offer(
+            protection,
+            vec![missing("this is an x86-64 host", "an IBM z15 or LinuxONE III or later, with prot_virt=1")],
+        ),
+    })
+    .into()
+}
+
+const ALL: [Protection; 7] = [
+    Protection::None,
+    Protection::GuestMemfd,
+    Protection::Sev,
+    Protection::SevEs,
+    Protection::SevSnp,
+    Protection::Tdx,
+    Protection::SecureExecution,
+];
+
+fn none(host: &Host) -> Offer {
+    let needs = [
+        (Cap::UserMemory, "KVM_CAP_USER_MEMORY", "a newer kernel"),
+        (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT", "Linux 4.12 or later"),
+        (Cap::X86UserSpaceMsr, "KVM_CAP_X86_USER_SPACE_MSR", "Linux 5.10 or later"),
+    ];
+    let lacks = needs.into_iter().filter(|(cap, ..)| !host.kvm.check_extension(*cap));
+    let lacks = lacks.map(|(_, what, remedy)| missing(format!("kvm has no {what}"), remedy)).collect();
+    let hypercalls = if !host.offers_hypercall() {
+        "guests ask for conversions by doorbell: kvm has no KVM_CAP_EXIT_HYPERCALL for KVM_HC_MAP_GPA_RANGE"
+    } else if hypercall::works(host) {
+        "guests ask for conversions by hypercall or doorbell"
+    } else {
+        "guests ask for conversions by doorbell: kvm advertises KVM_HC_MAP_GPA_RANGE, but a hypercall did not arrive"
+    };
+    Offer { protection: Protection::None, missing: lacks, notes: vec![hypercalls.into()] }
+}
+
+fn has_vm_type(host: &Host, vm_type: u32) -> bool {
+    host.kvm.check_extension_raw(uapi::CAP_VM_TYPES) >> vm_type & 1 == 1
+}
+
+/// This library's own gap, where a host offers what no backend uses yet.
+fn no_backend() -> Missing {
+    missing("this version of cvm has no backend for it", "a later version of cvm")
+}
+
+fn guest_memfd(host: &Host) -> Offer {
+    let mut lacks = Vec::new();
+    if !has_vm_type(host, uapi::SW_PROTECTED_VM) {
+        lacks.push(missing(
+            "kvm has no VM type KVM_X86_SW_PROTECTED_VM",
+            "Linux 6.8 or later with CONFIG_KVM_SW_PROTECTED_VM=y and kvm.tdp_mmu=1",
+        ));
+    }
+    if host.kvm.check_extension_raw(uapi::CAP_GUEST_MEMFD) <= 0 {
+        lacks.push(missing("kvm has no KVM_CAP_GUEST_MEMFD", "Linux 6.8 or later with CONFIG_KVM_PRIVATE_MEM"));
+    }
+    // The capability of the device is that of a plain VM where the kernel has VMs with private memory.
+    if lacks.is_empty() && host.kvm.check_extension_raw(uapi::CAP_MEMORY_ATTRIBUTES) < 0 {
+        lacks.push(missing("kvm has no KVM_CAP_MEMORY_ATTRIBUTES", "Linux 6.8 or later"));
+    }
+    lacks.push(no_backend());
+    offer(Protection::GuestMemfd, lacks)
+}
+
+/// What `/sys/module/MODULE/parameters/NAME` says, without its line end.
+fn parameter(module: &str, name: &str) -> Option<String> {
+    let text = fs::read_to_string(format!("/sys/module/{module}/parameters/{name}")).ok()?;
+    Some(text.trim_end().to_owned())
+}
+
+/// Whether this processor's first `/proc/cpuinfo` entry lists a vendor.
+fn vendor_is(names: &[&str]) -> bool {
+    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let vendor = text.lines().find_map(|line| line.strip_prefix("vendor_id"));
+    vendor.is_some_and(|vendor| names.iter().any(|name| vendor.contains(name)))
+}
+
+fn sev(host: &Host, protection: Protection, vm_type: u32, parameter_name: &str) -> Offer {
+    let mut lacks = Vec::new();
+    if !vendor_is(&["AuthenticAMD", "HygonGenuine"]) {
+        lacks.push(missing("the processor is not AMD's", "an AMD EPYC processor"));
+    } else if !has_vm_type(host, vm_type) {
+        let set = parameter("kvm_amd", parameter_name).unwrap_or_else(|| "not there".into());
+        lacks.push(missing(
+            format!("kvm has no VM type for it; the parameter kvm_amd.{parameter_name} is {set}"),
+            format!("enable it in the firmware, and load kvm_amd with {parameter_name}=1"),
+        ));
+    } else if let Err(error) = fs::File::open("/dev/sev") {
+        lacks.push(missing(
+            format!("/dev/sev cannot be opened: {error}"),
+            "load the module ccp, and run with access to it",
+        ));
+    }
+    lacks.push(no_backend());
+    offer(protection, lacks)
+}
+
+fn tdx(host: &Host) -> Offer {
+    let mut lacks = Vec::new();
+    if !vendor_is(&["GenuineIntel"]) {
+        lacks.push(missing("the processor is not Intel's", "an Intel Xeon of the 5th generation or later"));
+    } else if !has_vm_type(host, uapi::TDX_VM) {
+        let set = parameter("kvm_intel", "tdx").unwrap_or_else(|| "not there".into());
+        lacks.push(missing(
+            format!("kvm has no VM type for it; the parameter kvm_intel.tdx is {set}"),
+            "enable TDX in the firmware, and load kvm_intel with tdx=1 on Linux 6.16 or later",
+        ));
+    }
+    lacks.push(no_backend());
+    offer(Protection::Tdx, lacks)
+}

@@ -1,0 +1,378 @@
+//! A vCPU on plain KVM: from KVM's exits to those of the contract.
+
+use crate::Error;
+use crate::host::HC_MAP_GPA_RANGE;
+use crate::kick::Kicker;
+use crate::vcpu_fd::{self, PortAnswer};
+use crate::vm::Shared;
+use cvm_core::doorbell::{self, Access, Registers, Ring, Transport};
+use cvm_core::x86::{Register, VcpuState};
+use cvm_core::{
+    Answer, BoxError, ConversionRequest, Error as CoreError, Event, Exit, Gpa, InterruptGuard, InterruptPolicy, Kick,
+    RegisterRead, Side, Vcpu,
+};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use std::sync::Arc;
+
+/// Control-register bits of a vCPU that starts in 64-bit mode (AMD64 APM volume 2, sections 3.1 and 3.1.7).
+const CR0_PE_MP_ET_NE_WP_PG: u64 = 1 | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
+
+/// Whether guests of `kvm` see a processor with AMD's hypercall instruction.
+pub(crate) fn is_amd(kvm: &Kvm) -> Result<bool, Error> {
+    let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(Error::kvm("list cpuid leaves"))?;
+    // EBX holds the first four letters of the vendor's name: of "AuthenticAMD" or "HygonGenuine".
+    let first = cpuid.as_slice().iter().find(|entry| entry.function == 0).map(|entry| entry.ebx.to_le_bytes());
+    Ok(first.is_some_and(|letters| letters == *b"Auth" || letters == *b"Hygo"))
+}
+
+/// Shows the host's processor to the guest, with the vCPU's index as its APIC id.
+pub(crate) fn set_cpuid(kvm: &Kvm, vcpu: &VcpuFd, index: u32) -> Result<(), Error> {
+    let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(Error::kvm("list cpuid leaves"))?;
+    for entry in cpuid.as_mut_slice() {
+        match entry.function {
+            1 => entry.ebx = entry.ebx & 0x00ff_ffff | index << 24,
+            0xb | 0x1f => entry.edx = index,
+            _ => {}
+        }
+    }
+    vcpu.set_cpuid2(&cpuid).map_err(Error::kvm("set the cpuid leaves"))
+}
+
+/// Sets the state that a vCPU starts from.
+pub(crate) fn set_state(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), Error> {
+    let mut sregs = vcpu.get_sregs().map_err(Error::kvm("read the system registers"))?;
+    let code =
+        kvm_segment { limit: u32::MAX, selector: 8, type_: 11, present: 1, s: 1, l: 1, g: 1, ..Default::default() };
+    let data = kvm_segment { selector: 16, type_: 3, db: 1, l: 0, ..code };
+    (sregs.cs, sregs.ss) = (code, data);
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs) = (data, data, data, data);
+    (sregs.cr0, sregs.cr3, sregs.cr4) = (CR0_PE_MP_ET_NE_WP_PG, state.cr3, CR4_PAE);
+    sregs.efer = EFER_LME_LMA;
+    vcpu.set_sregs(&sregs).map_err(Error::kvm("set the system registers"))?;
+    let regs =
+        kvm_regs { rip: state.rip, rsp: state.rsp, rdi: state.rdi, rsi: state.rsi, rflags: 2, ..Default::default() };
+    vcpu.set_regs(&regs).map_err(Error::kvm("set the registers"))
+}
+
+/// What the guest waits for.
+#[derive(Debug)]
+enum Question {
+    Port(PortAnswer),
+    Msr,
+    Conversion(Transport),
+}
+
+/// A KVM exit, taken out of the page that is shared with KVM.
+#[derive(Debug)]
+enum Raw {
+    PortOut { port: u16, width: u8, value: u32 },
+    PortIn { port: u16, width: u8, answer: PortAnswer },
+    MsrWrite { index: u32, value: u64 },
+    MsrRead { index: u32 },
+    Hypercall { number: u64, arguments: [u64; 6] },
+    Mmio { gpa: Gpa, write: bool },
+    Fault { gpa: Gpa },
+    Halt,
+    InterruptWindow,
+    Interrupted,
+    Crash(String),
+}
+
+impl Raw {
+    fn from_kvm(exit: Result<VcpuExit<'_>, kvm_ioctls::Error>) -> Result<Self, Error> {
+        let width = |data: &[u8]| match data.len() {
+            width @ (1 | 2 | 4) => Some(width as u8),
+            _ => None,
+        };
+        let string = |port: u16| Self::Crash(format!("it used string i/o on port {port:#x}"));
+        Ok(match exit {
+            Ok(VcpuExit::IoOut(port, data)) => match width(data) {
+                Some(width) => {
+                    let value = data.iter().rev().fold(0, |value, byte| value << 8 | u32::from(*byte));
+                    Self::PortOut { port, width, value }
+                }
+                None => string(port),
+            },
+            Ok(VcpuExit::IoIn(port, data)) => match width(data) {
+                Some(width) => Self::PortIn { port, width, answer: PortAnswer::new(data) },
+                None => string(port),
+            },
+            Ok(VcpuExit::X86Wrmsr(msr)) => Self::MsrWrite { index: msr.index, value: msr.data },
+            Ok(VcpuExit::X86Rdmsr(msr)) => Self::MsrRead { index: msr.index },
+            Ok(VcpuExit::Hypercall(call)) => Self::Hypercall { number: call.nr, arguments: call.args },
+            Ok(VcpuExit::MmioRead(gpa, _)) => Self::Mmio { gpa: Gpa(gpa), write: false },
+            Ok(VcpuExit::MmioWrite(gpa, _)) => Self::Mmio { gpa: Gpa(gpa), write: true },
+            Ok(VcpuExit::MemoryFault { gpa, .. }) => Self::Fault { gpa: Gpa(gpa) },
+            Ok(VcpuExit::Hlt) => Self::Halt,
+            Ok(VcpuExit::IrqWindowOpen) => Self::InterruptWindow,
+            Ok(VcpuExit::Intr) => Self::Interrupted,
+            Ok(VcpuExit::Shutdown) => Self::Crash("it shut down, as after a triple fault".into()),
+            Ok(VcpuExit::InternalError) => Self::Crash("kvm could not execute an instruction".into()),
+            Ok(VcpuExit::FailEntry(reason, _)) => {
+                Self::Crash(format!("the processor refused to enter it: {reason:#x}"))
+            }
+            Ok(other) => Self::Crash(format!("it left by an exit that plain guests do not have: {other:?}")),
+            Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => Self::Interrupted,
+            Err(error) if error.errno() == libc::EFAULT => {
+                Self::Crash("it touched memory that is not there, and kvm does not say where".into())
+            }
+            Err(error) => return Err(Error::kvm("run a vcpu")(error)),
+        })
+    }
+}
+
+/// A vCPU on plain KVM.
+pub struct KvmVcpu {
+    index: u32,
+    // Dropped before the memory that it sees.
+    fd: VcpuFd,
+    shared: Arc<Shared>,
+    kicker: Arc<Kicker>,
+    doorbell: Registers,
+    question: Option<Question>,
+    guard: InterruptGuard,
+    /// Injected vectors that the guest has not taken yet, vector 0 first.
+    interrupts: [u64; 4],
+}
+
+impl KvmVcpu {
+    pub(crate) fn new(index: u32, fd: VcpuFd, shared: Arc<Shared>, policy: InterruptPolicy) -> Result<Self, Error> {
+        Ok(Self {
+            index,
+            kicker: Kicker::new(&fd)?,
+            fd,
+            shared,
+            doorbell: Registers::new(index),
+            question: None,
+            guard: InterruptGuard::new(policy),
+            interrupts: [0; 4],
+        })
+    }
+
+    fn protocol<T>(&self, problem: &'static str) -> Result<T, CoreError> {
+        Err(CoreError::Protocol { vcpu: self.index, problem })
+    }
+
+    /// Hands the highest waiting vector to the guest if it can take one now, and else asks KVM to say when.
+    fn offer_interrupt(&mut self) -> Result<(), Error> {
+        let highest = (0..=255u8).rev().find(|v| self.interrupts[usize::from(v / 64)] >> (v % 64) & 1 == 1);
+        let Some(vector) = highest else {
+            self.fd.get_kvm_run().request_interrupt_window = 0;
+            return Ok(());
+        };
+        if self.fd.get_kvm_run().ready_for_interrupt_injection != 0 {
+            vcpu_fd::interrupt(&self.fd, vector)?;
+            self.interrupts[usize::from(vector / 64)] &= !(1 << (vector % 64));
+        }
+        self.fd.get_kvm_run().request_interrupt_window = self.interrupts.iter().any(|bits| *bits != 0).into();
+        Ok(())
+    }
+
+    /// An access to a doorbell register; `question` is how a read gets its answer.
+    fn ring(&mut self, register: u16, access: Access, question: Option<Question>) -> Result<Option<Exit>, CoreError> {
+        match self.doorbell.access(register, access)? {
+            Ring::Latched => Ok(None),
+            Ring::Value(value) => {
+                self.answer(question, value.into())?;
+                Ok(None)
+            }
+            Ring::Exit(exit @ Exit::Conversion(_)) => {
+                self.question = Some(Question::Conversion(Transport::Doorbell));
+                Ok(Some(exit))
+            }
+            Ring::Exit(exit) => {
+                self.question = question;
+                Ok(Some(exit))
+            }
+        }
+    }
+
+    fn answer(&mut self, question: Option<Question>, value: u64) -> Result<(), CoreError> {
+        match question {
+            Some(Question::Port(answer)) => answer.give(&mut self.fd, value),
+            Some(Question::Msr) => vcpu_fd::answer_msr(&mut self.fd, value),
+            Some(Question::Conversion(_)) | None => return self.protocol("there is no read to answer"),
+        }
+        Ok(())
+    }
+
+    /// What the contract makes of an exit: an exit of its own, an error, or nothing, and the guest goes on.
+    fn translate(&mut self, raw: Raw) -> Result<Option<Exit>, CoreError> {
+        let vcpu = self.index;
+        Ok(Some(match raw {
+            Raw::PortOut { port, width, value } => match doorbell_register(port.into(), doorbell::PORT_BASE.into()) {
+                Some(register) if width == 4 => return self.ring(register, Access::Write(value), None),
+                Some(register) => {
+                    return Err(CoreError::UnknownDoorbell { vcpu, register, access: Access::Write(value) });
+                }
+                None => Exit::PortWrite { port, width, value },
+            },
+            Raw::PortIn { port, width, answer } => {
+                let question = Some(Question::Port(answer));
+                match doorbell_register(port.into(), doorbell::PORT_BASE.into()) {
+                    Some(register) if width == 4 => return self.ring(register, Access::Read, question),
+                    Some(register) => {
+                        return Err(CoreError::UnknownDoorbell { vcpu, register, access: Access::Read });
+                    }
+                    None => {
+                        self.question = question;
+                        Exit::PortRead { port, width }
+                    }
+                }
+            }
+            Raw::MsrWrite { index, value } => {
+                match (doorbell_register(index, doorbell::MSR_BASE), u32::try_from(value)) {
+                    (Some(register), Ok(value)) => return self.ring(register, Access::Write(value), None),
+                    (Some(register), Err(_)) => {
+                        let access = Access::Write(value as u32);
+                        return Err(CoreError::UnknownDoorbell { vcpu, register, access });
+                    }
+                    (None, _) => Exit::MsrWrite { index, value },
+                }
+            }
+            Raw::MsrRead { index } => match doorbell_register(index, doorbell::MSR_BASE) {
+                Some(register) => return self.ring(register, Access::Read, Some(Question::Msr)),
+                None => {
+                    self.question = Some(Question::Msr);
+                    Exit::MsrRead { index }
+                }
+            },
+            Raw::Hypercall { number, arguments: [gpa, pages, attributes, ..] } => {
+                if number != u64::from(HC_MAP_GPA_RANGE) {
+                    return Err(CoreError::Crashed { vcpu, reason: format!("it made hypercall {number}") });
+                }
+                self.question = Some(Question::Conversion(Transport::Hypercall));
+                Exit::Conversion(ConversionRequest::from_guest(vcpu, gpa, pages, side(attributes)))
+            }
+            Raw::Mmio { gpa, .. } if self.shared.engine.converter().contains(gpa) => {
+                return Err(CoreError::MissingConversion { vcpu, gpa });
+            }
+            Raw::Mmio { gpa, write } => return Err(CoreError::MmioRefused { vcpu, gpa, write }),
+            Raw::Fault { gpa } => return Err(CoreError::MissingConversion { vcpu, gpa }),
+            Raw::Halt => Exit::Halted,
+            Raw::InterruptWindow | Raw::Interrupted => return Ok(None),
+            Raw::Crash(reason) => return Err(CoreError::Crashed { vcpu, reason }),
+        }))
+    }
+}
+
+/// The side that the attributes of `KVM_HC_MAP_GPA_RANGE` ask for: bit 4 is "encrypted"
+/// (Linux include/uapi/linux/kvm_para.h).
+fn side(attributes: u64) -> Side {
+    if attributes >> 4 & 1 == 1 { Side::Private } else { Side::Shared }
+}
+
+/// The doorbell register behind a port or an MSR.
+fn doorbell_register(number: u32, base: u32) -> Option<u16> {
+    let offset = number.checked_sub(base)?;
+    u16::try_from(offset).ok().filter(|register| *register < doorbell::SPACE)
+}
+
+/// For `map_err`: `step` was what KVM was to do.
+fn failed<E: Into<BoxError>>(step: &'static str) -> impl Fn(E) -> CoreError {
+    move |error| CoreError::Backend { step, range: None, source: error.into() }
+}
+
+impl Vcpu for KvmVcpu {
+    fn index(&self) -> u32 {
+        self.index
+    }
+
+    fn run(&mut self) -> Result<Exit, CoreError> {
+        if self.question.is_some() {
+            return self.protocol("it cannot run before its last exit is answered");
+        }
+        loop {
+            if self.kicker.take() {
+                return Ok(Exit::Kicked);
+            }
+            self.offer_interrupt().map_err(failed("offer an interrupt"))?;
+            let raw = {
+                let _entered = self.kicker.enter();
+                Raw::from_kvm(self.fd.run())
+            };
+            let Some(exit) = self.translate(raw.map_err(failed("run a vcpu"))?)? else { continue };
+            if let Exit::Conversion(request) = exit {
+                self.shared.engine.ask(request);
+            }
+            return Ok(exit);
+        }
+    }
+
+    fn answer_read(&mut self, value: u64) -> Result<(), CoreError> {
+        match self.question.take() {
+            Some(conversion @ Question::Conversion(_)) => {
+                self.question = Some(conversion);
+                self.protocol("it asked for a conversion, not for a value")
+            }
+            question => self.answer(question, value),
+        }
+    }
+
+    fn answer_conversion(&mut self, answer: Answer) -> Result<(), CoreError> {
+        match self.question.take() {
+            Some(Question::Conversion(Transport::Doorbell)) => self.doorbell.answer(answer),
+            Some(Question::Conversion(Transport::Hypercall)) => {
+                // Positive error numbers: KVM passes them to the guest negated where its convention asks for that
+                // (Linux arch/x86/kvm/svm/sev.c and vmx/tdx.c accept these three values only).
+                let result = match answer {
+                    Answer::Done => 0,
+                    Answer::Invalid => libc::EINVAL,
+                    Answer::Retry => libc::EAGAIN,
+                };
+                vcpu_fd::answer_hypercall(&mut self.fd, result as u64);
+            }
+            other => {
+                self.question = other;
+                return self.protocol("it asked for no conversion");
+            }
+        }
+        Ok(())
+    }
+
+    fn register(&self, register: Register) -> Result<RegisterRead, CoreError> {
+        let regs = self.fd.get_regs().map_err(failed("read the registers"))?;
+        let sregs = self.fd.get_sregs().map_err(failed("read the system registers"))?;
+        Ok(RegisterRead::Visible(match register {
+            Register::Rax => regs.rax,
+            Register::Rbx => regs.rbx,
+            Register::Rcx => regs.rcx,
+            Register::Rdx => regs.rdx,
+            Register::Rsi => regs.rsi,
+            Register::Rdi => regs.rdi,
+            Register::Rsp => regs.rsp,
+            Register::Rbp => regs.rbp,
+            Register::R8 => regs.r8,
+            Register::R9 => regs.r9,
+            Register::R10 => regs.r10,
+            Register::R11 => regs.r11,
+            Register::R12 => regs.r12,
+            Register::R13 => regs.r13,
+            Register::R14 => regs.r14,
+            Register::R15 => regs.r15,
+            Register::Rip => regs.rip,
+            Register::Rflags => regs.rflags,
+            Register::Cr0 => sregs.cr0,
+            Register::Cr2 => sregs.cr2,
+            Register::Cr3 => sregs.cr3,
+            Register::Cr4 => sregs.cr4,
+            Register::Efer => sregs.efer,
+        }))
+    }
+
+    fn inject(&mut self, event: Event) -> Result<(), CoreError> {
+        let refused = |source| CoreError::InjectionRefused { vcpu: self.index, event, source };
+        self.guard.check(event).map_err(refused)?;
+        if let Event::Interrupt(vector) = event {
+            self.interrupts[usize::from(vector / 64)] |= 1 << (vector % 64);
+        }
+        Ok(())
+    }
+
+    fn kicker(&self) -> Arc<dyn Kick> {
+        Arc::clone(&self.kicker) as _
+    }
+}

@@ -1,0 +1,66 @@
+//! What a vCPU can do beyond `kvm-ioctls`.
+
+#![allow(unsafe_code, reason = "answers go into the page that is shared with KVM, and one ioctl is missing")]
+
+use crate::Error;
+use kvm_bindings::{KVMIO, kvm_interrupt};
+use kvm_ioctls::VcpuFd;
+use std::io;
+use std::ptr::NonNull;
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::ioctl_iow_nr;
+
+// Linux include/uapi/linux/kvm.h
+ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
+
+/// Where the value goes that a guest reads from a port.
+#[derive(Debug)]
+pub(crate) struct PortAnswer {
+    data: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the memory belongs to the vCPU, which moves between threads together with this.
+unsafe impl Send for PortAnswer {}
+// SAFETY: a shared reference to it gives no access to the memory.
+unsafe impl Sync for PortAnswer {}
+
+impl PortAnswer {
+    /// Remembers the place that a port exit of a vCPU shows.
+    pub(crate) fn new(data: &mut [u8]) -> Self {
+        Self { len: data.len(), data: NonNull::from(data).cast() }
+    }
+
+    /// Hands `value` to the guest.
+    ///
+    /// `vcpu` must be the one that showed the place, and must not have run since.
+    pub(crate) fn give(self, _vcpu: &mut VcpuFd, value: u64) {
+        for (at, byte) in value.to_le_bytes().into_iter().chain(std::iter::repeat(0)).take(self.len).enumerate() {
+            // SAFETY: the place is `len` bytes in the vCPU's mapping, which lives as long as `_vcpu`; nobody else
+            // accesses it, as `_vcpu` is borrowed exclusively.
+            unsafe { self.data.add(at).write(byte) };
+        }
+    }
+}
+
+/// Hands `value` to a guest that reads an MSR.
+pub(crate) fn answer_msr(vcpu: &mut VcpuFd, value: u64) {
+    let run = vcpu.get_kvm_run();
+    run.__bindgen_anon_1.msr.data = value;
+}
+
+/// Hands a hypercall's result to the guest.
+pub(crate) fn answer_hypercall(vcpu: &mut VcpuFd, result: u64) {
+    let run = vcpu.get_kvm_run();
+    run.__bindgen_anon_1.hypercall.ret = result;
+}
+
+/// Injects a vector into a vCPU that is ready for it.
+pub(crate) fn interrupt(vcpu: &VcpuFd, vector: u8) -> Result<(), Error> {
+    let interrupt = kvm_interrupt { irq: vector.into() };
+    // SAFETY: the descriptor is a vCPU's, and the kernel reads a kvm_interrupt.
+    match unsafe { ioctl_with_ref(vcpu, KVM_INTERRUPT(), &interrupt) } {
+        0 => Ok(()),
+        _ => Err(Error::Kvm { step: "inject an interrupt", source: io::Error::last_os_error() }),
+    }
+}

@@ -1,0 +1,82 @@
+use crate::guest_memory::{Allocated, GuestMemory};
+use crate::vcpu::KvmVcpu;
+use cvm_core::interrupt::Guarding;
+use cvm_core::launch::Transcript;
+use cvm_core::memory::{ConversionEngine, ConversionTotals};
+use cvm_core::{Conversion, ConversionListener, ConversionRequest, Lifecycle, LifecycleAnswer, SharedMemory, Vm};
+use kvm_ioctls::VmFd;
+use std::io;
+use std::sync::Arc;
+
+/// What a VM and its vCPUs keep alive together.
+pub(crate) struct Shared {
+    pub(crate) engine: ConversionEngine<GuestMemory>,
+    #[allow(dead_code, reason = "it keeps the vm, to which the vcpus belong")]
+    pub(crate) vm: VmFd,
+}
+
+/// A VM on plain KVM.
+pub struct KvmVm {
+    shared: Arc<Shared>,
+    vcpus: Vec<KvmVcpu>,
+    transcript: Transcript,
+}
+
+impl KvmVm {
+    pub(crate) fn new(shared: Arc<Shared>, vcpus: Vec<KvmVcpu>, transcript: Transcript) -> Self {
+        Self { shared, vcpus, transcript }
+    }
+
+    /// How much memory the VM occupies.
+    ///
+    /// # Errors
+    /// If the kernel does not say.
+    pub fn allocated(&self) -> io::Result<Allocated> {
+        self.shared.engine.converter().allocated()
+    }
+}
+
+impl Vm for KvmVm {
+    type Vcpu = KvmVcpu;
+
+    fn take_vcpus(&mut self) -> Vec<KvmVcpu> {
+        std::mem::take(&mut self.vcpus)
+    }
+
+    fn memory(&self) -> &SharedMemory {
+        self.shared.engine.memory()
+    }
+
+    fn convert(&self, request: &ConversionRequest) -> Conversion {
+        self.shared.engine.convert(request)
+    }
+
+    fn add_listener(&self, listener: Arc<dyn ConversionListener>) {
+        self.shared.engine.add_listener(listener);
+    }
+
+    fn conversions(&self) -> ConversionTotals {
+        self.shared.engine.totals()
+    }
+
+    fn transcript(&self) -> &Transcript {
+        &self.transcript
+    }
+
+    fn lifecycle(&self, what: Lifecycle) -> LifecycleAnswer {
+        match what {
+            // The kernel swaps the pages of both files as those of any other.
+            Lifecycle::Swap => LifecycleAnswer::Yes,
+            Lifecycle::Migrate | Lifecycle::Snapshot | Lifecycle::Dump => {
+                LifecycleAnswer::No("there is no protected export of private memory and registers")
+            }
+            Lifecycle::Reset => LifecycleAnswer::No("the launch is measured once: launch a new vm"),
+            Lifecycle::Hotplug => LifecycleAnswer::No("memory and vcpus are part of the measured launch"),
+            Lifecycle::AssignDevice => LifecycleAnswer::No("no iommu mapping follows the conversions"),
+        }
+    }
+
+    fn guarding(&self) -> Guarding {
+        Guarding::Library
+    }
+}

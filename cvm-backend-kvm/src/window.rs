@@ -1,0 +1,76 @@
+//! The window through which a guest sees its memory.
+
+#![allow(unsafe_code, reason = "mappings at fixed places cannot be made safely")]
+
+use crate::backing::Backing;
+use cvm_core::GpaRange;
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use std::ffi::c_void;
+use std::ptr::{NonNull, null_mut};
+
+/// Address space of this process, one byte for each byte of a slot, in which each page shows one backing file or
+/// nothing. KVM shows it to the guest; this process never reads or writes through it.
+#[derive(Debug)]
+pub(crate) struct Window {
+    slot: GpaRange,
+    base: NonNull<c_void>,
+}
+
+// SAFETY: the window owns its address space; it hands out no reference into it, and the kernel serialises mappings.
+unsafe impl Send for Window {}
+// SAFETY: as above.
+unsafe impl Sync for Window {}
+
+impl Window {
+    /// A window for `slot` that shows nothing.
+    pub(crate) fn new(slot: GpaRange) -> Result<Self, Errno> {
+        let len = usize::try_from(slot.len()).map_err(|_| Errno::NOMEM)?;
+        // SAFETY: without MAP_FIXED the kernel chooses an address where nothing is.
+        let base =
+            unsafe { mmap_anonymous(null_mut(), len, ProtFlags::empty(), MapFlags::PRIVATE | MapFlags::NORESERVE)? };
+        Ok(Self { slot, base: NonNull::new(base).ok_or(Errno::NOMEM)? })
+    }
+
+    /// Where the window lies in this process.
+    pub(crate) fn address(&self) -> u64 {
+        self.base.as_ptr() as u64
+    }
+
+    /// The part of the window for `range`, which must lie in the slot.
+    fn place(&self, range: GpaRange) -> Result<(*mut c_void, usize), Errno> {
+        if !self.slot.contains_range(&range) {
+            return Err(Errno::FAULT);
+        }
+        let offset = (range.start().0 - self.slot.start().0) as usize;
+        Ok((self.base.as_ptr().wrapping_byte_add(offset), range.len() as usize))
+    }
+
+    /// Shows `backing` from `offset` on in the place of `range`.
+    pub(crate) fn show(&self, range: GpaRange, backing: &Backing, offset: u64) -> Result<(), Errno> {
+        let (at, len) = self.place(range)?;
+        let flags = MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE;
+        // SAFETY: `place` made sure that the mapping replaces nothing but a part of this window, to which there are no
+        // references.
+        unsafe { mmap(at, len, ProtFlags::READ | ProtFlags::WRITE, flags, backing.file(), offset)? };
+        Ok(())
+    }
+
+    /// Shows nothing in the place of `range`.
+    pub(crate) fn hide(&self, range: GpaRange) -> Result<(), Errno> {
+        let (at, len) = self.place(range)?;
+        let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+        // SAFETY: as in `show`.
+        unsafe { mmap_anonymous(at, len, ProtFlags::empty(), flags)? };
+        Ok(())
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        // SAFETY: the window is this address range and nothing else is in it. A guest could still see it only while
+        // one of its vCPUs runs, and each vCPU keeps the window alive.
+        let unmapped = unsafe { munmap(self.base.as_ptr(), self.slot.len() as usize) };
+        debug_assert!(unmapped.is_ok(), "a window could not be unmapped: {unmapped:?}");
+    }
+}
