@@ -1,0 +1,58 @@
+use cvm_core::{Answer, GpaRange, RangeError, Side};
+
+/// What can go wrong in a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The boot page is none, or speaks of things that this version does not know.
+    #[error("the boot page has no known {0}")]
+    BootPage(&'static str),
+    /// The host did not convert.
+    #[error("the host did not make {range} {to}: it answered {answer:?}")]
+    NotConverted {
+        /// The pages, of which some may have been converted.
+        range: GpaRange,
+        /// The side that they were to be on.
+        to: Side,
+        /// What the host said last.
+        answer: Answer,
+    },
+    /// The host gave an answer that means nothing.
+    #[error("the host answered a conversion of {range} with {answer:#x}")]
+    UnknownAnswer {
+        /// The pages.
+        range: GpaRange,
+        /// What the host said.
+        answer: u64,
+    },
+    /// Numbers that are no page range, or one that the transport cannot name.
+    #[error("no page range that can be converted")]
+    Range(#[from] RangeError),
+    /// A range that the transport has too few bits for.
+    #[error("{0} is beyond what the doorbell can name")]
+    TooFar(GpaRange),
+    /// An access beyond the end of a shared region or buffer.
+    #[error("{len} bytes at offset {offset} end beyond the {limit} bytes that are there")]
+    OutOfBounds {
+        /// Where the access would begin.
+        offset: usize,
+        /// How long it would be.
+        len: usize,
+        /// How much there is.
+        limit: usize,
+    },
+    /// No run of the pool is free for that many bytes.
+    #[error("the pool has no {len} bytes in a row")]
+    Exhausted {
+        /// How many bytes were asked for.
+        len: usize,
+    },
+    /// A pool's bookkeeping is too small for its region, or its region too small to be of use.
+    #[error("a pool of {bytes} bytes needs at least one and at most {capacity} bytes of shared memory")]
+    PoolSize {
+        /// The region's size.
+        bytes: usize,
+        /// What the bookkeeping can describe.
+        capacity: usize,
+    },
+}

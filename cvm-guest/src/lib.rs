@@ -1,0 +1,28 @@
+//! What runs inside a confidential guest, without `std` and without an allocator.
+//!
+//! - [`Platform`]: what the boot page says, and the calls that follow from it: convert pages, write to the console, end.
+//! - [`SharedRegion`]: memory that the host can write at any time. It copies in and out, and never lends a reference.
+//! - [`Pool`]: bounce buffers in a shared region, for the payloads of devices.
+//! - [`virtio`] (feature `virtio`): a `Hal` and a transport for the crate `virtio-drivers`.
+//!
+//! [`Machine`] stands for the instructions that reach the host, so that all of this runs in ordinary tests too.
+
+#![cfg_attr(not(test), no_std)]
+
+mod error;
+mod machine;
+mod platform;
+mod pool;
+mod shared;
+#[cfg(feature = "virtio")]
+pub mod virtio;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub use error::Error;
+pub use machine::Machine;
+pub use platform::{Console, DeviceRegisters, Platform};
+pub use pool::{FromDevice, GRANULE, Pool, ToDevice};
+pub use shared::SharedRegion;
+#[cfg(target_arch = "x86_64")]
+pub use x86::Processor;

@@ -1,0 +1,271 @@
+use crate::{Error, Machine, SharedRegion};
+use core::fmt;
+use cvm_core::boot::{self, BootPage};
+use cvm_core::doorbell::{Transport, control, device_base};
+use cvm_core::{Answer, GpaRange, PAGE_SIZE, Side};
+
+/// How often a request is repeated that the host wants repeated, before the guest gives up.
+const TRIES: u32 = 1000;
+
+/// The answers to a hypercall: Linux error numbers, positive.
+const EAGAIN: u64 = 11;
+const EINVAL: u64 = 22;
+
+/// The host as the guest reaches it.
+#[derive(Debug, Clone, Copy)]
+pub struct Platform<M> {
+    machine: M,
+    transport: Transport,
+}
+
+impl<M: Machine> Platform<M> {
+    /// The platform that `boot` describes, reached by `machine`.
+    ///
+    /// # Errors
+    /// [`Error::BootPage`] if it asks for a transport that this version does not know.
+    pub fn new(boot: &BootPage, machine: M) -> Result<Self, Error> {
+        if boot.magic != boot::MAGIC {
+            return Err(Error::BootPage("magic"));
+        }
+        Ok(Self { machine, transport: boot.transport().ok_or(Error::BootPage("transport"))? })
+    }
+
+    /// Makes `range` private or shared. Its contents are lost.
+    ///
+    /// # Errors
+    /// [`Error::NotConverted`] when the host refuses or keeps asking for another try, [`Error::UnknownAnswer`],
+    /// [`Error::TooFar`]. Some pages may have been converted then.
+    pub fn convert(&self, range: GpaRange, to: Side) -> Result<(), Error> {
+        let mut answer = Answer::Retry;
+        for _ in 0..TRIES {
+            answer = match self.transport {
+                Transport::Hypercall => self.ask_by_hypercall(range, to)?,
+                Transport::Doorbell => self.ask_by_doorbell(range, to)?,
+            };
+            match answer {
+                Answer::Done => return Ok(()),
+                Answer::Invalid => break,
+                Answer::Retry => core::hint::spin_loop(),
+            }
+        }
+        Err(Error::NotConverted { range, to, answer })
+    }
+
+    fn ask_by_hypercall(&self, range: GpaRange, to: Side) -> Result<Answer, Error> {
+        match self.machine.convert(range, to) {
+            0 => Ok(Answer::Done),
+            EINVAL => Ok(Answer::Invalid),
+            EAGAIN => Ok(Answer::Retry),
+            answer => Err(Error::UnknownAnswer { range, answer }),
+        }
+    }
+
+    fn ask_by_doorbell(&self, range: GpaRange, to: Side) -> Result<Answer, Error> {
+        let narrow = |number: u64| u32::try_from(number).map_err(|_| Error::TooFar(range));
+        let (frame, pages) = (narrow(range.start().0 / PAGE_SIZE)?, narrow(range.pages())?);
+        self.machine.write(control::CONVERT_FRAME, frame);
+        self.machine.write(control::CONVERT_PAGES, pages);
+        self.machine.write(control::CONVERT, to as u32);
+        let answer = self.machine.read(control::CONVERT);
+        Answer::from_u32(answer).ok_or(Error::UnknownAnswer { range, answer: answer.into() })
+    }
+
+    /// Shares `range` and returns it as memory that the host can write.
+    ///
+    /// # Safety
+    /// The guest must map `range` to the same virtual addresses, writable, and must not use it in any other way, nor
+    /// have references into it, until [`Platform::unshare`] has given it back.
+    ///
+    /// # Errors
+    /// As [`Platform::convert`]. The range must not be used for anything then: part of it may be shared.
+    #[allow(unsafe_code, reason = "only the caller knows what else uses the range")]
+    pub unsafe fn share(&self, range: GpaRange) -> Result<SharedRegion, Error> {
+        self.convert(range, Side::Shared)?;
+        // SAFETY: passed on to the caller.
+        unsafe { SharedRegion::new(range) }
+    }
+
+    /// Takes a region back; its pages are private then, with contents that nobody should rely on.
+    ///
+    /// # Errors
+    /// As [`Platform::convert`]. The pages are lost to the guest then: part of them may still be shared.
+    pub fn unshare(&self, region: SharedRegion) -> Result<GpaRange, Error> {
+        let range = region.range();
+        self.convert(range, Side::Private)?;
+        Ok(range)
+    }
+
+    /// The console.
+    pub fn console(&self) -> Console<'_, M> {
+        Console(&self.machine)
+    }
+
+    /// The registers of device `device`, which must be below [`MAX_DEVICES`](cvm_core::doorbell::MAX_DEVICES).
+    pub fn device(&self, device: u16) -> DeviceRegisters<&M> {
+        DeviceRegisters { machine: &self.machine, base: device_base(device) }
+    }
+
+    /// Ends the guest with `code`, where 0 is success. A host that runs it on nevertheless finds it repeating itself.
+    pub fn end(&self, code: u32) -> ! {
+        loop {
+            self.machine.write(control::END, code);
+        }
+    }
+}
+
+/// Where a guest writes for people to read. The host sees every byte, so no secrets belong there.
+#[derive(Debug)]
+pub struct Console<'a, M>(&'a M);
+
+impl<M: Machine> fmt::Write for Console<'_, M> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        text.bytes().for_each(|byte| self.0.write(control::CONSOLE, byte.into()));
+        Ok(())
+    }
+}
+
+/// The doorbell registers of one device.
+#[derive(Debug, Clone, Copy)]
+pub struct DeviceRegisters<M> {
+    machine: M,
+    base: u16,
+}
+
+impl<M: Machine> DeviceRegisters<M> {
+    /// Reads the 32 bits at `offset`, which must be a multiple of four below
+    /// [`DEVICE_SPACE`](cvm_core::doorbell::DEVICE_SPACE).
+    pub fn read(&self, offset: u16) -> u32 {
+        self.machine.read(self.base.wrapping_add(offset))
+    }
+
+    /// Writes the 32 bits at `offset`, as for [`DeviceRegisters::read`].
+    pub fn write(&self, offset: u16, value: u32) {
+        self.machine.write(self.base.wrapping_add(offset), value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cvm_core::doorbell::{Access, Registers, Ring};
+    use cvm_core::{ConversionRequest, Exit};
+    use std::cell::{Cell, RefCell};
+    use zerocopy::FromZeros;
+
+    /// A host that listens as the contract says and answers what it is told to.
+    #[derive(Debug)]
+    struct Host {
+        registers: RefCell<Registers>,
+        requests: RefCell<Vec<ConversionRequest>>,
+        answers: RefCell<Vec<u64>>,
+        console: RefCell<Vec<u8>>,
+        raw_answer: Cell<Option<u32>>,
+    }
+
+    impl Host {
+        fn new(answers: &[u64]) -> Self {
+            Self {
+                registers: RefCell::new(Registers::new(0)),
+                requests: RefCell::default(),
+                answers: RefCell::new(answers.iter().rev().copied().collect()),
+                console: RefCell::default(),
+                raw_answer: Cell::default(),
+            }
+        }
+
+        fn answer(&self, request: ConversionRequest) -> u64 {
+            self.requests.borrow_mut().push(request);
+            self.answers.borrow_mut().pop().unwrap_or(0)
+        }
+    }
+
+    impl Machine for Host {
+        fn write(&self, register: u16, value: u32) {
+            let ring = self.registers.borrow_mut().access(register, Access::Write(value)).unwrap();
+            match ring {
+                Ring::Exit(Exit::Conversion(request)) => match self.answer(request) {
+                    raw if Answer::from_u32(raw as u32).is_none() => self.raw_answer.set(Some(raw as u32)),
+                    known => self.registers.borrow_mut().answer(Answer::from_u32(known as u32).unwrap()),
+                },
+                Ring::Exit(Exit::Console(byte)) => self.console.borrow_mut().push(byte),
+                _ => {}
+            }
+        }
+
+        fn read(&self, register: u16) -> u32 {
+            match self.registers.borrow_mut().access(register, Access::Read).unwrap() {
+                Ring::Value(value) => self.raw_answer.get().unwrap_or(value),
+                other => panic!("{other:?}"),
+            }
+        }
+
+        fn convert(&self, range: GpaRange, to: Side) -> u64 {
+            self.answer(ConversionRequest::from_guest(0, range.start().0, range.pages(), to))
+        }
+    }
+
+    fn platform(host: &Host, transport: Transport) -> Platform<&Host> {
+        let boot = BootPage { magic: boot::MAGIC, transport: transport as u32, ..BootPage::new_zeroed() };
+        Platform::new(&boot, host).unwrap()
+    }
+
+    fn range() -> GpaRange {
+        GpaRange::from_pages(0x20_0000, 3).unwrap()
+    }
+
+    #[test]
+    fn both_transports_ask_the_same_and_try_again_when_told_to() {
+        for (transport, retry) in [(Transport::Hypercall, EAGAIN), (Transport::Doorbell, Answer::Retry as u64)] {
+            let host = Host::new(&[retry, retry, 0]);
+            platform(&host, transport).convert(range(), Side::Shared).unwrap();
+            let request = ConversionRequest::from_guest(0, 0x20_0000, 3, Side::Shared);
+            assert_eq!(*host.requests.borrow(), [request; 3], "{transport:?}");
+        }
+    }
+
+    #[test]
+    fn a_host_that_always_says_retry_does_not_hold_the_guest_forever() {
+        for (transport, retry) in [(Transport::Hypercall, EAGAIN), (Transport::Doorbell, Answer::Retry as u64)] {
+            let host = Host::new(&vec![retry; 10 * TRIES as usize]);
+            let error = platform(&host, transport).convert(range(), Side::Private).unwrap_err();
+            assert_eq!(error, Error::NotConverted { range: range(), to: Side::Private, answer: Answer::Retry });
+        }
+    }
+
+    #[test]
+    fn answers_that_mean_nothing_are_errors() {
+        for transport in [Transport::Hypercall, Transport::Doorbell] {
+            let host = Host::new(&[77]);
+            let error = platform(&host, transport).convert(range(), Side::Shared).unwrap_err();
+            assert_eq!(error, Error::UnknownAnswer { range: range(), answer: 77 });
+        }
+        let host = Host::new(&[EINVAL]);
+        let error = platform(&host, Transport::Hypercall).convert(range(), Side::Shared).unwrap_err();
+        assert!(matches!(error, Error::NotConverted { answer: Answer::Invalid, .. }));
+    }
+
+    #[test]
+    fn a_boot_page_of_another_kind_is_refused() {
+        let host = Host::new(&[]);
+        let mut boot = BootPage { magic: boot::MAGIC, transport: 9, ..BootPage::new_zeroed() };
+        assert_eq!(Platform::new(&boot, &host).unwrap_err(), Error::BootPage("transport"));
+        boot.magic = 1;
+        assert_eq!(Platform::new(&boot, &host).unwrap_err(), Error::BootPage("magic"));
+    }
+
+    #[test]
+    fn the_console_carries_bytes() {
+        let host = Host::new(&[]);
+        fmt::Write::write_str(&mut platform(&host, Transport::Doorbell).console(), "hello\n").unwrap();
+        assert_eq!(*host.console.borrow(), b"hello\n");
+    }
+
+    #[test]
+    fn what_the_doorbell_cannot_name_is_refused_before_it_rings() {
+        let host = Host::new(&[]);
+        let far = GpaRange::from_pages(PAGE_SIZE << 32, 1).unwrap();
+        let error = platform(&host, Transport::Doorbell).convert(far, Side::Shared).unwrap_err();
+        assert_eq!(error, Error::TooFar(far));
+        assert!(host.requests.borrow().is_empty());
+    }
+}

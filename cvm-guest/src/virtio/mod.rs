@@ -1,0 +1,7 @@
+//! Virtio for protected guests: payloads bounce through a shared pool, and registers are reached by doorbell.
+
+mod hal;
+mod transport;
+
+pub use hal::{PoolHal, StaticPool};
+pub use transport::{DoorbellTransport, TransportError};

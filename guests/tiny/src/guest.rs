@@ -1,0 +1,225 @@
+//! The guest's work.
+
+#![allow(unsafe_code, reason = "it starts without a stack, shares memory that it owns, and tries what is forbidden")]
+
+use crate::disk::{self, CountingHal};
+use core::arch::{asm, naked_asm};
+use core::fmt::Write;
+use core::hint::spin_loop;
+use core::panic::PanicInfo;
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use cvm_core::boot::BootPage;
+use cvm_core::{GpaRange, PAGE_SIZE, Side};
+use cvm_guest::virtio::DoorbellTransport;
+use cvm_guest::{GRANULE, Platform, Pool, Processor};
+use sha2::{Digest, Sha256};
+use spin::Mutex;
+use tiny_guest::*;
+use virtio_drivers::device::blk::VirtIOBlk;
+use zerocopy::{FromZeros, IntoBytes};
+
+const STACK_LEN: usize = 32 << 10;
+
+/// A stack for each vCPU; they grow down.
+#[repr(C, align(4096))]
+struct Stacks([[u8; STACK_LEN]; MAX_VCPUS as usize]);
+
+static mut STACKS: Stacks = Stacks([[0; STACK_LEN]; MAX_VCPUS as usize]);
+
+/// The secret, in private memory for good.
+#[repr(C, align(4096))]
+struct Secret([u8; SECRET_LEN]);
+
+static SECRET: Mutex<Secret> = Mutex::new(Secret([0; SECRET_LEN]));
+
+static POOL_BITS: Mutex<[u64; POOL_LEN as usize / GRANULE / 64]> = Mutex::new([0; _]);
+static VCPUS_DONE: AtomicU32 = AtomicU32::new(0);
+static CONVERTED_BY_OTHERS: AtomicU64 = AtomicU64::new(0);
+
+/// Where every vCPU starts: its index in RDI, the boot page in RSI, no stack.
+#[unsafe(naked)]
+#[unsafe(no_mangle)]
+#[unsafe(link_section = ".text.start")]
+extern "C" fn start() -> ! {
+    naked_asm!(
+        "cmp rdi, {max}",
+        "jae 2f",
+        "lea rax, [rdi + 1]",
+        "imul rax, rax, {len}",
+        "lea rsp, [rip + {stacks}]",
+        "add rsp, rax",
+        "xor ebp, ebp",
+        "call {main}",
+        "2:",
+        "cli",
+        "hlt",
+        "jmp 2b",
+        max = const MAX_VCPUS,
+        len = const STACK_LEN,
+        stacks = sym STACKS,
+        main = sym main,
+    )
+}
+
+extern "C" fn main(index: u64, boot: *const BootPage) {
+    // SAFETY: the VMM's convention is that RSI has the address of the boot page, a private page that nobody changes.
+    let boot = unsafe { boot.read() };
+    let Some(doorbell) = boot.doorbell() else { panic!() };
+    // SAFETY: this is ring 0, and the boot page says which doorbell the host knows.
+    let processor = unsafe { Processor::new(doorbell) };
+    let Ok(platform) = Platform::new(&boot, processor) else { panic!() };
+    if index > 0 {
+        convert_back_and_forth(&platform, &boot, index);
+        return;
+    }
+    match Task::from_u64(boot.argument[0]) {
+        Some(Task::Work) => work(&platform, &boot),
+        Some(Task::Spin) => loop {
+            spin_loop();
+        },
+        // SAFETY: without an interrupt descriptor table, an exception cannot be delivered.
+        Some(Task::TripleFault) => unsafe { asm!("lidt [{table}]", "ud2", table = in(reg) &[0u16; 5]) },
+        // SAFETY: a port access harms no memory.
+        Some(Task::UnknownDoorbell) => unsafe {
+            let port = cvm_core::doorbell::PORT_BASE + 0x1fc;
+            asm!("out dx, eax", in("dx") port, in("eax") 0);
+        },
+        Some(Task::BadConversions) => {
+            let top = end_of_memory(&boot);
+            let bad = [(top, 1), (top - PAGE_SIZE, 2), (1 << 40, 1)];
+            let bad = bad.into_iter().flat_map(|(start, pages)| GpaRange::from_pages(start, pages).ok());
+            let refused = bad.filter(|range| platform.convert(*range, Side::Shared).is_err()).count() as u32;
+            platform.end(code::REFUSED + refused);
+        }
+        Some(Task::Panic) => panic!(),
+        Some(Task::Hello) => {
+            let _ = writeln!(platform.console(), "hello from a protected guest");
+            send(&platform, end_of_memory(&boot), GREETING);
+            platform.end(0);
+        }
+        None => platform.end(code::PLATFORM),
+    }
+    platform.end(code::PLATFORM)
+}
+
+fn work(platform: &Platform<Processor>, boot: &BootPage) {
+    let nonce = boot.argument[1];
+    let mut console = platform.console();
+    let _ = writeln!(console, "tiny guest: {} vcpus", boot.vcpus);
+    let secret = {
+        let mut secret = SECRET.lock();
+        for (index, byte) in secret.0.iter_mut().enumerate() {
+            *byte = pattern(nonce, SECRET_STREAM, index);
+        }
+        secret.0.as_ptr().expose_provenance() as u64
+    };
+
+    let end = end_of_memory(boot);
+    let Ok(range) = GpaRange::new(end.wrapping_sub(POOL_LEN), POOL_LEN) else { platform.end(code::PLATFORM) };
+    // SAFETY: all memory is mapped to its own addresses, and nothing of the guest is at its end.
+    let Ok(region) = (unsafe { platform.share(range) }) else { platform.end(code::PLATFORM) };
+    let bits: &mut [u64; _] = spin::MutexGuard::leak(POOL_BITS.lock());
+    let Ok(pool) = Pool::new(region, bits) else { platform.end(code::PLATFORM) };
+    disk::use_pool(pool);
+    let _ = writeln!(console, "tiny guest: pool shared at {range}");
+
+    let Some(mut report) = use_disk(platform, nonce) else { platform.end(code::DISK) };
+    let _ = writeln!(console, "tiny guest: disk of {} bytes read, written and read back", report.disk_len);
+
+    VCPUS_DONE.fetch_add(1, Ordering::Relaxed);
+    while VCPUS_DONE.load(Ordering::Acquire) < boot.vcpus {
+        spin_loop();
+    }
+    report.vcpus = VCPUS_DONE.load(Ordering::Relaxed);
+    report.converted_by_others = CONVERTED_BY_OTHERS.load(Ordering::Relaxed);
+    report.secret = secret;
+    (report.bounced_to_device, report.bounced_from_device) = disk::bounced();
+    send(platform, end, report.as_bytes());
+
+    let _ = writeln!(console, "tiny guest: trying mmio at {MMIO:#x}");
+    // SAFETY: nothing is there, so nothing of ours can change.
+    let value = unsafe { core::ptr::with_exposed_provenance::<u32>(MMIO as usize).read_volatile() };
+    let _ = writeln!(console, "tiny guest: mmio gave {value:#x}");
+    platform.end(code::MMIO)
+}
+
+/// Reads the whole disk, writes some sectors of it and reads them back.
+fn use_disk(platform: &Platform<Processor>, nonce: u64) -> Option<Report> {
+    let transport = DoorbellTransport::new(platform.device(BLOCK_DEVICE)).ok()?;
+    let mut disk = VirtIOBlk::<CountingHal, _>::new(transport).ok()?;
+    let sectors = usize::try_from(disk.capacity()).ok()?;
+    let mut report = Report { disk_len: disk.capacity() * SECTOR as u64, ..Report::new_zeroed() };
+
+    let mut hash = Sha256::new();
+    let mut chunk = [0; READ_LEN];
+    for first in (0..sectors).step_by(READ_LEN / SECTOR) {
+        let chunk = &mut chunk[..READ_LEN.min((sectors - first) * SECTOR)];
+        disk.read_blocks(first, chunk).ok()?;
+        hash.update(&*chunk);
+    }
+    report.sha256 = hash.finalize().into();
+
+    report.private_descriptor_refused = disk::refuses_private_descriptors(&mut disk).into();
+
+    let written_at = (sectors / 2).min(sectors.checked_sub(WRITTEN_SECTORS)?);
+    let written: [u8; WRITTEN_SECTORS * SECTOR] = core::array::from_fn(|index| pattern(nonce, DISK_STREAM, index));
+    disk.write_blocks(written_at, &written).ok()?;
+    disk.flush().ok()?;
+    let mut back = [0; WRITTEN_SECTORS * SECTOR];
+    disk.read_blocks(written_at, &mut back).ok()?;
+    report.written_at = written_at as u64;
+    report.read_back = (back == written).into();
+    Some(report)
+}
+
+fn end_of_memory(boot: &BootPage) -> u64 {
+    boot.memory.iter().map(|range| range.start.wrapping_add(range.len)).max().unwrap_or(0)
+}
+
+/// Shares the page below the pool with `report` in it, tells the VMM, and takes the page back.
+fn send(platform: &Platform<Processor>, end: u64, report: &[u8]) {
+    let Ok(page) = GpaRange::new(end - POOL_LEN - PAGE_SIZE, PAGE_SIZE) else { platform.end(code::PLATFORM) };
+    // SAFETY: as for the pool.
+    let Ok(region) = (unsafe { platform.share(page) }) else { platform.end(code::PLATFORM) };
+    if region.write(0, report).is_err() {
+        platform.end(code::PLATFORM);
+    }
+    platform.device(REPORT_DEVICE).write(0, (page.start().0 / PAGE_SIZE) as u32);
+    if platform.unshare(region).is_err() {
+        platform.end(code::PLATFORM);
+    }
+}
+
+/// What a vCPU other than the first does: shares pages of its own, sees that it can use them, and takes them back.
+fn convert_back_and_forth(platform: &Platform<Processor>, boot: &BootPage, index: u64) {
+    const PAGES: u64 = 4;
+    let end = end_of_memory(boot);
+    let start = end - POOL_LEN - PAGE_SIZE - index * PAGES * PAGE_SIZE;
+    let Ok(range) = GpaRange::from_pages(start, PAGES) else { platform.end(code::VCPUS) };
+    for round in 0..ROUNDS {
+        // SAFETY: all memory is mapped to its own addresses, and the page belongs to this vCPU.
+        let Ok(region) = (unsafe { platform.share(range) }) else { platform.end(code::VCPUS) };
+        let sent = [index as u8 ^ round as u8; 64];
+        let mut back = [0; 64];
+        let copied =
+            region.write(PAGE_SIZE as usize - 32, &sent).and_then(|()| region.read(PAGE_SIZE as usize - 32, &mut back));
+        if copied.is_err() || back != sent || platform.unshare(region).is_err() {
+            platform.end(code::VCPUS);
+        }
+        CONVERTED_BY_OTHERS.fetch_add(2 * PAGES, Ordering::Relaxed);
+    }
+    VCPUS_DONE.fetch_add(1, Ordering::Release);
+}
+
+/// Ends the guest. What panicked is not said: the console is the host's to read.
+#[panic_handler]
+fn panic(_: &PanicInfo<'_>) -> ! {
+    for doorbell in [cvm_core::doorbell::Doorbell::Port, cvm_core::doorbell::Doorbell::Msr] {
+        // SAFETY: this is ring 0; a host that does not know the doorbell ends the guest all the same.
+        let processor = unsafe { Processor::new(doorbell) };
+        cvm_guest::Machine::write(&processor, cvm_core::doorbell::control::END, code::PANIC);
+    }
+    loop {
+        spin_loop();
+    }
+}
