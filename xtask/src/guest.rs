@@ -1,0 +1,207 @@
+//! The image of the tiny guest: committed, and the same bytes wherever it is built.
+//!
+//! The core library is always built from source together with the guest, so that the image has
+//! nothing in it that came with one machine's toolchain.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::{env, fs};
+
+use clap::Args;
+
+use crate::error::{Context, Error, Result};
+use crate::rust_src::Rustc;
+use crate::{tools, workspace};
+
+const TARGET: &str = "x86_64-unknown-none";
+
+/// Build the tiny guest and write its image, the same bytes on every machine.
+///
+/// The image is guests/tiny/tiny-guest.elf; guests/tiny/tiny-guest.rustc names the compiler it was
+/// built with.
+#[derive(Args)]
+pub struct Guest {
+    /// Compare with the committed image instead of writing it
+    #[arg(long)]
+    check: bool,
+}
+
+impl Guest {
+    /// Builds the image and writes or compares it.
+    pub fn run(&self) -> Result<ExitCode> {
+        let rustc = Rustc::new()?;
+        let committed = Committed::new();
+        if self.check {
+            committed.check_rustc(&rustc)?;
+        }
+        let image = build(&rustc)?;
+        let image = fs::read(&image).context(|| format!("reading {}", image.display()))?;
+        if self.check {
+            committed.check_image(&image)?;
+            println!("the committed image is the one built here");
+        } else {
+            committed.write(&rustc, &image)?;
+            println!("wrote {}, {} bytes", committed.image.display(), image.len());
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// The image and the name of the compiler it was built with, as they are in the repository.
+struct Committed {
+    image: PathBuf,
+    rustc: PathBuf,
+}
+
+impl Committed {
+    fn new() -> Self {
+        let directory = workspace::root().join("guests/tiny");
+        Self { image: directory.join("tiny-guest.elf"), rustc: directory.join("tiny-guest.rustc") }
+    }
+
+    fn check_rustc(&self, rustc: &Rustc) -> Result<()> {
+        let committed = fs::read_to_string(&self.rustc).context(|| no_image(&self.rustc))?;
+        let (needed, here) = (committed.trim_end(), &rustc.version);
+        if needed == here {
+            return Ok(());
+        }
+        let release = needed.split(' ').nth(1).unwrap_or_default();
+        Err(Error::new(format!(
+            "the committed image was built with {needed}, and another compiler makes another \
+             image; here is {here}: use `cargo +{release} xtask guest --check`"
+        )))
+    }
+
+    fn check_image(&self, built: &[u8]) -> Result<()> {
+        let committed = fs::read(&self.image).context(|| no_image(&self.image))?;
+        if committed == built {
+            return Ok(());
+        }
+        let same = committed.iter().zip(built).take_while(|(a, b)| a == b);
+        Err(Error::new(format!(
+            "{} ({} bytes) is not what its sources give ({} bytes; they differ from byte {}): \
+             run `cargo xtask guest` and commit the result",
+            self.image.display(),
+            committed.len(),
+            built.len(),
+            same.count(),
+        )))
+    }
+
+    fn write(&self, rustc: &Rustc, image: &[u8]) -> Result<()> {
+        fs::write(&self.image, image).context(|| format!("writing {}", self.image.display()))?;
+        fs::write(&self.rustc, format!("{}\n", rustc.version)).context(|| format!("writing {}", self.rustc.display()))
+    }
+}
+
+fn no_image(path: &Path) -> String {
+    format!("no committed image, run `cargo xtask guest`: reading {}", path.display())
+}
+
+/// Builds the image; the result is where cargo put it.
+fn build(rustc: &Rustc) -> Result<PathBuf> {
+    let library = rustc.library()?;
+    // Whatever CARGO_TARGET_DIR says: it must not make a difference.
+    let target = workspace::cache().join("guest");
+    let cargo = |subcommand: &str| {
+        let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        for (name, _) in env::vars_os() {
+            if changes_the_build(&name.to_string_lossy()) {
+                cargo.env_remove(name);
+            }
+        }
+        cargo
+            .current_dir(workspace::root())
+            .args([subcommand, "--locked", "--package", "tiny-guest"])
+            .args(["--profile", "guest", "--target", TARGET, "--target-dir"])
+            .arg(&target);
+        cargo
+    };
+
+    // Cargo does not see a change of the linker script.
+    tools::run(cargo("clean").arg("--quiet"))?;
+
+    let mut build = cargo("build");
+    build
+        .args(["--bin", "tiny-guest"])
+        .arg("-Zbuild-std=core,compiler_builtins")
+        .arg("-Zbuild-std-features=compiler-builtins-mem")
+        // The unstable flags of cargo and rustc, with the stable toolchain.
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env("__CARGO_TESTS_ONLY_SRC_ROOT", &library)
+        .env("CARGO_ENCODED_RUSTFLAGS", rustflags(&library)?);
+    tools::run(&mut build)?;
+    Ok(target.join(TARGET).join("guest/tiny-guest"))
+}
+
+/// The flags for the guest and the core library, in cargo's encoding.
+fn rustflags(library: &Path) -> Result<String> {
+    let home = env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| Some(env::home_dir()?.join(".cargo")));
+    let home = home.ok_or_else(|| Error::new("neither $CARGO_HOME nor a home directory"))?;
+    // The last one that fits is taken.
+    let paths = [(workspace::root(), "cvm"), (&home, "cargo"), (library, "rust")];
+
+    let mut flags = vec![
+        "-Crelocation-model=static".into(),
+        // Relative to the workspace, where cargo runs the compiler for its members.
+        "-Clink-arg=-Tguests/tiny/link.ld".into(),
+        "-Clink-arg=--build-id=none".into(),
+        // A moved line alone is not to make another image.
+        "-Zlocation-detail=none".into(),
+    ];
+    flags.extend(paths.map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display())));
+    Ok(flags.join("\x1f"))
+}
+
+/// Whether an environment variable tells cargo or rustc to build differently.
+fn changes_the_build(name: &str) -> bool {
+    const PREFIXES: [&str; 5] = ["CARGO_BUILD_", "CARGO_PROFILE_", "CARGO_TARGET_", "CARGO_UNSTABLE_", "RUSTC_"];
+    ["CARGO_INCREMENTAL", "RUSTC", "RUSTFLAGS"].contains(&name)
+        || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn committed(directory: &Path) -> Committed {
+        Committed { image: directory.join("image"), rustc: directory.join("rustc") }
+    }
+
+    #[test]
+    fn an_image_that_differs_is_reported_with_the_first_byte_that_does() {
+        let directory = tempfile::tempdir().unwrap();
+        let committed = committed(directory.path());
+        fs::write(&committed.image, b"abc").unwrap();
+
+        committed.check_image(b"abc").unwrap();
+        let error = committed.check_image(b"abd").unwrap_err().to_string();
+        assert!(error.contains("differ from byte 2"), "{error}");
+    }
+
+    #[test]
+    fn a_missing_image_says_how_to_make_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = committed(directory.path()).check_image(b"").unwrap_err();
+        assert!(error.to_string().contains("run `cargo xtask guest`"));
+    }
+
+    #[test]
+    fn another_compiler_is_told_which_one_is_needed() {
+        let directory = tempfile::tempdir().unwrap();
+        let committed = committed(directory.path());
+        fs::write(&committed.rustc, "rustc 1.2.3 (abc 2000-01-01)\n").unwrap();
+        let error = committed.check_rustc(&Rustc::new().unwrap()).unwrap_err();
+        assert!(error.to_string().contains("cargo +1.2.3 xtask guest --check"));
+    }
+
+    #[test]
+    fn the_flags_do_not_say_where_the_workspace_is_except_to_hide_it() {
+        let flags = rustflags(Path::new("/lib")).unwrap();
+        let root = workspace::root().display().to_string();
+        for flag in flags.split('\x1f') {
+            assert!(flag.starts_with("--remap-path-prefix=") || !flag.contains(&root));
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! Maintenance of the workspace, run as `cargo xtask`.
+//!
+//! - [`guest`]: the committed image of the tiny guest, the same bytes on every machine
+//! - [`l1`]: a command in a small VM whose KVM has the whole confidential-VM interface
+//! - [`l1_kernel`]: the kernel of that VM
+//! - [`ratios`]: the results of the benchmarks against their targets
+
+mod cpio;
+mod debian;
+mod error;
+mod guest;
+mod l1;
+mod l1_kernel;
+mod ratios;
+mod rust_src;
+mod tools;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Maintenance of the workspace.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    Guest(guest::Guest),
+    L1(l1::L1),
+    L1Kernel(l1_kernel::L1Kernel),
+    Ratios(ratios::Ratios),
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().task {
+        Task::Guest(task) => task.run(),
+        Task::L1(task) => task.run(),
+        Task::L1Kernel(task) => task.run(),
+        Task::Ratios(task) => task.run(),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("error: {error}");
+        ExitCode::FAILURE
+    })
+}
