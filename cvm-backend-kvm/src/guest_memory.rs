@@ -5,7 +5,7 @@
 use crate::Error;
 use crate::backing::Backing;
 use crate::window::Window;
-use cvm_core::memory::{Converter, ConverterError, LeftAs, PageStateMap, SharedMemory, Slots};
+use cvm_core::memory::{Allocated, Converter, ConverterError, LeftAs, PageStateMap, SharedMemory, Slots};
 use cvm_core::{BoxError, Gpa, GpaRange, Side};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
@@ -14,15 +14,6 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
-
-/// How much memory a VM occupies, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Allocated {
-    /// Behind the private side.
-    pub private: u64,
-    /// Behind the shared side.
-    pub shared: u64,
-}
 
 #[derive(Debug)]
 struct Slot {

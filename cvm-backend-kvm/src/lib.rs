@@ -23,7 +23,6 @@ mod vm;
 mod window;
 
 pub use error::Error;
-pub use guest_memory::Allocated;
 pub use loader::KvmLoader;
 pub use platform::KvmPlatform;
 pub use vcpu::KvmVcpu;

@@ -1,11 +1,12 @@
-use crate::guest_memory::{Allocated, GuestMemory};
+use crate::guest_memory::GuestMemory;
 use crate::vcpu::KvmVcpu;
 use cvm_core::interrupt::Guarding;
 use cvm_core::launch::Transcript;
-use cvm_core::memory::{ConversionEngine, ConversionTotals};
-use cvm_core::{Conversion, ConversionListener, ConversionRequest, Lifecycle, LifecycleAnswer, SharedMemory, Vm};
+use cvm_core::memory::{Allocated, ConversionEngine, ConversionTotals};
+use cvm_core::{
+    Conversion, ConversionListener, ConversionRequest, Error, Lifecycle, LifecycleAnswer, SharedMemory, Vm,
+};
 use kvm_ioctls::VmFd;
-use std::io;
 use std::sync::Arc;
 
 /// What a VM and its vCPUs keep alive together.
@@ -25,14 +26,6 @@ pub struct KvmVm {
 impl KvmVm {
     pub(crate) fn new(shared: Arc<Shared>, vcpus: Vec<KvmVcpu>, transcript: Transcript) -> Self {
         Self { shared, vcpus, transcript }
-    }
-
-    /// How much memory the VM occupies.
-    ///
-    /// # Errors
-    /// If the kernel does not say.
-    pub fn allocated(&self) -> io::Result<Allocated> {
-        self.shared.engine.converter().allocated()
     }
 }
 
@@ -57,6 +50,11 @@ impl Vm for KvmVm {
 
     fn conversions(&self) -> ConversionTotals {
         self.shared.engine.totals()
+    }
+
+    fn allocated(&self) -> Result<Allocated, Error> {
+        let allocated = self.shared.engine.converter().allocated();
+        allocated.map_err(|error| Error::Backend { step: "count the memory", range: None, source: error.into() })
     }
 
     fn transcript(&self) -> &Transcript {

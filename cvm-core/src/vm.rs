@@ -2,7 +2,7 @@
 
 use crate::interrupt::Guarding;
 use crate::launch::Transcript;
-use crate::memory::{Conversion, ConversionListener, ConversionRequest, ConversionTotals, SharedMemory};
+use crate::memory::{Allocated, Conversion, ConversionListener, ConversionRequest, ConversionTotals, SharedMemory};
 use crate::x86::Register;
 use crate::{Answer, Error, Event, Lifecycle, LifecycleAnswer};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -99,6 +99,12 @@ pub trait Vm: Send + Sync {
 
     /// What was converted so far.
     fn conversions(&self) -> ConversionTotals;
+
+    /// How much memory it occupies now.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] if the host does not say.
+    fn allocated(&self) -> Result<Allocated, Error>;
 
     /// What was submitted to the launch.
     fn transcript(&self) -> &Transcript;

@@ -165,7 +165,8 @@ impl L1 {
             script.extend([b"export ", name.as_bytes(), b"=", &quoted(&value), b"\n"].concat());
         }
         script.extend_from_slice(b"exec");
-        for word in &self.command {
+        let (program, arguments) = self.command.split_first().map_or((None, &[][..]), |(p, rest)| (Some(p), rest));
+        for word in program.map(resolved).iter().chain(arguments) {
             script.push(b' ');
             script.extend(quoted(word));
         }
@@ -307,6 +308,16 @@ fn is_passed_on((name, value): &(OsString, OsString)) -> bool {
     }
 }
 
+/// `program` as it is found from the VM's working directory: a path relative to this one's is made absolute.
+fn resolved(program: &OsString) -> OsString {
+    let path = Path::new(program);
+    let is_relative_path = path.is_relative() && path.components().count() > 1;
+    if !is_relative_path {
+        return program.clone();
+    }
+    std::path::absolute(path).map_or_else(|_| program.clone(), Into::into)
+}
+
 /// `word` as one word of a shell script.
 fn quoted(word: &OsStr) -> Vec<u8> {
     let mut quoted = vec![b'\''];
@@ -380,6 +391,14 @@ mod tests {
         let script = [b"printf %s ".to_vec(), quoted(OsStr::new(word))].concat();
         let shell = Command::new("sh").arg("-c").arg(OsStr::from_bytes(&script)).output().unwrap();
         assert_eq!(String::from_utf8(shell.stdout).unwrap(), word);
+    }
+
+    #[test]
+    fn a_relative_program_is_found_from_elsewhere_too() {
+        let here = env::current_dir().unwrap();
+        assert_eq!(resolved(&"target/debug/program".into()), here.join("target/debug/program"));
+        assert_eq!(resolved(&"uname".into()), "uname");
+        assert_eq!(resolved(&"/bin/uname".into()), "/bin/uname");
     }
 
     #[test]

@@ -27,3 +27,12 @@ pub use conversion::{
 pub use map::{PageState, PageStateMap};
 pub use slots::Slots;
 pub use view::{Pinned, SharedMemory, SharedView};
+
+/// How much memory a VM occupies on the host, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Allocated {
+    /// Behind the private side.
+    pub private: u64,
+    /// Behind the shared side.
+    pub shared: u64,
+}

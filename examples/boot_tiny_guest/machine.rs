@@ -1,0 +1,200 @@
+//! The run loop: exits of the guest, and what the VMM does about each.
+
+use crate::BoxError;
+use crate::attempts::{self, Attempt};
+use crate::block::BlockDevice;
+use cvm::memory::Allocated;
+use cvm::{Answer, Error, Exit, Kick, TrustModel, Vcpu, Vm, Watchdog, doorbell};
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tiny_guest::{BLOCK_DEVICE, REPORT, REPORT_DEVICE, Report};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+use zerocopy::FromBytes;
+
+/// How a vCPU came to its end.
+#[derive(Debug)]
+pub enum End {
+    /// It waits for interrupts, of which there are none.
+    Halted,
+    /// The guest gave this code.
+    Ended(u32),
+    /// It did something that it must not, or the host failed.
+    Failed(Error),
+    /// It ran too long.
+    TimedOut,
+    /// Another vCPU came to an end that is the VM's.
+    Stopped,
+}
+
+/// What the VMM saw when the guest reported.
+pub struct Finding {
+    /// What the guest says.
+    pub report: Report,
+    /// How much memory the VM occupied, and how many pages were shared.
+    pub allocated: Allocated,
+    /// The same, counted in the page-state map.
+    pub shared_pages: u64,
+    /// What the VMM tried.
+    pub attempts: Vec<Attempt>,
+}
+
+/// A VM with its devices.
+pub struct Machine<'a, V: Vm> {
+    pub vm: &'a V,
+    pub nonce: u64,
+    trust: TrustModel,
+    echo: bool,
+    disk: Mutex<BlockDevice>,
+    exits: Mutex<BTreeMap<&'static str, u64>>,
+    refused: Mutex<Vec<String>>,
+    finding: Mutex<Option<Finding>>,
+    stopping: AtomicBool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<'a, V: Vm> Machine<'a, V> {
+    /// `vm` with `disk`; `echo` shows the guest's console.
+    pub fn new(vm: &'a V, disk: BlockDevice, trust: TrustModel, nonce: u64, echo: bool) -> Self {
+        Self {
+            vm,
+            nonce,
+            trust,
+            echo,
+            disk: Mutex::new(disk),
+            exits: Mutex::default(),
+            refused: Mutex::default(),
+            finding: Mutex::default(),
+            stopping: AtomicBool::new(false),
+        }
+    }
+
+    /// The disk's device.
+    pub fn disk(&self) -> MutexGuard<'_, BlockDevice> {
+        lock(&self.disk)
+    }
+
+    /// Exits by kind.
+    pub fn exits(&self) -> BTreeMap<&'static str, u64> {
+        lock(&self.exits).clone()
+    }
+
+    /// Why conversions were refused.
+    pub fn refused(&self) -> Vec<String> {
+        lock(&self.refused).clone()
+    }
+
+    /// What was found when the guest reported.
+    pub fn finding(&self) -> MutexGuard<'_, Option<Finding>> {
+        lock(&self.finding)
+    }
+
+    /// Runs every vCPU on a thread until it comes to an end, at most for `limit`.
+    pub fn run(&self, vcpus: Vec<V::Vcpu>, limit: Duration) -> Result<Vec<End>, BoxError> {
+        let kickers: Vec<_> = vcpus.iter().map(Vcpu::kicker).collect();
+        let watchdog = Watchdog::new(limit, kickers.clone())?;
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = vcpus
+                .into_iter()
+                .map(|vcpu| {
+                    let (kickers, watchdog) = (&kickers, &watchdog);
+                    scope.spawn(move || self.run_vcpu(vcpu, kickers, watchdog))
+                })
+                .collect();
+            threads.into_iter().map(|thread| thread.join().map_err(|_| "a vcpu's thread panicked".into())).collect()
+        })
+    }
+
+    fn run_vcpu(&self, mut vcpu: V::Vcpu, kickers: &[Arc<dyn Kick>], watchdog: &Watchdog) -> End {
+        loop {
+            match self.step(&mut vcpu, watchdog) {
+                Ok(None) => {}
+                Ok(Some(end @ (End::Halted | End::Stopped))) => return end,
+                ending => {
+                    self.stopping.store(true, Ordering::SeqCst);
+                    kickers.iter().for_each(|kicker| kicker.kick());
+                    return ending.map_or_else(End::Failed, |end| end.unwrap_or(End::Stopped));
+                }
+            }
+        }
+    }
+
+    /// Runs the guest up to its next exit, and does what the exit asks for.
+    fn step(&self, vcpu: &mut V::Vcpu, watchdog: &Watchdog) -> Result<Option<End>, Error> {
+        let exit = vcpu.run()?;
+        *lock(&self.exits).entry(kind(&exit)).or_default() += 1;
+        match exit {
+            Exit::Conversion(request) => {
+                let outcome = self.vm.convert(&request);
+                if let (Answer::Invalid, Some(cause)) = (outcome.answer, &outcome.cause) {
+                    lock(&self.refused).push(cause.to_string());
+                }
+                vcpu.answer_conversion(outcome.answer)?;
+            }
+            Exit::Console(byte) if self.echo => {
+                // A console that cannot be shown is no reason to stop the guest.
+                let _ = std::io::stdout().write_all(&[byte]);
+            }
+            Exit::Console(_) => {}
+            Exit::DoorbellRead { register } => {
+                let value = match doorbell::device_of(register) {
+                    Some((BLOCK_DEVICE, offset)) => self.disk().read(offset),
+                    _ => 0,
+                };
+                vcpu.answer_read(value.into())?;
+            }
+            Exit::DoorbellWrite { register: REPORT, value } => {
+                let finding = self.look(vcpu, u64::from(value) << 12);
+                *self.finding() = finding;
+            }
+            Exit::DoorbellWrite { register, value } => match doorbell::device_of(register) {
+                Some((BLOCK_DEVICE, offset)) => self.disk().write(offset, value, self.vm.memory()),
+                Some((REPORT_DEVICE, _)) | None => {}
+                Some((device, _)) => {
+                    let reason = format!("it wrote to device {device}, which does not exist");
+                    return Err(Error::Crashed { vcpu: vcpu.index(), reason });
+                }
+            },
+            Exit::Halted => return Ok(Some(End::Halted)),
+            Exit::Ended { code } => return Ok(Some(End::Ended(code))),
+            Exit::Kicked if self.stopping.load(Ordering::SeqCst) => return Ok(Some(End::Stopped)),
+            Exit::Kicked if watchdog.fired() => return Ok(Some(End::TimedOut)),
+            Exit::Kicked => {}
+            other => {
+                let reason = format!("it uses what this vmm does not have: {other:x?}");
+                return Err(Error::Crashed { vcpu: vcpu.index(), reason });
+            }
+        }
+        Ok(None)
+    }
+
+    /// Takes the report from the shared page at `gpa`, counts memory, and tries to reach the secret.
+    fn look(&self, vcpu: &mut V::Vcpu, gpa: u64) -> Option<Finding> {
+        let mut bytes = [0; size_of::<Report>()];
+        self.vm.memory().memory().read_slice(&mut bytes, GuestAddress(gpa)).ok()?;
+        let report = Report::read_from_bytes(&bytes).ok()?;
+        let allocated = self.vm.allocated().ok()?;
+        let shared_pages = self.vm.memory().map().count(cvm::PageState::Shared);
+        let attempts = attempts::all(self.vm, vcpu, self.trust, report.secret, self.nonce);
+        Some(Finding { report, allocated, shared_pages, attempts })
+    }
+}
+
+/// What an exit is counted as.
+fn kind(exit: &Exit) -> &'static str {
+    match exit {
+        Exit::Conversion(_) => "conversion",
+        Exit::Console(_) => "console",
+        Exit::DoorbellRead { .. } => "doorbell read",
+        Exit::DoorbellWrite { .. } => "doorbell write",
+        Exit::Halted => "halted",
+        Exit::Ended { .. } => "ended",
+        Exit::Kicked => "kicked",
+        _ => "other",
+    }
+}

@@ -1,0 +1,191 @@
+//! Boots the tiny guest, serves it a virtio disk over shared memory, and then tries to reach its secret.
+//!
+//! What the guest prints counts for nothing: every check looks at facts that the VMM can see itself. The exit status is
+//! 0 only if all of them are as they should be.
+
+mod attempts;
+mod block;
+mod disk;
+mod machine;
+mod outcome;
+
+use clap::{Parser, ValueEnum};
+use cvm::doorbell::{Doorbell, Transport};
+use cvm::image::Image;
+use cvm::kvm::KvmPlatform;
+use cvm::{Gpa, Launch, Platform, Vm, VmConfig};
+use disk::Disk;
+use machine::Machine;
+use outcome::Outcome;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+use tiny_guest::{BOOT_PAGE, MAX_VCPUS, MIN_MEMORY, MMIO, PAGE_TABLES, Task};
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+const MIB: u64 = 1 << 20;
+
+/// Boot a tiny protected guest, give it a virtio disk, and check from outside what it did.
+#[derive(Debug, Parser)]
+#[command(name = "boot_tiny_guest")]
+struct Options {
+    /// How many vCPUs the guest has; those after the first share pages and take them back meanwhile
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_VCPUS)))]
+    vcpus: u32,
+
+    /// How much memory the guest has, in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 64,
+          value_parser = clap::value_parser!(u64).range(MIN_MEMORY / MIB..=MMIO / MIB))]
+    memory: u64,
+
+    /// The guest's disk; a copy is used, and the file is not changed [default: 64 KiB of made-up data]
+    #[arg(long, value_name = "FILE")]
+    disk: Option<PathBuf>,
+
+    /// How the guest rings for its VMM
+    #[arg(long, value_enum, default_value_t = DoorbellChoice::Port)]
+    doorbell: DoorbellChoice,
+
+    /// How the guest asks for conversions
+    #[arg(long, value_enum, default_value_t = TransportChoice::Best)]
+    transport: TransportChoice,
+
+    /// An ELF file to boot instead of the built image of the tiny guest
+    #[arg(long, value_name = "FILE")]
+    guest: Option<PathBuf>,
+
+    /// Tell the guest to misbehave instead of doing its work; the exit status is then not 0
+    #[arg(long, value_enum)]
+    misbehave: Option<Misbehaviour>,
+
+    /// Stop a guest that runs longer than this
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    timeout: u64,
+
+    /// The KVM device
+    #[arg(long, value_name = "FILE", default_value = "/dev/kvm")]
+    kvm: PathBuf,
+
+    /// Print the result as JSON, and nothing else, on the standard output
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum DoorbellChoice {
+    /// By port I/O
+    Port,
+    /// By model-specific registers
+    Msr,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum TransportChoice {
+    /// By hypercall where that works, and else by doorbell
+    Best,
+    /// By the KVM hypercall MAP_GPA_RANGE
+    Hypercall,
+    /// By the doorbell
+    Doorbell,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Misbehaviour {
+    /// Spin until the watchdog stops it
+    Spin,
+    /// Crash by a triple fault
+    TripleFault,
+    /// Ring a doorbell that does not exist
+    UnknownDoorbell,
+    /// Ask for conversions that make no sense
+    BadConversions,
+    /// Panic
+    Panic,
+}
+
+impl From<Misbehaviour> for Task {
+    fn from(misbehaviour: Misbehaviour) -> Self {
+        match misbehaviour {
+            Misbehaviour::Spin => Self::Spin,
+            Misbehaviour::TripleFault => Self::TripleFault,
+            Misbehaviour::UnknownDoorbell => Self::UnknownDoorbell,
+            Misbehaviour::BadConversions => Self::BadConversions,
+            Misbehaviour::Panic => Self::Panic,
+        }
+    }
+}
+
+/// Loads the image, the boot page, and the state that every vCPU starts from.
+fn load<L: cvm::launch::Loader>(
+    mut launch: Launch<L>,
+    image: &Image,
+    task: Task,
+    nonce: u64,
+) -> Result<L::Vm, cvm::Error> {
+    launch.load_image(image)?;
+    launch.load_boot_page(Gpa(BOOT_PAGE), [task as u64, nonce, 0, 0])?;
+    launch.start_in_long_mode(image.entry(), Gpa(PAGE_TABLES), Gpa(BOOT_PAGE))?;
+    launch.seal()
+}
+
+fn run(options: &Options) -> Result<Outcome, BoxError> {
+    let file = match &options.guest {
+        Some(path) => std::fs::read(path).map_err(|error| format!("failed to read {}: {error}", path.display()))?,
+        None => tiny_guest::IMAGE.to_vec(),
+    };
+    let disk = Disk::new(options.disk.as_deref())?;
+    let task = options.misbehave.map_or(Task::Work, Task::from);
+    // The secret must differ from run to run, so that no leftover of an earlier one is taken for it.
+    let nonce = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), std::process::id());
+
+    let begin = Instant::now();
+    let platform = KvmPlatform::open(&options.kvm)?;
+    let mut config = VmConfig::new(options.memory * MIB, options.vcpus)?;
+    config.doorbell = match options.doorbell {
+        DoorbellChoice::Port => Doorbell::Port,
+        DoorbellChoice::Msr => Doorbell::Msr,
+    };
+    config.transport = match options.transport {
+        TransportChoice::Best => None,
+        TransportChoice::Hypercall => Some(Transport::Hypercall),
+        TransportChoice::Doorbell => Some(Transport::Doorbell),
+    };
+    let launch = platform.launch(config)?;
+    let transport = launch.transport();
+    let mut vm = load(launch, &Image::from_elf(&file)?, task, nonce)?;
+    let launched = begin.elapsed();
+
+    let vcpus = vm.take_vcpus();
+    let machine = Machine::new(&vm, disk.device()?, platform.trust_model(), nonce, !options.json);
+    let begin = Instant::now();
+    let ends = machine.run(vcpus, Duration::from_secs(options.timeout))?;
+    let ran = begin.elapsed();
+    Outcome::new(&machine, &disk, task, transport, ends, launched, ran)
+}
+
+/// The error with its sources, each behind a colon.
+fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    std::iter::successors(error.source(), |error| error.source())
+        .fold(error.to_string(), |text, source| format!("{text}: {source}"))
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let outcome = match run(&options) {
+        Ok(outcome) => outcome,
+        Err(error) => {
+            eprintln!("error: {}", chain(&*error));
+            return ExitCode::FAILURE;
+        }
+    };
+    if options.json {
+        match serde_json::to_string_pretty(&outcome) {
+            Ok(json) => println!("{json}"),
+            Err(error) => eprintln!("error: {error}"),
+        }
+    } else {
+        print!("{outcome}");
+    }
+    if outcome.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

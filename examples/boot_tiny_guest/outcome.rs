@@ -1,0 +1,226 @@
+//! What a run came to: facts, checks, and a table of them.
+
+use crate::attempts::Attempt;
+use crate::disk::Disk;
+use crate::machine::{End, Machine};
+use crate::{BoxError, chain};
+use cvm::doorbell::Transport;
+use cvm::{Error, Gpa, Lifecycle, LifecycleAnswer, PAGE_SIZE, Vm};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+use tiny_guest::{MMIO, POOL_LEN, ROUNDS, Task};
+
+/// A fact that the VMM checked.
+#[derive(Debug, Serialize)]
+pub struct Check {
+    /// What should be so.
+    what: &'static str,
+    /// What was found.
+    found: String,
+    /// Whether it is so.
+    holds: bool,
+}
+
+/// Pages that changed sides.
+#[derive(Debug, Serialize)]
+struct Conversions {
+    requests: u64,
+    refused: u64,
+    pages_to_shared: u64,
+    pages_to_private: u64,
+}
+
+/// Memory that the VM occupied when the guest reported, or else at its end, in bytes.
+#[derive(Debug, Serialize)]
+struct Memory {
+    private: u64,
+    shared: u64,
+}
+
+/// Everything about a run.
+#[derive(Debug, Serialize)]
+pub struct Outcome {
+    /// Whether every check holds and every attempt went as expected.
+    pub ok: bool,
+    measurement: String,
+    transport: &'static str,
+    ends: Vec<String>,
+    exits: BTreeMap<&'static str, u64>,
+    conversions: Conversions,
+    refused_conversions: Vec<String>,
+    disk_sha256: Option<String>,
+    bounced_to_device: u64,
+    bounced_from_device: u64,
+    memory: Memory,
+    launch_ms: u64,
+    run_ms: u64,
+    checks: Vec<Check>,
+    attempts: Vec<Attempt>,
+    lifecycle: BTreeMap<String, String>,
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn describe(end: &End) -> String {
+    match end {
+        End::Halted => "halted".into(),
+        End::Ended(code) => format!("ended with code {code}"),
+        End::Failed(error) => chain(error),
+        End::TimedOut => "ran too long and was stopped".into(),
+        End::Stopped => "stopped with the vm".into(),
+    }
+}
+
+impl Outcome {
+    /// Looks at what is left of a run.
+    pub fn new<V: Vm>(
+        machine: &Machine<'_, V>,
+        disk: &Disk,
+        task: Task,
+        transport: Transport,
+        ends: Vec<End>,
+        launched: Duration,
+        ran: Duration,
+    ) -> Result<Self, BoxError> {
+        let totals = machine.vm.conversions();
+        let finding = machine.finding().take();
+        let mut checks = Vec::new();
+        let mut check = |what, found: String, holds| checks.push(Check { what, found, holds });
+
+        check("the guest was told to do its work", format!("{task:?}"), task == Task::Work);
+        check("the guest reported", if finding.is_some() { "yes" } else { "no" }.into(), finding.is_some());
+        if let Some(finding) = &finding {
+            let report = &finding.report;
+            let served = machine.disk().served().clone();
+            let sha256 = hex(&report.sha256);
+            check("the guest read the whole disk", sha256.clone(), report.sha256 == disk.sha256());
+            check("the disk's length reached the guest", report.disk_len.to_string(), report.disk_len == disk.len());
+            let written = disk.holds_what_was_written(report, machine.nonce)?;
+            check("what the guest wrote is in the file", format!("sector {}", report.written_at), written);
+            let unchanged = disk.is_unchanged_elsewhere(report)?;
+            check("the rest of the file is unchanged", unchanged.to_string(), unchanged);
+            check("the guest read back what it wrote", (report.read_back == 1).to_string(), report.read_back == 1);
+            let refused = served.refused.first().map(|address| format!("{address:#x}"));
+            check(
+                "the device refused a private address",
+                refused.unwrap_or_else(|| "none".into()),
+                served.refused.len() == 1 && report.private_descriptor_refused == 1,
+            );
+            let others = ends.len() as u64 - 1;
+            check("every vcpu did its part", report.vcpus.to_string(), u64::from(report.vcpus) == others + 1);
+            // The pool and the report once; the other vCPUs' four pages in each round.
+            let to_private = 1 + others * ROUNDS * 4;
+            let to_shared = POOL_LEN / PAGE_SIZE + to_private;
+            check(
+                "as many pages changed sides as the guest asked for",
+                format!("{} to shared, {} to private", totals.to_shared, totals.to_private),
+                (totals.to_shared, totals.to_private, totals.refused) == (to_shared, to_private, 0)
+                    && report.converted_by_others == others * ROUNDS * 8,
+            );
+            let memory: u64 = machine.vm.memory().map().slots().ranges().iter().map(|slot| slot.len()).sum();
+            let (private, shared) = (finding.allocated.private, finding.allocated.shared);
+            let shared_by_map = finding.shared_pages * PAGE_SIZE;
+            check(
+                "no page has memory on both sides",
+                format!("{private} private, {shared} shared of {shared_by_map}"),
+                shared <= shared_by_map && private <= memory - shared_by_map,
+            );
+        }
+        let mmio = ends.first().is_some_and(|end| {
+            matches!(end, End::Failed(Error::MmioRefused { vcpu: 0, gpa: Gpa(MMIO), write: false }))
+        });
+        check("the guest's mmio was refused", ends.first().map(describe).unwrap_or_default(), mmio);
+        let halted = ends.iter().skip(1).all(|end| matches!(end, End::Halted));
+        check("the other vcpus halted", ends.iter().skip(1).map(describe).collect::<Vec<_>>().join(", "), halted);
+
+        let attempts = finding.as_ref().is_some_and(|finding| finding.attempts.iter().all(|attempt| attempt.expected));
+        let lifecycle = Lifecycle::ALL.map(|what| {
+            let answer = match machine.vm.lifecycle(what) {
+                LifecycleAnswer::Yes => "yes".into(),
+                LifecycleAnswer::No(reason) => format!("no: {reason}"),
+            };
+            (format!("{what:?}"), answer)
+        });
+        let allocated = match &finding {
+            Some(finding) => finding.allocated,
+            None => machine.vm.allocated()?,
+        };
+        Ok(Self {
+            ok: attempts && checks.iter().all(|check| check.holds),
+            measurement: machine.vm.transcript().measurement().to_string(),
+            transport: match transport {
+                Transport::Hypercall => "hypercall",
+                Transport::Doorbell => "doorbell",
+            },
+            ends: ends.iter().map(describe).collect(),
+            exits: machine.exits(),
+            conversions: Conversions {
+                requests: totals.requests,
+                refused: totals.refused,
+                pages_to_shared: totals.to_shared,
+                pages_to_private: totals.to_private,
+            },
+            refused_conversions: machine.refused(),
+            disk_sha256: finding.as_ref().map(|finding| hex(&finding.report.sha256)),
+            bounced_to_device: finding.as_ref().map_or(0, |finding| finding.report.bounced_to_device),
+            bounced_from_device: finding.as_ref().map_or(0, |finding| finding.report.bounced_from_device),
+            memory: Memory { private: allocated.private, shared: allocated.shared },
+            launch_ms: launched.as_millis() as u64,
+            run_ms: ran.as_millis() as u64,
+            checks,
+            attempts: finding.map(|finding| finding.attempts).unwrap_or_default(),
+            lifecycle: lifecycle.into(),
+        })
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut row = |name: &str, value: &dyn fmt::Display| writeln!(f, "{name:<24}{value}");
+        row("measurement", &self.measurement)?;
+        row("disk sha-256", &self.disk_sha256.as_deref().unwrap_or("none"))?;
+        row("conversions by", &self.transport)?;
+        row(
+            "pages converted",
+            &format!(
+                "{} to shared, {} to private",
+                self.conversions.pages_to_shared, self.conversions.pages_to_private
+            ),
+        )?;
+        for reason in &self.refused_conversions {
+            row("conversion refused", reason)?;
+        }
+        row(
+            "bytes bounced",
+            &format!("{} to the device, {} from it", self.bounced_to_device, self.bounced_from_device),
+        )?;
+        row("memory allocated", &format!("{} private, {} shared", self.memory.private, self.memory.shared))?;
+        for (kind, count) in &self.exits {
+            row(&format!("exits: {kind}"), count)?;
+        }
+        for (index, end) in self.ends.iter().enumerate() {
+            row(&format!("vcpu {index}"), end)?;
+        }
+        row("time", &format!("{} ms to launch, {} ms to run", self.launch_ms, self.run_ms))?;
+
+        writeln!(f, "\nwhat the vmm tried")?;
+        for attempt in &self.attempts {
+            let verdict = match (attempt.expected, attempt.reached) {
+                (true, false) => "refused ",
+                (true, true) => "open    ",
+                (false, _) => "WRONG   ",
+            };
+            writeln!(f, "  {verdict}{}: {}", attempt.what, attempt.result)?;
+        }
+        writeln!(f, "\nwhat the vmm checked")?;
+        for check in &self.checks {
+            let verdict = if check.holds { "holds   " } else { "FAILS   " };
+            writeln!(f, "  {verdict}{}: {}", check.what, check.found)?;
+        }
+        writeln!(f, "\n{}", if self.ok { "all is as it should be" } else { "something is not as it should be" })
+    }
+}
