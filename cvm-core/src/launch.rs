@@ -372,3 +372,6 @@ impl<L: Loader> Launch<L> {
         seal.map_err(|source| Error::Backend { step: "seal the vm", range: None, source })
     }
 }
+
+#[cfg(test)]
+mod tests;

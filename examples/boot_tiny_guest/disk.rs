@@ -10,7 +10,7 @@ use std::path::Path;
 use tiny_guest::{DISK_STREAM, Report, SECTOR, WRITTEN_SECTORS, pattern};
 
 /// How much made-up data there is when no file is given: what a KVM host that emulates instructions hashes in a second.
-const DEFAULT_LEN: usize = 64 << 10;
+const DEFAULT_LEN: usize = 32 << 10;
 
 /// The disk as it was given, and a copy for the guest that is gone at the end.
 pub struct Disk {

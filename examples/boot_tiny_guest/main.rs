@@ -39,7 +39,7 @@ struct Options {
           value_parser = clap::value_parser!(u64).range(MIN_MEMORY / MIB..=MMIO / MIB))]
     memory: u64,
 
-    /// The guest's disk; a copy is used, and the file is not changed [default: 64 KiB of made-up data]
+    /// The guest's disk; a copy is used, and the file is not changed [default: 32 KiB of made-up data]
     #[arg(long, value_name = "FILE")]
     disk: Option<PathBuf>,
 

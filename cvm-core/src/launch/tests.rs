@@ -1,0 +1,260 @@
+use super::*;
+use crate::interrupt::Guarding;
+use crate::memory::{Allocated, Conversion, ConversionListener, ConversionRequest, ConversionTotals, SharedMemory};
+use crate::x86::Register;
+use crate::{Answer, Event, Exit, Kick, Lifecycle, LifecycleAnswer, RegisterRead, Vcpu, Vm};
+use proptest::prelude::*;
+use std::sync::Arc;
+
+/// A loader that keeps what it is given, and fails when told to.
+#[derive(Debug, Default)]
+struct Keeper {
+    loads: Vec<(GpaRange, Vec<u8>, PageKind)>,
+    fail: bool,
+}
+
+/// A VM that is nothing but its transcript.
+#[derive(Debug)]
+struct Kept {
+    loads: Vec<(GpaRange, Vec<u8>, PageKind)>,
+    transcript: Transcript,
+}
+
+impl Loader for Keeper {
+    type Vm = Kept;
+
+    fn load(&mut self, range: GpaRange, contents: &[u8], kind: PageKind) -> Result<(), BoxError> {
+        if self.fail {
+            return Err("told to fail".into());
+        }
+        self.loads.push((range, contents.to_vec(), kind));
+        Ok(())
+    }
+
+    fn set_vcpu(&mut self, _: u32, _: &VcpuState) -> Result<(), BoxError> {
+        if self.fail { Err("told to fail".into()) } else { Ok(()) }
+    }
+
+    fn seal(self, transcript: Transcript) -> Result<Kept, BoxError> {
+        if self.fail {
+            return Err("told to fail".into());
+        }
+        Ok(Kept { loads: self.loads, transcript })
+    }
+}
+
+/// Never runs: a launch only needs its type.
+#[derive(Debug)]
+enum NoVcpu {}
+
+impl Vcpu for NoVcpu {
+    fn index(&self) -> u32 {
+        match *self {}
+    }
+    fn run(&mut self) -> Result<Exit, Error> {
+        match *self {}
+    }
+    fn answer_read(&mut self, _: u64) -> Result<(), Error> {
+        match *self {}
+    }
+    fn answer_conversion(&mut self, _: Answer) -> Result<(), Error> {
+        match *self {}
+    }
+    fn register(&self, _: Register) -> Result<RegisterRead, Error> {
+        match *self {}
+    }
+    fn inject(&mut self, _: Event) -> Result<(), Error> {
+        match *self {}
+    }
+    fn kicker(&self) -> Arc<dyn Kick> {
+        match *self {}
+    }
+}
+
+impl Vm for Kept {
+    type Vcpu = NoVcpu;
+
+    fn take_vcpus(&mut self) -> Vec<NoVcpu> {
+        Vec::new()
+    }
+    fn memory(&self) -> &SharedMemory {
+        panic!("a kept launch has no memory")
+    }
+    fn convert(&self, _: &ConversionRequest) -> Conversion {
+        Conversion { answer: Answer::Invalid, pages: 0, cause: None }
+    }
+    fn add_listener(&self, _: Arc<dyn ConversionListener>) {}
+    fn conversions(&self) -> ConversionTotals {
+        ConversionTotals::default()
+    }
+    fn allocated(&self) -> Result<Allocated, Error> {
+        Ok(Allocated { private: 0, shared: 0 })
+    }
+    fn transcript(&self) -> &Transcript {
+        &self.transcript
+    }
+    fn lifecycle(&self, _: Lifecycle) -> LifecycleAnswer {
+        LifecycleAnswer::No("it never lived")
+    }
+    fn guarding(&self) -> Guarding {
+        Guarding::Library
+    }
+}
+
+fn range(start: u64, pages: u64) -> GpaRange {
+    GpaRange::from_pages(start * PAGE_SIZE, pages).unwrap()
+}
+
+/// 16 pages at 0, 16 at 16 and 16 at 64; one vCPU.
+fn launch() -> Launch<Keeper> {
+    let mut config = VmConfig::new(16 * PAGE_SIZE, 1).unwrap();
+    config.memory = vec![range(0, 16), range(16, 16), range(64, 16)];
+    Launch::new(Keeper::default(), config, Transport::Doorbell).unwrap()
+}
+
+fn state() -> VcpuState {
+    VcpuState::long_mode(Gpa(0x1000), Gpa(0x2000), 0, Gpa(0x3000))
+}
+
+#[test]
+fn configurations_that_make_no_sense_are_refused() {
+    for vcpus in [0, MAX_VCPUS + 1, u32::MAX] {
+        assert!(matches!(VmConfig::new(1 << 20, vcpus), Err(Error::Config(_))));
+    }
+    for bytes in [0, 1, PAGE_SIZE + 1, u64::MAX, !(PAGE_SIZE - 1), MAX_MEMORY + PAGE_SIZE] {
+        assert!(matches!(VmConfig::new(bytes, 1), Err(Error::Layout(_))), "{bytes:#x}");
+    }
+    let mut config = VmConfig::new(1 << 20, 1).unwrap();
+    config.memory = vec![];
+    assert!(matches!(config.check(), Err(Error::Layout(_))));
+    config.memory = vec![range(0, 2), range(1, 2)];
+    assert!(matches!(config.check(), Err(Error::Layout(_))));
+    config.memory = (0..=boot::MAX_RANGES as u64).map(|i| range(2 * i, 1)).collect();
+    assert!(matches!(config.check(), Err(Error::Layout(_))));
+}
+
+#[test]
+fn pages_are_padded_split_at_slots_and_measured_in_order() {
+    let mut launch = launch();
+    launch.load(Gpa(15 * PAGE_SIZE), &[7; PAGE_SIZE as usize + 1], PageKind::Measured).unwrap();
+    launch.load(Gpa(64 * PAGE_SIZE), &[9; 8], PageKind::Unmeasured).unwrap();
+    launch.zero(range(70, 2)).unwrap();
+    launch.set_vcpu(0, &state()).unwrap();
+    let vm = launch.seal().unwrap();
+
+    let mut padded = vec![7];
+    padded.resize(PAGE_SIZE as usize, 0);
+    let mut unmeasured = vec![9; 8];
+    unmeasured.resize(PAGE_SIZE as usize, 0);
+    let expected = [
+        (range(15, 1), vec![7; PAGE_SIZE as usize], PageKind::Measured),
+        (range(16, 1), padded.clone(), PageKind::Measured),
+        (range(64, 1), unmeasured, PageKind::Unmeasured),
+        (range(70, 2), vec![], PageKind::Zero),
+    ];
+    assert_eq!(vm.loads, expected);
+
+    let digest = |bytes: &[u8]| -> [u8; 48] { Sha384::digest(bytes).into() };
+    let page = |kind, page: u64, contents| Entry::Page { kind, gpa: Gpa(page * PAGE_SIZE), contents };
+    let entries = [
+        Entry::Config { vcpus: 1, interrupts: [0; 4] },
+        page(PageKind::Measured, 15, digest(&[7; PAGE_SIZE as usize])),
+        page(PageKind::Measured, 16, digest(&padded)),
+        page(PageKind::Unmeasured, 64, [0; 48]),
+        page(PageKind::Zero, 70, [0; 48]),
+        page(PageKind::Zero, 71, [0; 48]),
+        Entry::Vcpu { index: 0, state: digest(state().as_bytes()) },
+    ];
+    assert_eq!(vm.transcript.entries(), entries);
+}
+
+#[test]
+fn the_measurement_is_the_documented_chain() {
+    let transcript = Transcript {
+        entries: vec![
+            Entry::Config { vcpus: 2, interrupts: [0, 1, 0, 0] },
+            Entry::Page { kind: PageKind::Measured, gpa: Gpa(0x1000), contents: [5; 48] },
+            Entry::Vcpu { index: 1, state: [6; 48] },
+        ],
+    };
+    let mut vectors = [0u8; 32];
+    vectors[8] = 1;
+    let lines: [(u64, u64, Vec<u8>); 3] =
+        [(16, 2, Sha384::digest(vectors).to_vec()), (1, 0x1000, vec![5; 48]), (17, 1, vec![6; 48])];
+    let mut expected = Sha384::digest(b"cvm software launch 1").to_vec();
+    for (kind, place, contents) in lines {
+        let line = [expected, kind.to_le_bytes().to_vec(), place.to_le_bytes().to_vec(), contents].concat();
+        expected = Sha384::digest(line).to_vec();
+    }
+    assert_eq!(transcript.measurement().0.to_vec(), expected);
+    assert_eq!(transcript.measurement().to_string().len(), 96);
+}
+
+#[test]
+fn pages_outside_memory_and_pages_loaded_twice_are_refused_and_nothing_is_loaded() {
+    let mut launch = launch();
+    launch.load(Gpa(4 * PAGE_SIZE), &[1; 2 * PAGE_SIZE as usize], PageKind::Measured).unwrap();
+    for (page, pages) in [(4, 1), (5, 1), (3, 2), (5, 4), (0, 16)] {
+        let twice = launch.zero(range(page, pages)).unwrap_err();
+        assert!(matches!(twice, Error::LoadedTwice { .. }), "{page}, {pages}: {twice}");
+    }
+    for (page, pages) in [(31, 2), (40, 1), (79, 2), (1 << 30, 1)] {
+        let outside = launch.zero(range(page, pages)).unwrap_err();
+        assert!(matches!(outside, Error::OutsideMemory { .. }), "{page}, {pages}: {outside}");
+    }
+    assert!(matches!(launch.load(Gpa(0x10), &[1], PageKind::Measured), Err(Error::Layout(_))));
+    assert!(matches!(launch.load(Gpa(0), &[], PageKind::Measured), Err(Error::Layout(_))));
+    assert!(matches!(launch.load(Gpa(0), &[1], PageKind::Zero), Err(Error::Layout(_))));
+    launch.zero(range(0, 4)).unwrap();
+    launch.set_vcpu(0, &state()).unwrap();
+    assert_eq!(launch.seal().unwrap().loads.len(), 2);
+}
+
+#[test]
+fn every_vcpu_has_one_state_to_start_from() {
+    let mut launch = launch();
+    assert!(matches!(launch.set_vcpu(1, &state()), Err(Error::VcpuState { vcpu: 1, .. })));
+    launch.set_vcpu(0, &state()).unwrap();
+    assert!(matches!(launch.set_vcpu(0, &state()), Err(Error::VcpuState { vcpu: 0, .. })));
+    assert!(matches!(super::tests::launch().seal(), Err(Error::VcpuState { vcpu: 0, .. })));
+}
+
+#[test]
+fn a_loader_that_fails_says_at_which_step_and_page() {
+    let mut launch = launch();
+    launch.loader.fail = true;
+    let error = launch.zero(range(2, 1)).unwrap_err();
+    assert_eq!(error.to_string(), "failed to load pages for 0x2000..0x3000");
+    assert_eq!(std::error::Error::source(&error).unwrap().to_string(), "told to fail");
+    assert!(matches!(launch.set_vcpu(0, &state()), Err(Error::Backend { .. })));
+    assert!(matches!(launch.seal(), Err(Error::Backend { step: "seal the vm", .. })));
+}
+
+#[test]
+fn the_boot_page_says_what_the_launch_is() {
+    let mut launch = launch();
+    launch.load_boot_page(Gpa(0x1000), [1, 2, 3, 4]).unwrap();
+    let (_, contents, kind) = &launch.loader.loads[0];
+    let page = BootPage::from_bytes(contents).unwrap();
+    assert_eq!((*kind, page.vcpus, page.argument), (PageKind::Measured, 1, [1, 2, 3, 4]));
+    assert_eq!((page.doorbell(), page.transport()), (Some(Doorbell::Port), Some(Transport::Doorbell)));
+    assert_eq!(page.memory[2], MemoryRange { start: 64 * PAGE_SIZE, len: 16 * PAGE_SIZE });
+    assert_eq!(page.memory[3], MemoryRange::default());
+    assert!(BootPage::from_bytes(&contents[1..]).is_none() && BootPage::from_bytes(&contents[..16]).is_none());
+}
+
+proptest! {
+    #[test]
+    fn a_page_is_loaded_once_or_refused(loads in prop::collection::vec((0u64..90, 1u64..20), 1..30)) {
+        let mut launch = launch();
+        let mut loaded = vec![false; 128];
+        let memory = |page: u64| page < 32 || (64..80).contains(&page);
+        for (start, pages) in loads {
+            let fresh = (start..start + pages).all(|page| memory(page) && !loaded[page as usize]);
+            prop_assert_eq!(launch.zero(range(start, pages)).is_ok(), fresh);
+            if fresh {
+                loaded[start as usize..(start + pages) as usize].fill(true);
+            }
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! The examples, run as a user runs them. What needs KVM is skipped, loudly, where there is none; with the variable
+//! `CVM_REQUIRE_KVM` set that is a failure.
+
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use std::fs::{self, OpenOptions};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// Where cargo has put an example; it builds them before it runs this.
+fn example(name: &str) -> PathBuf {
+    let this = std::env::current_exe().unwrap();
+    let path = this.parent().and_then(Path::parent).unwrap().join("examples").join(name);
+    assert!(path.is_file(), "{} is not built: run `cargo build --examples`", path.display());
+    path
+}
+
+/// Whether guests can run here.
+fn kvm() -> bool {
+    match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => true,
+        Err(error) if std::env::var_os("CVM_REQUIRE_KVM").is_some() => panic!("/dev/kvm is required: {error}"),
+        Err(error) => {
+            eprintln!("SKIPPED: /dev/kvm cannot be opened: {error}");
+            false
+        }
+    }
+}
+
+fn run(name: &str, arguments: &[&str]) -> Output {
+    let output = Command::new(example(name)).args(arguments).output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(!errors.contains("panicked"), "{name} {arguments:?} panicked: {errors}");
+    output
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+/// Boots the tiny guest and returns the JSON and whether the exit status was 0.
+fn boot(arguments: &[&str]) -> (Value, bool) {
+    let output = run("boot_tiny_guest", &[arguments, &["--json"]].concat());
+    let json = serde_json::from_str(&stdout(&output)).unwrap_or_else(|error| {
+        panic!("{arguments:?} gave no json: {error}\n{}\n{}", stdout(&output), stderr(&output))
+    });
+    (json, output.status.success())
+}
+
+/// Boots the tiny guest, which must go well.
+fn boot_well(arguments: &[&str]) -> Value {
+    let (json, success) = boot(arguments);
+    assert!(success && json["ok"] == true, "{arguments:?}: {json:#}");
+    json
+}
+
+#[test]
+fn the_tiny_guest_does_its_work_whatever_the_number_of_vcpus_and_the_size_of_memory() {
+    if !kvm() {
+        return;
+    }
+    for (vcpus, memory) in [("1", "6"), ("2", "64"), ("16", "3328")] {
+        let json = boot_well(&["--vcpus", vcpus, "--memory", memory]);
+        assert_eq!(json["ends"].as_array().unwrap().len(), vcpus.parse::<usize>().unwrap());
+        assert_eq!(json["checks"].as_array().unwrap().len(), 13);
+        // The guest shared its pool of 256 pages, one page for the report, and 16 for each further vCPU.
+        let others = vcpus.parse::<u64>().unwrap() - 1;
+        assert_eq!(json["conversions"]["pages_to_shared"], 257 + 16 * others);
+        assert!(json["bounced_from_device"].as_u64().unwrap() >= 32 << 10);
+    }
+}
+
+#[test]
+fn every_way_to_ring_and_to_ask_leads_to_the_same() {
+    if !kvm() {
+        return;
+    }
+    for doorbell in ["port", "msr"] {
+        let json = boot_well(&["--doorbell", doorbell, "--transport", "doorbell"]);
+        assert_eq!(json["transport"], "doorbell");
+        let output = run("boot_tiny_guest", &["--doorbell", doorbell, "--transport", "hypercall", "--json"]);
+        if output.status.success() {
+            let json: Value = serde_json::from_str(&stdout(&output)).unwrap();
+            assert_eq!((&json["transport"], &json["ok"]), (&"hypercall".into(), &true.into()));
+        } else {
+            assert!(stderr(&output).contains("hypercalls do not work on this kvm"), "{}", stderr(&output));
+            eprintln!("SKIPPED: conversions by hypercall, which does not work on this kvm");
+        }
+    }
+}
+
+#[test]
+fn the_contract_gives_nothing_away_and_the_rest_is_what_the_trust_model_admits() {
+    if !kvm() {
+        return;
+    }
+    let json = boot_well(&[]);
+    let attempts = json["attempts"].as_array().unwrap();
+    let reached: Vec<_> =
+        attempts.iter().filter(|attempt| attempt["reached"] == true).map(|a| a["what"].as_str().unwrap()).collect();
+    let open = ["read a register", "read every open file of this process", "read every mapping of this process"];
+    assert_eq!((attempts.len(), reached), (8, open.to_vec()), "without isolation, just these are open: {attempts:#?}");
+}
+
+#[test]
+fn a_disk_of_the_users_is_read_whole_and_left_alone() {
+    if !kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk");
+    let contents: Vec<u8> = (0..40 * 512u32).map(|i| (i * i >> 3) as u8).collect();
+    fs::write(&path, &contents).unwrap();
+    let json = boot_well(&["--disk", path.to_str().unwrap()]);
+    let sha256: String = Sha256::digest(&contents).iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(json["disk_sha256"], sha256);
+    assert_eq!(fs::read(&path).unwrap(), contents);
+}
+
+#[test]
+fn a_guest_that_misbehaves_is_stopped_with_a_clear_reason() {
+    if !kvm() {
+        return;
+    }
+    for (how, reason) in [
+        ("spin", "ran too long"),
+        ("triple-fault", "triple fault"),
+        ("unknown-doorbell", "doorbell register 0x1fc"),
+        ("bad-conversions", "ended with code 203"),
+        ("panic", "ended with code 101"),
+    ] {
+        let (json, success) = boot(&["--misbehave", how, "--timeout", "1"]);
+        let end = json["ends"][0].as_str().unwrap();
+        assert!(!success && end.contains(reason), "{how}: {end}");
+    }
+    let (json, _) = boot(&["--misbehave", "bad-conversions"]);
+    assert_eq!(json["conversions"]["refused"], 3);
+    assert_eq!(json["conversions"]["pages_to_shared"].as_u64().unwrap() % 4, 0, "vcpu 0 converted something");
+    assert!(json["refused_conversions"][0].as_str().unwrap().contains("outside the guest's memory"));
+}
+
+/// The built image with eight bytes changed.
+fn changed_image(directory: &Path, offset: usize, value: u64) -> String {
+    let mut image = tiny_guest::IMAGE.to_vec();
+    image[offset..offset + 8].copy_from_slice(&value.to_le_bytes());
+    let path = directory.join(format!("image-{offset}-{value}"));
+    fs::write(&path, image).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn bad_input_gives_an_error_that_says_what_is_wrong() {
+    let directory = tempfile::tempdir().unwrap();
+    let text = directory.path().join("text");
+    fs::write(&text, "this is no executable").unwrap();
+    let text = text.to_str().unwrap();
+    // The physical address of the second segment (ELF-64: program headers of 56 bytes from 64 on, the address at 24).
+    let second = 64 + 56 + 24;
+    let overlapping = changed_image(directory.path(), second, 0x20_0000);
+    let outside = changed_image(directory.path(), second, 0x4000_0000);
+    let cases: [(&[&str], &str); 15] = [
+        (&["--kvm", "/nonexistent"], "failed to open /nonexistent: load kvm_intel or kvm_amd"),
+        (&["--kvm", "/dev/null"], "/dev/null speaks version"),
+        (&["--kvm", text], "speaks version"),
+        (&["--vcpus", "0"], "0 is not in 1..=16"),
+        (&["--vcpus", "4294967296"], "not in 1..=16"),
+        (&["--vcpus", "-1"], "unexpected argument"),
+        (&["--memory", "0"], "0 is not in 6..=3328"),
+        (&["--memory", "18446744073709551615"], "not in 6..=3328"),
+        (&["--guest", "/nonexistent"], "failed to read /nonexistent"),
+        (&["--guest", text], "the image is refused"),
+        (&["--guest", &overlapping], "overlap"),
+        (&["--guest", &outside], "outside the guest's memory"),
+        (&["--disk", "/nonexistent"], "failed to open the disk /nonexistent"),
+        (&["--disk", text], "a disk of 21 bytes will not do"),
+        (&["--disk", "/dev/null"], "a disk of 0 bytes will not do"),
+    ];
+    for (arguments, expected) in cases {
+        let needs_kvm = ["--guest"].contains(&arguments[0]);
+        if needs_kvm && !kvm() {
+            continue;
+        }
+        let output = run("boot_tiny_guest", arguments);
+        assert!(!output.status.success(), "{arguments:?} succeeded");
+        let errors = stderr(&output);
+        assert!(errors.starts_with("error:") && errors.contains(expected), "{arguments:?}: {errors}");
+    }
+}
+
+#[test]
+fn the_smallest_vmm_greets_and_is_refused() {
+    if !kvm() {
+        return;
+    }
+    let output = run("minimal_vmm", &[]);
+    let text = stdout(&output);
+    assert!(output.status.success(), "{text}\n{}", stderr(&output));
+    assert!(text.contains("hello from protected memory"), "{text}");
+    assert!(text.contains("private at 0x1000: Guest memory error"), "{text}");
+}
+
+#[test]
+fn the_probe_names_every_kind_of_protection_and_a_remedy_for_what_lacks() {
+    let output = run("probe", &["--json"]);
+    let offers: Value = serde_json::from_str(&stdout(&output)).unwrap();
+    let kinds: Vec<_> = offers.as_array().unwrap().iter().map(|offer| offer["protection"].as_str().unwrap()).collect();
+    assert_eq!(kinds, ["none", "guest-memfd", "sev", "sev-es", "sev-snp", "tdx", "secure-execution"]);
+    for offer in offers.as_array().unwrap() {
+        let missing = offer["missing"].as_array().unwrap();
+        assert_eq!(offer["offered"], missing.is_empty());
+        for missing in missing {
+            assert!(!missing["what"].as_str().unwrap().is_empty() && !missing["remedy"].as_str().unwrap().is_empty());
+        }
+    }
+    if kvm() {
+        assert_eq!(offers[0]["offered"], true);
+    }
+}
+
+#[test]
+fn the_readme_shows_the_smallest_vmm_as_it_is() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let readme = fs::read_to_string(root.join("README.md")).unwrap();
+    let code = fs::read_to_string(root.join("examples/minimal_vmm.rs")).unwrap();
+    let block = format!("```rust\n{code}```\n");
+    assert!(readme.contains(&block), "README.md does not have the code of examples/minimal_vmm.rs");
+}
