@@ -7,7 +7,7 @@
 #![allow(unsafe_code, reason = "the pool's memory is given by pointer, as in a guest")]
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use cvm::GpaRange;
+use cvm::{GpaRange, PAGE_SIZE};
 use cvm_guest::{GRANULE, Pool, SharedRegion};
 use std::hint::black_box;
 use std::ptr::NonNull;
@@ -19,19 +19,20 @@ const SIZES: [usize; 7] = [64, 256, 1500, 4 << 10, 16 << 10, 64 << 10, 256 << 10
 const POOL_LEN: usize = 2 << 20;
 
 fn pool() -> Pool {
-    // Leaked, because a pool's memory is there for good; aligned to 8 bytes, as regions need it.
-    let memory = vec![0u64; POOL_LEN / 8].leak();
+    // Leaked, because a pool's memory is there for good.
+    let memory = vec![Page { _bytes: [0; _] }; POOL_LEN / PAGE_SIZE as usize].leak();
     let bits = vec![0u64; POOL_LEN / GRANULE / 64].leak();
     let base = NonNull::from(memory).cast();
-    let pages = GpaRange::new(0x10_0000, POOL_LEN as u64);
-    let made = pages.map(|range| {
-        // SAFETY: the memory is leaked, so it lives long enough, and the only reference to it ended above.
-        unsafe { SharedRegion::mapped_at(base, range) }
-    });
-    match made.map_err(cvm_guest::Error::from).and_then(|region| Pool::new(region, bits)) {
-        Ok(pool) => pool,
-        Err(error) => panic!("no pool: {error}"),
-    }
+    let range = GpaRange::new(0x10_0000, POOL_LEN as u64).expect("a pool is whole pages");
+    // SAFETY: the memory is pages, it is leaked, so it lives long enough, and the only reference to it ended above.
+    let region = unsafe { SharedRegion::mapped_at(base, range) };
+    Pool::new(region, bits).expect("there is a bit for each granule")
+}
+
+#[derive(Clone)]
+#[repr(align(4096))]
+struct Page {
+    _bytes: [u8; PAGE_SIZE as usize],
 }
 
 fn bounce(criterion: &mut Criterion) {

@@ -2,7 +2,7 @@
 
 use cvm::image::Image;
 use cvm::kvm::KvmPlatform;
-use cvm::{Answer, Exit, Gpa, Platform, SharedMemory, Vcpu, Vm, VmConfig, Watchdog};
+use cvm::{Exit, Gpa, Platform, SharedMemory, Vcpu, Vm, VmConfig, Watchdog};
 use std::io::Write;
 use std::time::Duration;
 use tiny_guest::{BOOT_PAGE, GREETING, IMAGE, PAGE_TABLES, REPORT, Task};
@@ -34,11 +34,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             Exit::Console(byte) => std::io::stdout().write_all(&[byte])?,
             Exit::Conversion(request) => {
                 let outcome = vm.convert(&request);
-                println!("{:?}: {} pages at {} to {}", outcome.answer, request.pages(), request.gpa(), request.to());
-                if let (Answer::Invalid, Some(cause)) = (outcome.answer, &outcome.cause) {
-                    eprintln!("refused: {cause}");
+                println!("{:?}: {} pages at {} to {}", outcome.answer(), request.pages(), request.gpa(), request.to());
+                if let Some(cause) = outcome.cause() {
+                    eprintln!("not done: {cause}");
                 }
-                vcpu.answer_conversion(outcome.answer)?;
+                vcpu.answer_conversion(outcome)?;
             }
             Exit::DoorbellWrite { register: REPORT, value } => greet(vm.memory(), u64::from(value) << 12)?,
             Exit::Ended { code: 0 } => return Ok(()),

@@ -113,7 +113,7 @@ fn a_disk_of_the_users_is_read_whole_and_left_alone() {
     }
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("disk");
-    let contents: Vec<u8> = (0..40 * 512u32).map(|i| (i * i >> 3) as u8).collect();
+    let contents: Vec<u8> = (0..40 * 512u32).map(|i| ((i * i) >> 3) as u8).collect();
     fs::write(&path, &contents).unwrap();
     let json = boot_well(&["--disk", path.to_str().unwrap()]);
     let sha256: String = Sha256::digest(&contents).iter().map(|byte| format!("{byte:02x}")).collect();

@@ -35,6 +35,16 @@ pub(crate) struct GuestMemory {
     private: Backing,
     shared: Backing,
     slots: Vec<Slot>,
+    most_runs: u64,
+}
+
+/// How many mappings a process may have, if the kernel does not say (Linux include/linux/mm.h, DEFAULT_MAX_MAP_COUNT).
+const DEFAULT_MAX_MAPPINGS: u64 = 65_530;
+
+/// How many runs of pages a VM may have: each takes a mapping, and half of those of a process are for the rest of it.
+fn most_runs() -> u64 {
+    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count");
+    limit.ok().and_then(|text| text.trim_end().parse().ok()).unwrap_or(DEFAULT_MAX_MAPPINGS) / 2
 }
 
 impl GuestMemory {
@@ -45,6 +55,7 @@ impl GuestMemory {
             private: Backing::new("cvm-private", bytes)?,
             shared: Backing::new("cvm-shared", bytes)?,
             slots: Vec::new(),
+            most_runs: most_runs(),
         };
         let mut offset = 0;
         for range in slots.iter().copied() {
@@ -132,6 +143,10 @@ impl Converter for GuestMemory {
         Ok(self.backing(losing).free(offset, range.len()).map_err(Error::memory("free", range))?)
     }
 
+    fn most_runs(&self) -> u64 {
+        self.most_runs
+    }
+
     fn poison(&self, range: GpaRange) -> Result<(), BoxError> {
         let hidden = self.slot(range).and_then(|(slot, _)| slot.window.hide(range));
         Ok(hidden.map_err(Error::memory("hide", range))?)
@@ -171,7 +186,7 @@ mod tests {
             let request = ConversionRequest::from_guest(0, start * PAGE_SIZE, pages, to);
             engine.ask(request);
             let outcome = engine.convert(&request);
-            assert_eq!(outcome.answer, Answer::Done, "{:?}", outcome.cause);
+            assert_eq!(outcome.answer(), Answer::Done, "{:?}", outcome.cause());
         };
         ask(490, 10, Side::Shared);
         ask(1000, 10, Side::Shared);
@@ -195,6 +210,23 @@ mod tests {
         let mut contents = [1u8; PAGE_SIZE as usize];
         engine.converter().private.file().read_exact_at(&mut contents, 495 * PAGE_SIZE).unwrap();
         assert!(contents.iter().all(|byte| *byte == 0), "contents came back with the page");
+    }
+
+    #[test]
+    fn a_guest_that_alternates_sides_cannot_use_up_the_mappings_of_the_process() {
+        let pages = 2 * most_runs() + 4;
+        let memory = GuestMemory::new(&[GpaRange::from_pages(0, pages).unwrap()]).unwrap();
+        let view = memory.shared_view().unwrap();
+        let engine = ConversionEngine::new(memory, view);
+        let refused = (0..pages).step_by(2).find_map(|page| {
+            let request = ConversionRequest::from_guest(0, page * PAGE_SIZE, 1, Side::Shared);
+            engine.ask(request);
+            let outcome = engine.convert(&request);
+            (outcome.answer() != Answer::Done).then_some(outcome)
+        });
+        let refused = refused.expect("every second page could be shared");
+        assert!(matches!(refused.cause(), Some(cvm_core::Error::TooFragmented { .. })), "{:?}", refused.cause());
+        std::thread::spawn(|| {}).join().expect("there is room for a thread");
     }
 
     #[test]

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-/// The signal that makes KVM_RUN return: the first real-time signal. A VMM must not use it for something else.
+/// The signal that makes KVM_RUN return, see [`KvmPlatform`](crate::KvmPlatform).
 fn signal() -> c_int {
     SIGRTMIN()
 }
@@ -67,6 +67,19 @@ struct State {
     requested: bool,
     /// The thread that is in KVM_RUN, or about to be, or just back.
     thread: Option<pthread_t>,
+    /// The last thread that was there: it lets the signal through.
+    prepared: Option<pthread_t>,
+}
+
+/// Lets the signal through to this thread, whose mask it may have inherited from somebody who blocks all signals.
+fn unblock() {
+    // SAFETY: the set is initialised by sigemptyset before it is used, and all pointers are to this stack.
+    unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, signal());
+        libc::pthread_sigmask(libc::SIG_UNBLOCK, &set, null_mut());
+    }
 }
 
 /// Kicks one vCPU.
@@ -103,7 +116,12 @@ impl Kicker {
     /// Marks this thread as the one in KVM_RUN for as long as the result lives.
     pub(crate) fn enter(&self) -> Entered<'_> {
         // SAFETY: it has no preconditions.
-        self.state().thread = Some(unsafe { libc::pthread_self() });
+        let this = unsafe { libc::pthread_self() };
+        let mut state = self.state();
+        if state.prepared.replace(this) != Some(this) {
+            unblock();
+        }
+        state.thread = Some(this);
         Entered(self)
     }
 }

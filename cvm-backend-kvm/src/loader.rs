@@ -35,7 +35,7 @@ impl KvmLoader {
         let mut vcpus = Vec::new();
         for index in 0..config.vcpus {
             let vcpu = vm.create_vcpu(index.into()).map_err(Error::kvm("create a vcpu"))?;
-            vcpu::set_cpuid(kvm, &vcpu, index)?;
+            vcpu::set_cpuid(kvm, &vcpu, index, transport)?;
             vcpus.push(vcpu);
         }
         Ok(Self { vcpus, vm, memory, config })
@@ -65,7 +65,7 @@ impl Loader for KvmLoader {
         let vcpus = (0..).zip(self.vcpus);
         let vcpus = vcpus
             .map(|(index, fd)| KvmVcpu::new(index, fd, Arc::clone(&shared), self.config.interrupts))
-            .collect::<Result<_, _>>()?;
+            .collect::<Result<Vec<_>, _>>()?;
         Ok(KvmVm::new(shared, vcpus, transcript))
     }
 }

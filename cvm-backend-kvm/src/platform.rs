@@ -9,6 +9,9 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 /// Plain KVM on this host.
+///
+/// vCPUs are [kicked](cvm_core::Kick) by the first real-time signal (`SIGRTMIN`), for which this crate sets a handler
+/// when it makes the first vCPU, and which it unblocks on a thread that runs a vCPU. A VMM must use it for nothing else.
 #[derive(Debug)]
 pub struct KvmPlatform {
     host: Host,

@@ -15,7 +15,6 @@ mod uapi {
     pub const SEV_ES_VM: u32 = 3;
     pub const SNP_VM: u32 = 4;
     pub const TDX_VM: u32 = 5;
-    pub const CAP_MEMORY_ATTRIBUTES: u64 = 233;
     pub const CAP_GUEST_MEMFD: u64 = 234;
     pub const CAP_VM_TYPES: u64 = 235;
 }
@@ -33,13 +32,13 @@ pub(crate) fn offers(path: &Path) -> Vec<Offer> {
     let host = match Host::open(path) {
         Ok(host) => host,
         Err(error) => {
-            let mut what = error.to_string();
-            let mut remedy = String::from("see above");
-            if let crate::Error::Open { path, remedy: how, source } = &error {
-                what = format!("{} cannot be opened: {source}", path.display());
-                remedy = (*how).into();
-            }
-            return ALL.map(|protection| offer(protection, vec![missing(what.clone(), remedy.clone())])).into();
+            let lack = match &error {
+                crate::Error::Open { path, remedy, source } => {
+                    missing(format!("{} cannot be opened: {source}", path.display()), *remedy)
+                }
+                _ => missing(error.to_string(), "a kernel whose kvm speaks version 12"),
+            };
+            return ALL.map(|protection| offer(protection, vec![lack.clone()])).into();
         }
     };
     ALL.map(|protection| match protection {
@@ -105,10 +104,6 @@ fn guest_memfd(host: &Host) -> Offer {
     if host.kvm.check_extension_raw(uapi::CAP_GUEST_MEMFD) <= 0 {
         lacks.push(missing("kvm has no KVM_CAP_GUEST_MEMFD", "Linux 6.8 or later with CONFIG_KVM_PRIVATE_MEM"));
     }
-    // The capability of the device is that of a plain VM where the kernel has VMs with private memory.
-    if lacks.is_empty() && host.kvm.check_extension_raw(uapi::CAP_MEMORY_ATTRIBUTES) < 0 {
-        lacks.push(missing("kvm has no KVM_CAP_MEMORY_ATTRIBUTES", "Linux 6.8 or later"));
-    }
     lacks.push(no_backend());
     offer(Protection::GuestMemfd, lacks)
 }
@@ -117,6 +112,24 @@ fn guest_memfd(host: &Host) -> Offer {
 fn parameter(module: &str, name: &str) -> Option<String> {
     let text = fs::read_to_string(format!("/sys/module/{module}/parameters/{name}")).ok()?;
     Some(text.trim_end().to_owned())
+}
+
+/// Why a VM type is not there, as far as the parameter `name` of `module` tells.
+fn no_vm_type(module: &str, name: &str, firmware: &str) -> Missing {
+    match parameter(module, name).as_deref() {
+        Some("Y" | "1") => missing(
+            format!("kvm has no VM type for it, although {module}.{name} is on"),
+            "what the kernel says of it when it starts: `dmesg | grep -i -e sev -e tdx`",
+        ),
+        Some(_) => missing(
+            format!("kvm has no VM type for it, and {module}.{name} is off"),
+            format!("enable {firmware} in the firmware, and load {module} with {name}=1"),
+        ),
+        None => missing(
+            format!("kvm has no VM type for it, and no parameter {module}.{name}"),
+            format!("a kernel with support for it, in {module}"),
+        ),
+    }
 }
 
 /// Whether this processor's first `/proc/cpuinfo` entry lists a vendor.
@@ -131,11 +144,7 @@ fn sev(host: &Host, protection: Protection, vm_type: u32, parameter_name: &str) 
     if !vendor_is(&["AuthenticAMD", "HygonGenuine"]) {
         lacks.push(missing("the processor is not AMD's", "an AMD EPYC processor"));
     } else if !has_vm_type(host, vm_type) {
-        let set = parameter("kvm_amd", parameter_name).unwrap_or_else(|| "not there".into());
-        lacks.push(missing(
-            format!("kvm has no VM type for it; the parameter kvm_amd.{parameter_name} is {set}"),
-            format!("enable it in the firmware, and load kvm_amd with {parameter_name}=1"),
-        ));
+        lacks.push(no_vm_type("kvm_amd", parameter_name, "SME and SEV-SNP"));
     } else if let Err(error) = fs::File::open("/dev/sev") {
         lacks.push(missing(
             format!("/dev/sev cannot be opened: {error}"),
@@ -151,11 +160,7 @@ fn tdx(host: &Host) -> Offer {
     if !vendor_is(&["GenuineIntel"]) {
         lacks.push(missing("the processor is not Intel's", "an Intel Xeon of the 5th generation or later"));
     } else if !has_vm_type(host, uapi::TDX_VM) {
-        let set = parameter("kvm_intel", "tdx").unwrap_or_else(|| "not there".into());
-        lacks.push(missing(
-            format!("kvm has no VM type for it; the parameter kvm_intel.tdx is {set}"),
-            "enable TDX in the firmware, and load kvm_intel with tdx=1 on Linux 6.16 or later",
-        ));
+        lacks.push(no_vm_type("kvm_intel", "tdx", "TDX"));
     }
     lacks.push(no_backend());
     offer(Protection::Tdx, lacks)

@@ -1,5 +1,7 @@
 //! A vCPU on plain KVM: from KVM's exits to those of the contract.
 
+#![allow(unsafe_code, reason = "an answer goes to the place in the vcpu's page that its exit showed")]
+
 use crate::Error;
 use crate::host::HC_MAP_GPA_RANGE;
 use crate::kick::Kicker;
@@ -8,8 +10,8 @@ use crate::vm::Shared;
 use cvm_core::doorbell::{self, Access, Registers, Ring, Transport};
 use cvm_core::x86::{Register, VcpuState};
 use cvm_core::{
-    Answer, BoxError, ConversionRequest, Error as CoreError, Event, Exit, Gpa, InterruptGuard, InterruptPolicy, Kick,
-    RegisterRead, Side, Vcpu,
+    Answer, BoxError, Conversion, ConversionRequest, Error as CoreError, Event, Exit, Gpa, InterruptGuard,
+    InterruptPolicy, Kick, RegisterRead, Side, Vcpu,
 };
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
@@ -28,12 +30,27 @@ pub(crate) fn is_amd(kvm: &Kvm) -> Result<bool, Error> {
     Ok(first.is_some_and(|letters| letters == *b"Auth" || letters == *b"Hygo"))
 }
 
+/// Bits of CPUID leaf 1 that speak of a local APIC, of which there is none: in ECX x2APIC and the TSC deadline timer, in
+/// EDX the APIC itself (Intel SDM, volume 2, CPUID).
+const APIC_ECX: u32 = 1 << 21 | 1 << 24;
+const APIC_EDX: u32 = 1 << 9;
+
+/// The leaf of KVM's features, and the one that says that `KVM_HC_MAP_GPA_RANGE` works
+/// (Linux arch/x86/include/uapi/asm/kvm_para.h).
+const KVM_CPUID_FEATURES: u32 = 0x4000_0001;
+const KVM_FEATURE_HC_MAP_GPA_RANGE: u32 = 1 << 16;
+
 /// Shows the host's processor to the guest, with the vCPU's index as its APIC id.
-pub(crate) fn set_cpuid(kvm: &Kvm, vcpu: &VcpuFd, index: u32) -> Result<(), Error> {
+pub(crate) fn set_cpuid(kvm: &Kvm, vcpu: &VcpuFd, index: u32, transport: Transport) -> Result<(), Error> {
     let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(Error::kvm("list cpuid leaves"))?;
     for entry in cpuid.as_mut_slice() {
         match entry.function {
-            1 => entry.ebx = entry.ebx & 0x00ff_ffff | index << 24,
+            1 => {
+                entry.ebx = entry.ebx & 0x00ff_ffff | index << 24;
+                entry.ecx &= !APIC_ECX;
+                entry.edx &= !APIC_EDX;
+            }
+            KVM_CPUID_FEATURES if transport == Transport::Hypercall => entry.eax |= KVM_FEATURE_HC_MAP_GPA_RANGE,
             0xb | 0x1f => entry.edx = index,
             _ => {}
         }
@@ -62,7 +79,7 @@ pub(crate) fn set_state(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), Error> {
 enum Question {
     Port(PortAnswer),
     Msr,
-    Conversion(Transport),
+    Conversion(ConversionRequest, Transport),
 }
 
 /// A KVM exit, taken out of the page that is shared with KVM.
@@ -108,7 +125,8 @@ impl Raw {
             Ok(VcpuExit::MemoryFault { gpa, .. }) => Self::Fault { gpa: Gpa(gpa) },
             Ok(VcpuExit::Hlt) => Self::Halt,
             Ok(VcpuExit::IrqWindowOpen) => Self::InterruptWindow,
-            Ok(VcpuExit::Intr) => Self::Interrupted,
+            // The guest lowered its task priority, which matters to a local APIC only.
+            Ok(VcpuExit::Intr | VcpuExit::SetTpr) => Self::Interrupted,
             Ok(VcpuExit::Shutdown) => Self::Crash("it shut down, as after a triple fault".into()),
             Ok(VcpuExit::InternalError) => Self::Crash("kvm could not execute an instruction".into()),
             Ok(VcpuExit::FailEntry(reason, _)) => {
@@ -134,6 +152,10 @@ pub struct KvmVcpu {
     doorbell: Registers,
     question: Option<Question>,
     guard: InterruptGuard,
+    /// Whether it waits for an interrupt.
+    halted: bool,
+    /// Whether it failed, so that it cannot go on.
+    failed: bool,
     /// Injected vectors that the guest has not taken yet, vector 0 first.
     interrupts: [u64; 4],
 }
@@ -148,6 +170,8 @@ impl KvmVcpu {
             doorbell: Registers::new(index),
             question: None,
             guard: InterruptGuard::new(policy),
+            halted: false,
+            failed: false,
             interrupts: [0; 4],
         })
     }
@@ -179,8 +203,8 @@ impl KvmVcpu {
                 self.answer(question, value.into())?;
                 Ok(None)
             }
-            Ring::Exit(exit @ Exit::Conversion(_)) => {
-                self.question = Some(Question::Conversion(Transport::Doorbell));
+            Ring::Exit(exit @ Exit::Conversion(request)) => {
+                self.ask(request, Transport::Doorbell);
                 Ok(Some(exit))
             }
             Ring::Exit(exit) => {
@@ -192,11 +216,67 @@ impl KvmVcpu {
 
     fn answer(&mut self, question: Option<Question>, value: u64) -> Result<(), CoreError> {
         match question {
-            Some(Question::Port(answer)) => answer.give(&mut self.fd, value),
+            // SAFETY: the question was taken from an exit of this vCPU.
+            Some(Question::Port(answer)) => unsafe { answer.give(&mut self.fd, value) },
             Some(Question::Msr) => vcpu_fd::answer_msr(&mut self.fd, value),
-            Some(Question::Conversion(_)) | None => return self.protocol("there is no read to answer"),
+            Some(Question::Conversion(..)) | None => return self.protocol("there is no read to answer"),
         }
         Ok(())
+    }
+
+    /// Remembers what the guest asks for, and allows it to be carried out.
+    fn ask(&mut self, request: ConversionRequest, transport: Transport) {
+        self.question = Some(Question::Conversion(request, transport));
+        self.shared.engine.ask(request);
+    }
+
+    fn answer_request(&mut self, transport: Transport, answer: Answer) {
+        match transport {
+            Transport::Doorbell => self.doorbell.answer(answer),
+            Transport::Hypercall => {
+                // Positive error numbers: KVM passes them to the guest negated where its convention asks for that
+                // (Linux arch/x86/kvm/svm/sev.c and vmx/tdx.c accept these three values only).
+                let result = match answer {
+                    Answer::Done => 0,
+                    Answer::Invalid => libc::EINVAL,
+                    Answer::Retry => libc::EAGAIN,
+                };
+                vcpu_fd::answer_hypercall(&mut self.fd, result as u64);
+            }
+        }
+    }
+
+    /// Runs the guest until it exits in a way that the VMM must know of.
+    fn run_on(&mut self) -> Result<Exit, CoreError> {
+        loop {
+            if self.kicker.take() {
+                return Ok(Exit::Kicked);
+            }
+            if self.shared.engine.is_lost() {
+                return Err(CoreError::Lost);
+            }
+            if self.halted && !self.can_wake() {
+                return Ok(Exit::Halted);
+            }
+            self.halted = false;
+            self.offer_interrupt().map_err(failed("offer an interrupt"))?;
+            let raw = {
+                let _entered = self.kicker.enter();
+                Raw::from_kvm(self.fd.run())
+            };
+            let raw = raw.map_err(failed("run a vcpu"))?;
+            if vcpu_fd::port_accesses(&mut self.fd) > 1 && matches!(raw, Raw::PortIn { .. } | Raw::PortOut { .. }) {
+                return Err(CoreError::Crashed { vcpu: self.index, reason: "it used string i/o on a port".into() });
+            }
+            if let Some(exit) = self.translate(raw)? {
+                return Ok(exit);
+            }
+        }
+    }
+
+    /// Whether an injected interrupt ends a halt.
+    fn can_wake(&mut self) -> bool {
+        self.interrupts.iter().any(|bits| *bits != 0) && self.fd.get_kvm_run().if_flag != 0
     }
 
     /// What the contract makes of an exit: an exit of its own, an error, or nothing, and the guest goes on.
@@ -244,15 +324,19 @@ impl KvmVcpu {
                 if number != u64::from(HC_MAP_GPA_RANGE) {
                     return Err(CoreError::Crashed { vcpu, reason: format!("it made hypercall {number}") });
                 }
-                self.question = Some(Question::Conversion(Transport::Hypercall));
-                Exit::Conversion(ConversionRequest::from_guest(vcpu, gpa, pages, side(attributes)))
+                let request = ConversionRequest::from_guest(vcpu, gpa, pages, side(attributes));
+                self.ask(request, Transport::Hypercall);
+                Exit::Conversion(request)
             }
             Raw::Mmio { gpa, .. } if self.shared.engine.converter().contains(gpa) => {
                 return Err(CoreError::MissingConversion { vcpu, gpa });
             }
             Raw::Mmio { gpa, write } => return Err(CoreError::MmioRefused { vcpu, gpa, write }),
             Raw::Fault { gpa } => return Err(CoreError::MissingConversion { vcpu, gpa }),
-            Raw::Halt => Exit::Halted,
+            Raw::Halt => {
+                self.halted = true;
+                Exit::Halted
+            }
             Raw::InterruptWindow | Raw::Interrupted => return Ok(None),
             Raw::Crash(reason) => return Err(CoreError::Crashed { vcpu, reason }),
         }))
@@ -285,26 +369,17 @@ impl Vcpu for KvmVcpu {
         if self.question.is_some() {
             return self.protocol("it cannot run before its last exit is answered");
         }
-        loop {
-            if self.kicker.take() {
-                return Ok(Exit::Kicked);
-            }
-            self.offer_interrupt().map_err(failed("offer an interrupt"))?;
-            let raw = {
-                let _entered = self.kicker.enter();
-                Raw::from_kvm(self.fd.run())
-            };
-            let Some(exit) = self.translate(raw.map_err(failed("run a vcpu"))?)? else { continue };
-            if let Exit::Conversion(request) = exit {
-                self.shared.engine.ask(request);
-            }
-            return Ok(exit);
+        if self.failed {
+            return self.protocol("it has failed, and cannot run again");
         }
+        let exit = self.run_on();
+        self.failed = exit.is_err();
+        exit
     }
 
     fn answer_read(&mut self, value: u64) -> Result<(), CoreError> {
         match self.question.take() {
-            Some(conversion @ Question::Conversion(_)) => {
+            Some(conversion @ Question::Conversion(..)) => {
                 self.question = Some(conversion);
                 self.protocol("it asked for a conversion, not for a value")
             }
@@ -312,25 +387,28 @@ impl Vcpu for KvmVcpu {
         }
     }
 
-    fn answer_conversion(&mut self, answer: Answer) -> Result<(), CoreError> {
-        match self.question.take() {
-            Some(Question::Conversion(Transport::Doorbell)) => self.doorbell.answer(answer),
-            Some(Question::Conversion(Transport::Hypercall)) => {
-                // Positive error numbers: KVM passes them to the guest negated where its convention asks for that
-                // (Linux arch/x86/kvm/svm/sev.c and vmx/tdx.c accept these three values only).
-                let result = match answer {
-                    Answer::Done => 0,
-                    Answer::Invalid => libc::EINVAL,
-                    Answer::Retry => libc::EAGAIN,
-                };
-                vcpu_fd::answer_hypercall(&mut self.fd, result as u64);
+    fn answer_conversion(&mut self, conversion: Conversion) -> Result<(), CoreError> {
+        match &self.question {
+            Some(Question::Conversion(request, transport)) if request == conversion.request() => {
+                self.answer_request(*transport, conversion.answer());
+                self.question = None;
+                Ok(())
             }
-            other => {
-                self.question = other;
-                return self.protocol("it asked for no conversion");
-            }
+            Some(Question::Conversion(..)) => self.protocol("it asked for another conversion"),
+            _ => self.protocol("it asked for no conversion"),
         }
-        Ok(())
+    }
+
+    fn refuse_conversion(&mut self) -> Result<(), CoreError> {
+        match &self.question {
+            Some(Question::Conversion(_, transport)) => {
+                self.shared.engine.withdraw(self.index);
+                self.answer_request(*transport, Answer::Invalid);
+                self.question = None;
+                Ok(())
+            }
+            _ => self.protocol("it asked for no conversion"),
+        }
     }
 
     fn register(&self, register: Register) -> Result<RegisterRead, CoreError> {

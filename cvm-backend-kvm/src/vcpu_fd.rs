@@ -3,7 +3,7 @@
 #![allow(unsafe_code, reason = "answers go into the page that is shared with KVM, and one ioctl is missing")]
 
 use crate::Error;
-use kvm_bindings::{KVMIO, kvm_interrupt};
+use kvm_bindings::{KVM_EXIT_IO, KVMIO, kvm_interrupt};
 use kvm_ioctls::VcpuFd;
 use std::io;
 use std::ptr::NonNull;
@@ -31,16 +31,27 @@ impl PortAnswer {
         Self { len: data.len(), data: NonNull::from(data).cast() }
     }
 
-    /// Hands `value` to the guest.
+    /// Hands the low bytes of `value` to the guest.
     ///
-    /// `vcpu` must be the one that showed the place, and must not have run since.
-    pub(crate) fn give(self, _vcpu: &mut VcpuFd, value: u64) {
-        for (at, byte) in value.to_le_bytes().into_iter().chain(std::iter::repeat(0)).take(self.len).enumerate() {
-            // SAFETY: the place is `len` bytes in the vCPU's mapping, which lives as long as `_vcpu`; nobody else
-            // accesses it, as `_vcpu` is borrowed exclusively.
+    /// # Safety
+    /// `vcpu` must be the one that showed the place.
+    pub(crate) unsafe fn give(self, _vcpu: &mut VcpuFd, value: u64) {
+        for (at, byte) in value.to_le_bytes().into_iter().take(self.len).enumerate() {
+            // SAFETY: the place is `len` bytes in the vCPU's mapping, which the caller promises is `_vcpu`'s, and so
+            // still there; nobody else accesses it, as `_vcpu` is borrowed exclusively.
             unsafe { self.data.add(at).write(byte) };
         }
     }
+}
+
+/// How many accesses the last exit of `vcpu` stands for, if it was one of port I/O: more than one is string I/O.
+pub(crate) fn port_accesses(vcpu: &mut VcpuFd) -> u32 {
+    let run = vcpu.get_kvm_run();
+    if run.exit_reason != KVM_EXIT_IO {
+        return 0;
+    }
+    // SAFETY: every bit pattern is a valid count, and the exit reason says that it is the one that was written.
+    unsafe { run.__bindgen_anon_1.io.count }
 }
 
 /// Hands `value` to a guest that reads an MSR.

@@ -4,7 +4,7 @@ use cvm_core::interrupt::Guarding;
 use cvm_core::launch::Transcript;
 use cvm_core::memory::{Allocated, ConversionEngine, ConversionTotals};
 use cvm_core::{
-    Conversion, ConversionListener, ConversionRequest, Error, Lifecycle, LifecycleAnswer, SharedMemory, Vm,
+    Conversion, ConversionListener, ConversionRequest, Error, Kick, Lifecycle, LifecycleAnswer, SharedMemory, Vcpu, Vm,
 };
 use kvm_ioctls::VmFd;
 use std::sync::Arc;
@@ -20,12 +20,14 @@ pub(crate) struct Shared {
 pub struct KvmVm {
     shared: Arc<Shared>,
     vcpus: Vec<KvmVcpu>,
+    kickers: Vec<Arc<dyn Kick>>,
     transcript: Transcript,
 }
 
 impl KvmVm {
     pub(crate) fn new(shared: Arc<Shared>, vcpus: Vec<KvmVcpu>, transcript: Transcript) -> Self {
-        Self { shared, vcpus, transcript }
+        let kickers = vcpus.iter().map(Vcpu::kicker).collect();
+        Self { shared, vcpus, kickers, transcript }
     }
 }
 
@@ -41,7 +43,11 @@ impl Vm for KvmVm {
     }
 
     fn convert(&self, request: &ConversionRequest) -> Conversion {
-        self.shared.engine.convert(request)
+        let outcome = self.shared.engine.convert(request);
+        if self.shared.engine.is_lost() {
+            self.kickers.iter().for_each(|kicker| kicker.kick());
+        }
+        outcome
     }
 
     fn add_listener(&self, listener: Arc<dyn ConversionListener>) {

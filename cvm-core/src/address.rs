@@ -86,11 +86,6 @@ impl GpaRange {
         }
     }
 
-    /// The page that `gpa` lies in, or nothing beyond [`GPA_LIMIT`].
-    pub fn page_of(gpa: Gpa) -> Option<Self> {
-        Self::new(gpa.0 & !(PAGE_SIZE - 1), PAGE_SIZE).ok()
-    }
-
     /// The smallest range that holds the `len` bytes at `start`, or nothing when there is no byte or it ends too high.
     pub fn covering(start: u64, len: u64) -> Option<Self> {
         let first = start & !(PAGE_SIZE - 1);

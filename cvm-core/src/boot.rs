@@ -51,12 +51,6 @@ impl BootPage {
     pub fn transport(&self) -> Option<Transport> {
         [Transport::Doorbell, Transport::Hypercall].into_iter().find(|t| *t as u32 == self.transport)
     }
-
-    /// Reads a boot page from the start of `bytes`; nothing when it is too short or carries another magic.
-    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let (page, _) = Self::read_from_prefix(bytes).ok()?;
-        (page.magic == MAGIC).then_some(page)
-    }
 }
 
 const _: () = assert!(size_of::<BootPage>() <= crate::PAGE_SIZE as usize);

@@ -36,6 +36,9 @@ pub enum Error {
         /// What is wrong with it.
         problem: &'static str,
     },
+    /// A launch that goes on after one of its steps failed.
+    #[error("the launch is over: an earlier step failed")]
+    LaunchFailed,
     /// A file that is not an image that we can load.
     #[error("the image is refused: {reason}")]
     Image {
@@ -58,6 +61,23 @@ pub enum Error {
         /// The first page.
         gpa: Gpa,
     },
+    /// A request is carried out in part; the guest has to ask again for the rest.
+    #[error("the request is carried out up to {range}, and the guest has to ask again for the rest")]
+    Unfinished {
+        /// The first pages that are not converted.
+        range: GpaRange,
+    },
+    /// A conversion would leave more runs of pages on one side than the host has mappings for.
+    #[error("converting {range} would leave more than {most} runs of private and shared pages")]
+    TooFragmented {
+        /// The pages.
+        range: GpaRange,
+        /// How many runs there may be.
+        most: u64,
+    },
+    /// Pages are lost that the guest may still see.
+    #[error("the vm must not go on: a guest may see pages that are lost")]
+    Lost,
     /// A listener wants a conversion to happen later.
     #[error("{listener} asks to wait with the conversion of {range}: {reason}")]
     ListenerWaits {

@@ -18,6 +18,9 @@ pub struct Image {
 
 /// A loadable segment of an ELF file.
 struct Segment<'a> {
+    /// Where the linker placed it, which the entry point refers to.
+    link: u64,
+    /// Where it is in memory.
     start: u64,
     contents: &'a [u8],
     len: u64,
@@ -43,17 +46,24 @@ impl Image {
             }
         }
         segments.sort_by_key(|segment| segment.start);
-        let entry = header.e_entry(endian);
-        if !segments.iter().any(|s| s.start <= entry && entry - s.start < s.contents.len() as u64) {
-            return Err(refuse("its entry point lies in none of its segments"));
+        // Headers may name the same bytes more than once, and so make much of little.
+        let len = segments.iter().try_fold(0u64, |len, segment| len.checked_add(segment.contents.len() as u64));
+        if len.is_none_or(|len| len > file.len() as u64) {
+            return Err(refuse("its segments are longer than the file"));
         }
+        let entry = header.e_entry(endian);
+        let entry = segments.iter().find_map(|segment| {
+            let offset = entry.checked_sub(segment.link).filter(|offset| *offset < segment.contents.len() as u64)?;
+            Some(Gpa(segment.start + offset))
+        });
+        let entry = entry.ok_or_else(|| refuse("its entry point lies in none of its segments"))?;
         if let Some(pair) = segments.windows(2).find(|pair| pair[0].start + pair[0].len > pair[1].start) {
             return Err(refuse(&format!("its segments at {:#x} and {:#x} overlap", pair[0].start, pair[1].start)));
         }
-        Ok(Self { entry: Gpa(entry), pages: pages(&segments)? })
+        Ok(Self { entry, pages: pages(&segments)? })
     }
 
-    /// Where it starts.
+    /// Where it starts, in physical memory.
     pub fn entry(&self) -> Gpa {
         self.entry
     }
@@ -80,7 +90,7 @@ fn segment<'a>(
     if GpaRange::covering(start, len).is_none() {
         return refuse("ends beyond the 52 bits of a guest physical address");
     }
-    Ok(Segment { start, contents, len })
+    Ok(Segment { link: program.p_vaddr(endian), start, contents, len })
 }
 
 /// Cuts sorted segments into pages; segments that share a page are put into it together.

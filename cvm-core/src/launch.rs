@@ -7,7 +7,7 @@
 //! | seal | [`Vm`](crate::Vm) | run; nothing can be loaded any more |
 //!
 //! Each step consumes the one before, so that a VM which is not sealed cannot run and one that is sealed cannot be
-//! loaded. Dropping a [`Launch`] leaves nothing of the VM.
+//! loaded. When a backend's step fails, the launch is over. Dropping a [`Launch`] leaves nothing of the VM.
 
 use crate::boot::{self, BootPage, MemoryRange};
 use crate::doorbell::{Doorbell, Transport};
@@ -102,7 +102,7 @@ pub enum Entry {
         /// The accepted vectors as 256 bits.
         interrupts: [u64; 4],
     },
-    /// One page.
+    /// One page with contents.
     Page {
         /// What it is to the measurement.
         kind: PageKind,
@@ -110,6 +110,11 @@ pub enum Entry {
         gpa: Gpa,
         /// SHA-384 of its contents if it is [`PageKind::Measured`], else zeros.
         contents: [u8; 48],
+    },
+    /// Pages of zeros.
+    Zero {
+        /// Where they are.
+        range: GpaRange,
     },
     /// The first state of a vCPU.
     Vcpu {
@@ -134,27 +139,33 @@ impl Transcript {
 
     /// The measurement of software-only isolation: a chain of SHA-384.
     ///
-    /// It starts as SHA-384 of the ASCII text `cvm software launch 1`. Each line makes it SHA-384 of: the measurement
-    /// so far (48 bytes), the line's kind (8 bytes, little endian: a [`PageKind`], 16 for a configuration, 17 for a
-    /// vCPU), the GPA or vCPU index or number of vCPUs (8 bytes, little endian), and the line's digest (48 bytes; of a
-    /// configuration, SHA-384 of the 32 bytes of accepted vectors).
+    /// It starts as SHA-384 of the ASCII text `cvm software launch 1`. Each page, vCPU and configuration makes it
+    /// SHA-384 of: the measurement so far (48 bytes), a kind (8 bytes, little endian: the [`PageKind`], 16 for a
+    /// configuration, 17 for a vCPU), a place (8 bytes, little endian: the GPA, the number of vCPUs, the vCPU's index),
+    /// and a digest (48 bytes: the entry's; of a configuration, SHA-384 of the 32 bytes of accepted vectors; of a zero
+    /// page, zeros).
     pub fn measurement(&self) -> Measurement {
-        let start: [u8; 48] = Sha384::digest(b"cvm software launch 1").into();
-        Measurement(self.entries.iter().fold(start, |digest, entry| {
-            let (kind, place, contents) = match entry {
+        let mut digest: [u8; 48] = Sha384::digest(b"cvm software launch 1").into();
+        let mut extend = |kind: u64, place: u64, contents: &[u8; 48]| {
+            let next = Sha384::new().chain_update(digest).chain_update(kind.to_le_bytes());
+            digest = next.chain_update(place.to_le_bytes()).chain_update(contents).finalize().into();
+        };
+        for entry in &self.entries {
+            match entry {
                 Entry::Config { vcpus, interrupts } => {
-                    (16, u64::from(*vcpus), Sha384::digest(interrupts.map(u64::to_le_bytes).as_flattened()).into())
+                    let vectors = Sha384::digest(interrupts.map(u64::to_le_bytes).as_flattened()).into();
+                    extend(16, u64::from(*vcpus), &vectors);
                 }
-                Entry::Page { kind, gpa, contents } => (*kind as u64, gpa.0, *contents),
-                Entry::Vcpu { index, state } => (17, u64::from(*index), *state),
-            };
-            let next = Sha384::new()
-                .chain_update(digest)
-                .chain_update(u64::to_le_bytes(kind))
-                .chain_update(place.to_le_bytes())
-                .chain_update(contents);
-            next.finalize().into()
-        }))
+                Entry::Page { kind, gpa, contents } => extend(*kind as u64, gpa.0, contents),
+                Entry::Zero { range } => {
+                    for page in 0..range.pages() {
+                        extend(PageKind::Zero as u64, range.start().0 + page * PAGE_SIZE, &[0; 48]);
+                    }
+                }
+                Entry::Vcpu { index, state } => extend(17, u64::from(*index), state),
+            }
+        }
+        Measurement(digest)
     }
 }
 
@@ -203,6 +214,7 @@ pub struct Launch<L> {
     loaded: BTreeMap<Gpa, GpaRange>,
     vcpus: Vec<bool>,
     transcript: Transcript,
+    failed: bool,
 }
 
 impl<L: Loader> Launch<L> {
@@ -222,6 +234,7 @@ impl<L: Loader> Launch<L> {
             vcpus: vec![false; config.vcpus as usize],
             transcript: Transcript { entries: vec![first] },
             config,
+            failed: false,
         })
     }
 
@@ -235,7 +248,21 @@ impl<L: Loader> Launch<L> {
         self.transport
     }
 
+    /// Passes on the result of a backend's step, after whose failure nothing else works.
+    fn done<T>(
+        &mut self,
+        step: &'static str,
+        range: Option<GpaRange>,
+        result: Result<T, BoxError>,
+    ) -> Result<T, Error> {
+        self.failed |= result.is_err();
+        result.map_err(|source| Error::Backend { step, range, source })
+    }
+
     fn claim(&mut self, range: GpaRange) -> Result<(), Error> {
+        if self.failed {
+            return Err(Error::LaunchFailed);
+        }
         self.memory.split(range)?;
         let before = self.loaded.range(..range.end()).next_back();
         if let Some(twice) = before.and_then(|(_, earlier)| earlier.intersection(&range)) {
@@ -251,19 +278,15 @@ impl<L: Loader> Launch<L> {
             // A zero page has no contents, so there is nothing to cut then.
             let from = (part.start().0 - range.start().0) as usize;
             let cut = contents.get(from..from + part.len() as usize).unwrap_or_default();
-            self.loader.load(part, cut, kind).map_err(|source| Error::Backend {
-                step: "load pages",
-                range: Some(part),
-                source,
-            })?;
+            let loaded = self.loader.load(part, cut, kind);
+            self.done("load pages", Some(part), loaded)?;
         }
-        let mut pages = contents.chunks(PAGE_SIZE as usize);
-        for page in 0..range.pages() {
-            let contents = match (kind, pages.next()) {
-                (PageKind::Measured, Some(contents)) => Sha384::digest(contents).into(),
-                _ => [0; 48],
-            };
+        if kind == PageKind::Zero {
+            self.transcript.entries.push(Entry::Zero { range });
+        }
+        for (page, contents) in (0..).zip(contents.chunks(PAGE_SIZE as usize)) {
             let gpa = Gpa(range.start().0 + page * PAGE_SIZE);
+            let contents = if kind == PageKind::Measured { Sha384::digest(contents).into() } else { [0; 48] };
             self.transcript.entries.push(Entry::Page { kind, gpa, contents });
         }
         Ok(())
@@ -346,16 +369,16 @@ impl<L: Loader> Launch<L> {
     /// # Errors
     /// [`Error::VcpuState`] if there is no such vCPU or its state is set already, [`Error::Backend`].
     pub fn set_vcpu(&mut self, index: u32, state: &VcpuState) -> Result<(), Error> {
+        if self.failed {
+            return Err(Error::LaunchFailed);
+        }
         match self.vcpus.get_mut(index as usize) {
             None => return Err(Error::VcpuState { vcpu: index, problem: "there is no such vcpu" }),
             Some(true) => return Err(Error::VcpuState { vcpu: index, problem: "its state is set already" }),
             Some(set) => *set = true,
         }
-        self.loader.set_vcpu(index, state).map_err(|source| Error::Backend {
-            step: "set the first state of a vcpu",
-            range: None,
-            source,
-        })?;
+        let set = self.loader.set_vcpu(index, state);
+        self.done("set the first state of a vcpu", None, set)?;
         self.transcript.entries.push(Entry::Vcpu { index, state: Sha384::digest(state.as_bytes()).into() });
         Ok(())
     }
@@ -363,13 +386,16 @@ impl<L: Loader> Launch<L> {
     /// Ends the launch: from here on the guest runs, and nothing more can be loaded.
     ///
     /// # Errors
-    /// [`Error::VcpuState`] if a vCPU has no state, [`Error::Backend`].
+    /// [`Error::VcpuState`] if a vCPU has no state, [`Error::LaunchFailed`], [`Error::Backend`].
     pub fn seal(self) -> Result<L::Vm, Error> {
+        if self.failed {
+            return Err(Error::LaunchFailed);
+        }
         if let Some(vcpu) = self.vcpus.iter().position(|set| !set) {
             return Err(Error::VcpuState { vcpu: vcpu as u32, problem: "it has no state to start from" });
         }
-        let seal = self.loader.seal(self.transcript);
-        seal.map_err(|source| Error::Backend { step: "seal the vm", range: None, source })
+        let sealed = self.loader.seal(self.transcript);
+        sealed.map_err(|source| Error::Backend { step: "seal the vm", range: None, source })
     }
 }
 

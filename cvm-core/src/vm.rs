@@ -4,7 +4,7 @@ use crate::interrupt::Guarding;
 use crate::launch::Transcript;
 use crate::memory::{Allocated, Conversion, ConversionListener, ConversionRequest, ConversionTotals, SharedMemory};
 use crate::x86::Register;
-use crate::{Answer, Error, Event, Lifecycle, LifecycleAnswer};
+use crate::{Error, Event, Lifecycle, LifecycleAnswer};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -90,7 +90,7 @@ pub trait Vm: Send + Sync {
     /// The shared side of its memory.
     fn memory(&self) -> &SharedMemory;
 
-    /// Carries out what a guest has asked for by [`Exit::Conversion`], once. The outcome's answer is for
+    /// Carries out what a guest has asked for by [`Exit::Conversion`], once. The result is for
     /// [`Vcpu::answer_conversion`].
     fn convert(&self, request: &ConversionRequest) -> Conversion;
 
@@ -121,12 +121,14 @@ pub trait Vcpu: Send {
     /// Its index, from 0.
     fn index(&self) -> u32;
 
-    /// Runs the guest until it exits.
+    /// Runs the guest until it exits. A vCPU that has [halted](Exit::Halted) goes on only when an injected interrupt
+    /// wakes it.
     ///
     /// # Errors
     /// [`Error::MmioRefused`], [`Error::MissingConversion`], [`Error::UnknownDoorbell`] and [`Error::Crashed`] for what
-    /// the guest did: it cannot go on. [`Error::Protocol`] if the last exit still waits for an answer.
-    /// [`Error::Backend`] if the host failed.
+    /// the guest did, [`Error::Backend`] if the host failed, [`Error::Lost`] if another vCPU's conversion did: this
+    /// vCPU cannot go on, and says so when it is run again. [`Error::Protocol`] if the last exit still waits for an
+    /// answer.
     fn run(&mut self) -> Result<Exit, Error>;
 
     /// Answers a read exit; only as many low bytes count as the guest reads.
@@ -135,11 +137,18 @@ pub trait Vcpu: Send {
     /// [`Error::Protocol`] if the last exit was not a read.
     fn answer_read(&mut self, value: u64) -> Result<(), Error>;
 
-    /// Answers [`Exit::Conversion`].
+    /// Answers [`Exit::Conversion`] with what [`Vm::convert`] made of it.
+    ///
+    /// # Errors
+    /// [`Error::Protocol`] if the last exit was no conversion, or another one.
+    fn answer_conversion(&mut self, conversion: Conversion) -> Result<(), Error>;
+
+    /// Answers [`Exit::Conversion`] with [`Answer::Invalid`](crate::Answer::Invalid); the request cannot be carried out
+    /// any more.
     ///
     /// # Errors
     /// [`Error::Protocol`] if the last exit was no conversion.
-    fn answer_conversion(&mut self, answer: Answer) -> Result<(), Error>;
+    fn refuse_conversion(&mut self) -> Result<(), Error>;
 
     /// What the host can see of a register.
     ///
@@ -177,19 +186,20 @@ pub struct Watchdog {
 }
 
 impl Watchdog {
-    /// Kicks all of `vcpus` once when `limit` is over, unless it is dropped before.
+    /// Kicks all of `vcpus` once when `limit` is over, unless it is dropped before. A limit beyond what the clock can
+    /// count never is.
     ///
     /// # Errors
     /// If there can be no more threads.
     pub fn new(limit: Duration, vcpus: Vec<Arc<dyn Kick>>) -> std::io::Result<Self> {
         let leash = Arc::<(Mutex<Leash>, Condvar)>::default();
         let theirs = Arc::clone(&leash);
-        let end = Instant::now() + limit;
+        let end = Instant::now().checked_add(limit);
         let thread = std::thread::Builder::new().name("vm-watchdog".into()).spawn(move || {
             let (state, wake) = &*theirs;
             let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
             while !state.released {
-                let left = end.saturating_duration_since(Instant::now());
+                let left = end.map_or(Duration::MAX, |end| end.saturating_duration_since(Instant::now()));
                 if left.is_zero() {
                     state.fired = true;
                     vcpus.iter().for_each(|vcpu| vcpu.kick());

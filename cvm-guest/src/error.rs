@@ -1,4 +1,4 @@
-use cvm_core::{Answer, GpaRange, RangeError, Side};
+use cvm_core::{Answer, GpaRange, Side};
 
 /// What can go wrong in a guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -25,9 +25,12 @@ pub enum Error {
         /// What the host said.
         answer: u64,
     },
-    /// Numbers that are no page range, or one that the transport cannot name.
-    #[error("no page range that can be converted")]
-    Range(#[from] RangeError),
+    /// A range that no pointer of the guest leads to: it begins at 0, or ends beyond the address space.
+    #[error("{0} cannot be accessed by pointer")]
+    NoPointer(GpaRange),
+    /// A device beyond the last one.
+    #[error("there is no device {0}")]
+    NoDevice(u16),
     /// A range that the transport has too few bits for.
     #[error("{0} is beyond what the doorbell can name")]
     TooFar(GpaRange),
@@ -47,8 +50,8 @@ pub enum Error {
         /// How many bytes were asked for.
         len: usize,
     },
-    /// A pool's bookkeeping is too small for its region, or its region too small to be of use.
-    #[error("a pool of {bytes} bytes needs at least one and at most {capacity} bytes of shared memory")]
+    /// A pool's bookkeeping is too small for its region.
+    #[error("the bookkeeping of a pool of {bytes} bytes has bits for {capacity} only")]
     PoolSize {
         /// The region's size.
         bytes: usize,

@@ -1,7 +1,7 @@
 use crate::{Error, Machine, SharedRegion};
 use core::fmt;
 use cvm_core::boot::{self, BootPage};
-use cvm_core::doorbell::{Transport, control, device_base};
+use cvm_core::doorbell::{DEVICE_SPACE, MAX_DEVICES, Transport, control, device_base};
 use cvm_core::{Answer, GpaRange, PAGE_SIZE, Side};
 
 /// How often a request is repeated that the host wants repeated, before the guest gives up.
@@ -77,12 +77,14 @@ impl<M: Machine> Platform<M> {
     /// have references into it, until [`Platform::unshare`] has given it back.
     ///
     /// # Errors
-    /// As [`Platform::convert`]. The range must not be used for anything then: part of it may be shared.
+    /// [`Error::NoPointer`], and as [`Platform::convert`]. The range must not be used for anything then: part of it may
+    /// be shared.
     #[allow(unsafe_code, reason = "only the caller knows what else uses the range")]
     pub unsafe fn share(&self, range: GpaRange) -> Result<SharedRegion, Error> {
-        self.convert(range, Side::Shared)?;
         // SAFETY: passed on to the caller.
-        unsafe { SharedRegion::new(range) }
+        let region = unsafe { SharedRegion::new(range)? };
+        self.convert(range, Side::Shared)?;
+        Ok(region)
     }
 
     /// Takes a region back; its pages are private then, with contents that nobody should rely on.
@@ -100,9 +102,15 @@ impl<M: Machine> Platform<M> {
         Console(&self.machine)
     }
 
-    /// The registers of device `device`, which must be below [`MAX_DEVICES`](cvm_core::doorbell::MAX_DEVICES).
-    pub fn device(&self, device: u16) -> DeviceRegisters<&M> {
-        DeviceRegisters { machine: &self.machine, base: device_base(device) }
+    /// The registers of device `device`.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`] from [`MAX_DEVICES`] on.
+    pub fn device(&self, device: u16) -> Result<DeviceRegisters<&M>, Error> {
+        if device >= MAX_DEVICES {
+            return Err(Error::NoDevice(device));
+        }
+        Ok(DeviceRegisters { machine: &self.machine, base: device_base(device) })
     }
 
     /// Ends the guest with `code`, where 0 is success. A host that runs it on nevertheless finds it repeating itself.
@@ -132,15 +140,15 @@ pub struct DeviceRegisters<M> {
 }
 
 impl<M: Machine> DeviceRegisters<M> {
-    /// Reads the 32 bits at `offset`, which must be a multiple of four below
-    /// [`DEVICE_SPACE`](cvm_core::doorbell::DEVICE_SPACE).
+    /// Reads the 32 bits at `offset`, a multiple of four. Offsets count modulo [`DEVICE_SPACE`], so that none leads to
+    /// another device.
     pub fn read(&self, offset: u16) -> u32 {
-        self.machine.read(self.base.wrapping_add(offset))
+        self.machine.read(self.base + offset % DEVICE_SPACE)
     }
 
     /// Writes the 32 bits at `offset`, as for [`DeviceRegisters::read`].
     pub fn write(&self, offset: u16, value: u32) {
-        self.machine.write(self.base.wrapping_add(offset), value);
+        self.machine.write(self.base + offset % DEVICE_SPACE, value);
     }
 }
 
@@ -251,6 +259,20 @@ mod tests {
         assert_eq!(Platform::new(&boot, &host).unwrap_err(), Error::BootPage("transport"));
         boot.magic = 1;
         assert_eq!(Platform::new(&boot, &host).unwrap_err(), Error::BootPage("magic"));
+    }
+
+    #[test]
+    fn devices_beyond_the_last_and_memory_without_a_pointer_are_refused() {
+        let host = Host::new(&[]);
+        let platform = platform(&host, Transport::Doorbell);
+        assert_eq!(platform.device(MAX_DEVICES).unwrap_err(), Error::NoDevice(MAX_DEVICES));
+        assert!(platform.device(MAX_DEVICES - 1).is_ok());
+        let first = GpaRange::from_pages(0, 1).unwrap();
+        // SAFETY: nothing is shared, because the range has no pointer.
+        #[allow(unsafe_code, reason = "to see that it is refused")]
+        let refused = unsafe { platform.share(first) };
+        assert_eq!(refused.unwrap_err(), Error::NoPointer(first));
+        assert!(host.requests.borrow().is_empty());
     }
 
     #[test]

@@ -31,23 +31,23 @@ impl SharedRegion {
     /// The shared range, mapped to its own addresses.
     ///
     /// # Safety
-    /// As [`Platform::share`](crate::Platform::share), which has shared it.
+    /// As [`Platform::share`](crate::Platform::share).
     ///
     /// # Errors
-    /// [`Error::OutOfBounds`] for a range that begins at address 0 or does not fit the address space.
+    /// [`Error::NoPointer`] for a range that begins at address 0 or does not fit the address space.
     pub(crate) unsafe fn new(range: GpaRange) -> Result<Self, Error> {
         let end = usize::try_from(range.end().0);
         match (NonNull::new(core::ptr::with_exposed_provenance_mut(range.start().0 as usize)), end) {
             (Some(base), Ok(_)) => Ok(Self { base, range }),
-            _ => Err(Error::OutOfBounds { offset: 0, len: 0, limit: 0 }),
+            _ => Err(Error::NoPointer(range)),
         }
     }
 
     /// A region at `base` that the host knows as `range`.
     ///
     /// # Safety
-    /// `base` must be valid for reads and writes of `range.len()` bytes, aligned to 8, for as long as the region lives,
-    /// and nobody may have references into it.
+    /// `base` must be valid for reads and writes of `range.len()` bytes for as long as the region lives, and aligned to
+    /// [`PAGE_SIZE`](cvm_core::PAGE_SIZE), and nobody may have references into it.
     pub unsafe fn mapped_at(base: NonNull<u8>, range: GpaRange) -> Self {
         Self { base, range }
     }
@@ -153,9 +153,14 @@ pub(crate) mod tests {
 
     /// A region over memory of the test's own.
     pub(crate) fn region(pages: u64) -> SharedRegion {
-        let memory = vec![0u64; pages as usize * 512].leak();
+        #[derive(Clone)]
+        #[repr(align(4096))]
+        struct Page {
+            _bytes: [u8; 4096],
+        }
+        let memory = vec![Page { _bytes: [0; 4096] }; pages as usize].leak();
         let base = NonNull::new(memory.as_mut_ptr().cast()).unwrap();
-        // SAFETY: the memory is leaked, so it lives long enough, and the only reference to it is gone.
+        // SAFETY: the memory is leaked, so it lives long enough, it is pages, and the only reference to it is gone.
         unsafe { SharedRegion::mapped_at(base, GpaRange::from_pages(0x10_0000, pages).unwrap()) }
     }
 

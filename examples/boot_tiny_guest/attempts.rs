@@ -71,7 +71,7 @@ fn by_writing<V: Vm>(vm: &V, secret: u64) -> (bool, String) {
 
 fn by_converting<V: Vm>(vm: &V, vcpu: &V::Vcpu, secret: u64) -> (bool, String) {
     let outcome = vm.convert(&ConversionRequest::from_guest(vcpu.index(), secret, 1, Side::Shared));
-    match outcome.cause {
+    match outcome.cause() {
         Some(cause) => (false, cause.to_string()),
         None => (true, "the page is shared now".into()),
     }
@@ -137,7 +137,9 @@ fn by_mappings(secret: u64, nonce: u64) -> (bool, String) {
             let hex = |text: &str| u64::from_str_radix(text, 16).ok();
             let numbers = range.and_then(|(start, end)| Some((hex(start)?, hex(end)?, hex(words.nth(1)?)?)));
             let Some((start, end, offset)) = numbers else { continue };
-            let Some(into) = secret.checked_sub(offset).filter(|into| into + SECRET_LEN as u64 <= end - start) else {
+            let into = secret.checked_sub(offset);
+            let Some(into) = into.filter(|into| into.saturating_add(SECRET_LEN as u64) <= end.saturating_sub(start))
+            else {
                 continue;
             };
             searched += 1;

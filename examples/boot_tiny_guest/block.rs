@@ -32,8 +32,10 @@ pub struct Served {
     pub read: u64,
     /// Bytes written to the disk.
     pub written: u64,
-    /// The addresses of descriptors that were refused because they are not shared.
-    pub refused: Vec<u64>,
+    /// How many requests were refused because a descriptor is not shared.
+    pub refused: u64,
+    /// The address of the last such descriptor.
+    pub refused_address: u64,
 }
 
 /// The device.
@@ -154,7 +156,8 @@ impl BlockDevice {
                 Err(Failure::Disk) => (VIRTIO_BLK_S_IOERR, 0),
                 Err(Failure::Memory(error)) => {
                     if let GuestMemoryError::InvalidGuestAddress(address) = error {
-                        self.served.refused.push(address.raw_value());
+                        self.served.refused += 1;
+                        self.served.refused_address = address.raw_value();
                     }
                     (VIRTIO_BLK_S_IOERR, 0)
                 }

@@ -41,6 +41,9 @@ pub struct Finding {
     pub attempts: Vec<Attempt>,
 }
 
+/// How many reasons of refused conversions are kept.
+const MOST_REASONS: usize = 16;
+
 /// A VM with its devices.
 pub struct Machine<'a, V: Vm> {
     pub vm: &'a V,
@@ -131,10 +134,14 @@ impl<'a, V: Vm> Machine<'a, V> {
         match exit {
             Exit::Conversion(request) => {
                 let outcome = self.vm.convert(&request);
-                if let (Answer::Invalid, Some(cause)) = (outcome.answer, &outcome.cause) {
-                    lock(&self.refused).push(cause.to_string());
+                if let (Answer::Invalid, Some(cause)) = (outcome.answer(), outcome.cause()) {
+                    let mut refused = lock(&self.refused);
+                    // A guest can go on with this for long.
+                    if refused.len() < MOST_REASONS {
+                        refused.push(cause.to_string());
+                    }
                 }
-                vcpu.answer_conversion(outcome.answer)?;
+                vcpu.answer_conversion(outcome)?;
             }
             Exit::Console(byte) if self.echo => {
                 // A console that cannot be shown is no reason to stop the guest.
@@ -148,7 +155,7 @@ impl<'a, V: Vm> Machine<'a, V> {
                 };
                 vcpu.answer_read(value.into())?;
             }
-            Exit::DoorbellWrite { register: REPORT, value } => {
+            Exit::DoorbellWrite { register: REPORT, value } if self.finding().is_none() => {
                 let finding = self.look(vcpu, u64::from(value) << 12);
                 *self.finding() = finding;
             }

@@ -5,6 +5,7 @@ use crate::disk::Disk;
 use crate::machine::{End, Machine};
 use crate::{BoxError, chain};
 use cvm::doorbell::Transport;
+use cvm::interrupt::Guarding;
 use cvm::{Error, Gpa, Lifecycle, LifecycleAnswer, PAGE_SIZE, Vm};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -54,6 +55,7 @@ pub struct Outcome {
     bounced_to_device: u64,
     bounced_from_device: u64,
     memory: Memory,
+    interrupts_guarded_by: &'static str,
     launch_ms: u64,
     run_ms: u64,
     checks: Vec<Check>,
@@ -104,11 +106,10 @@ impl Outcome {
             let unchanged = disk.is_unchanged_elsewhere(report)?;
             check("the rest of the file is unchanged", unchanged.to_string(), unchanged);
             check("the guest read back what it wrote", (report.read_back == 1).to_string(), report.read_back == 1);
-            let refused = served.refused.first().map(|address| format!("{address:#x}"));
             check(
                 "the device refused a private address",
-                refused.unwrap_or_else(|| "none".into()),
-                served.refused.len() == 1 && report.private_descriptor_refused == 1,
+                format!("{:#x}", served.refused_address),
+                served.refused == 1 && report.private_descriptor_refused == 1,
             );
             let others = ends.len() as u64 - 1;
             check("every vcpu did its part", report.vcpus.to_string(), u64::from(report.vcpus) == others + 1);
@@ -169,6 +170,10 @@ impl Outcome {
             bounced_to_device: finding.as_ref().map_or(0, |finding| finding.report.bounced_to_device),
             bounced_from_device: finding.as_ref().map_or(0, |finding| finding.report.bounced_from_device),
             memory: Memory { private: allocated.private, shared: allocated.shared },
+            interrupts_guarded_by: match machine.vm.guarding() {
+                Guarding::Library => "this library, in the vmm's process",
+                Guarding::Enforced => "a party that the vmm cannot get around",
+            },
             launch_ms: launched.as_millis() as u64,
             run_ms: ran.as_millis() as u64,
             checks,
@@ -205,6 +210,7 @@ impl fmt::Display for Outcome {
         for (index, end) in self.ends.iter().enumerate() {
             row(&format!("vcpu {index}"), end)?;
         }
+        row("interrupts guarded by", &self.interrupts_guarded_by)?;
         row("time", &format!("{} ms to launch, {} ms to run", self.launch_ms, self.run_ms))?;
 
         writeln!(f, "\nwhat the vmm tried")?;

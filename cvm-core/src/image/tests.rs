@@ -1,7 +1,10 @@
 use super::*;
 use proptest::prelude::*;
 
-/// An ELF file with these segments: start, contents, length in memory.
+/// By how much virtual addresses are above physical ones in these files.
+const LINKED_HIGHER: u64 = 0xffff_8000_0000_0000;
+
+/// An ELF file with these segments: start, contents, length in memory. The entry point is a physical address too.
 fn elf(entry: u64, segments: &[(u64, &[u8], u64)]) -> Vec<u8> {
     let mut file = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     let half = |file: &mut Vec<u8>, value: u16| file.extend(value.to_le_bytes());
@@ -10,7 +13,7 @@ fn elf(entry: u64, segments: &[(u64, &[u8], u64)]) -> Vec<u8> {
     half(&mut file, 2);
     half(&mut file, 62);
     word(&mut file, 1);
-    long(&mut file, entry);
+    long(&mut file, entry + LINKED_HIGHER);
     long(&mut file, 64);
     long(&mut file, 0);
     word(&mut file, 0);
@@ -21,7 +24,7 @@ fn elf(entry: u64, segments: &[(u64, &[u8], u64)]) -> Vec<u8> {
     for (start, contents, len) in segments {
         word(&mut file, 1);
         word(&mut file, 7);
-        for value in [offset, *start, *start, contents.len() as u64, *len, 0x1000] {
+        for value in [offset, *start + LINKED_HIGHER, *start, contents.len() as u64, *len, 0x1000] {
             long(&mut file, value);
         }
         offset += contents.len() as u64;
@@ -70,6 +73,11 @@ fn what_is_no_sound_executable_is_refused_with_a_reason() {
     assert!(refusal(&elf(0x1000, &[(0x1000, &[1; 16], u64::MAX)])).contains("52 bits"));
     assert!(refusal(&elf(0x9000, &[(0x1000, &[1; 16], 16)])).contains("entry point"));
     assert!(refusal(&elf(0, &[])).contains("entry point"));
+    let mut twice = elf(0x1000, &[(0x1000, &[1; 900], 900), (0x8000, &[2; 900], 900)]);
+    // The second segment's offset in the file is that of the first.
+    twice.copy_within(64 + 8..64 + 16, 64 + 56 + 8);
+    twice.truncate(64 + 2 * 56 + 900);
+    assert!(refusal(&twice).contains("longer than the file"));
     let mut short = elf(0x1000, &[(0x1000, &[1; 16], 16)]);
     short.pop();
     assert!(refusal(&short).contains("outside the file"));

@@ -2,9 +2,10 @@ use super::*;
 use crate::interrupt::Guarding;
 use crate::memory::{Allocated, Conversion, ConversionListener, ConversionRequest, ConversionTotals, SharedMemory};
 use crate::x86::Register;
-use crate::{Answer, Event, Exit, Kick, Lifecycle, LifecycleAnswer, RegisterRead, Vcpu, Vm};
+use crate::{Event, Exit, Kick, Lifecycle, LifecycleAnswer, RegisterRead, Vcpu, Vm};
 use proptest::prelude::*;
 use std::sync::Arc;
+use zerocopy::FromBytes;
 
 /// A loader that keeps what it is given, and fails when told to.
 #[derive(Debug, Default)]
@@ -57,7 +58,10 @@ impl Vcpu for NoVcpu {
     fn answer_read(&mut self, _: u64) -> Result<(), Error> {
         match *self {}
     }
-    fn answer_conversion(&mut self, _: Answer) -> Result<(), Error> {
+    fn answer_conversion(&mut self, _: Conversion) -> Result<(), Error> {
+        match *self {}
+    }
+    fn refuse_conversion(&mut self) -> Result<(), Error> {
         match *self {}
     }
     fn register(&self, _: Register) -> Result<RegisterRead, Error> {
@@ -81,7 +85,7 @@ impl Vm for Kept {
         panic!("a kept launch has no memory")
     }
     fn convert(&self, _: &ConversionRequest) -> Conversion {
-        Conversion { answer: Answer::Invalid, pages: 0, cause: None }
+        panic!("a kept launch has no guest")
     }
     fn add_listener(&self, _: Arc<dyn ConversionListener>) {}
     fn conversions(&self) -> ConversionTotals {
@@ -161,8 +165,7 @@ fn pages_are_padded_split_at_slots_and_measured_in_order() {
         page(PageKind::Measured, 15, digest(&[7; PAGE_SIZE as usize])),
         page(PageKind::Measured, 16, digest(&padded)),
         page(PageKind::Unmeasured, 64, [0; 48]),
-        page(PageKind::Zero, 70, [0; 48]),
-        page(PageKind::Zero, 71, [0; 48]),
+        Entry::Zero { range: range(70, 2) },
         Entry::Vcpu { index: 0, state: digest(state().as_bytes()) },
     ];
     assert_eq!(vm.transcript.entries(), entries);
@@ -174,13 +177,19 @@ fn the_measurement_is_the_documented_chain() {
         entries: vec![
             Entry::Config { vcpus: 2, interrupts: [0, 1, 0, 0] },
             Entry::Page { kind: PageKind::Measured, gpa: Gpa(0x1000), contents: [5; 48] },
+            Entry::Zero { range: range(2, 2) },
             Entry::Vcpu { index: 1, state: [6; 48] },
         ],
     };
     let mut vectors = [0u8; 32];
     vectors[8] = 1;
-    let lines: [(u64, u64, Vec<u8>); 3] =
-        [(16, 2, Sha384::digest(vectors).to_vec()), (1, 0x1000, vec![5; 48]), (17, 1, vec![6; 48])];
+    let lines: [(u64, u64, Vec<u8>); 5] = [
+        (16, 2, Sha384::digest(vectors).to_vec()),
+        (1, 0x1000, vec![5; 48]),
+        (3, 0x2000, vec![0; 48]),
+        (3, 0x3000, vec![0; 48]),
+        (17, 1, vec![6; 48]),
+    ];
     let mut expected = Sha384::digest(b"cvm software launch 1").to_vec();
     for (kind, place, contents) in lines {
         let line = [expected, kind.to_le_bytes().to_vec(), place.to_le_bytes().to_vec(), contents].concat();
@@ -220,13 +229,25 @@ fn every_vcpu_has_one_state_to_start_from() {
 }
 
 #[test]
-fn a_loader_that_fails_says_at_which_step_and_page() {
+fn a_loader_that_fails_says_at_which_step_and_page_and_the_launch_is_over() {
     let mut launch = launch();
     launch.loader.fail = true;
     let error = launch.zero(range(2, 1)).unwrap_err();
     assert_eq!(error.to_string(), "failed to load pages for 0x2000..0x3000");
     assert_eq!(std::error::Error::source(&error).unwrap().to_string(), "told to fail");
+    launch.loader.fail = false;
+    assert!(matches!(launch.zero(range(3, 1)), Err(Error::LaunchFailed)));
+    assert!(matches!(launch.set_vcpu(0, &state()), Err(Error::LaunchFailed)));
+    assert!(matches!(launch.seal(), Err(Error::LaunchFailed)));
+
+    let mut launch = super::tests::launch();
+    launch.loader.fail = true;
     assert!(matches!(launch.set_vcpu(0, &state()), Err(Error::Backend { .. })));
+    assert!(matches!(launch.seal(), Err(Error::LaunchFailed)));
+
+    let mut launch = super::tests::launch();
+    launch.set_vcpu(0, &state()).unwrap();
+    launch.loader.fail = true;
     assert!(matches!(launch.seal(), Err(Error::Backend { step: "seal the vm", .. })));
 }
 
@@ -235,19 +256,19 @@ fn the_boot_page_says_what_the_launch_is() {
     let mut launch = launch();
     launch.load_boot_page(Gpa(0x1000), [1, 2, 3, 4]).unwrap();
     let (_, contents, kind) = &launch.loader.loads[0];
-    let page = BootPage::from_bytes(contents).unwrap();
+    let (page, rest) = BootPage::read_from_prefix(contents).unwrap();
+    assert!(page.magic == boot::MAGIC && rest.iter().all(|byte| *byte == 0));
     assert_eq!((*kind, page.vcpus, page.argument), (PageKind::Measured, 1, [1, 2, 3, 4]));
     assert_eq!((page.doorbell(), page.transport()), (Some(Doorbell::Port), Some(Transport::Doorbell)));
     assert_eq!(page.memory[2], MemoryRange { start: 64 * PAGE_SIZE, len: 16 * PAGE_SIZE });
     assert_eq!(page.memory[3], MemoryRange::default());
-    assert!(BootPage::from_bytes(&contents[1..]).is_none() && BootPage::from_bytes(&contents[..16]).is_none());
 }
 
 proptest! {
     #[test]
     fn a_page_is_loaded_once_or_refused(loads in prop::collection::vec((0u64..90, 1u64..20), 1..30)) {
         let mut launch = launch();
-        let mut loaded = vec![false; 128];
+        let mut loaded = [false; 128];
         let memory = |page: u64| page < 32 || (64..80).contains(&page);
         for (start, pages) in loads {
             let fresh = (start..start + pages).all(|page| memory(page) && !loaded[page as usize]);

@@ -2,10 +2,10 @@
 
 use super::map::{PageState, PageStateMap};
 use super::view::SharedMemory;
-use crate::{Answer, BoxError, Error, Gpa, GpaRange, Side};
+use crate::{Answer, BoxError, Error, Gpa, GpaRange, PAGE_SIZE, Side};
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 /// A guest's wish to move pages to a side, as it came: nothing in it is validated yet.
@@ -50,16 +50,37 @@ impl ConversionRequest {
     }
 }
 
-/// What became of a request.
+/// What became of a request: made by the engine alone, and the only thing that a guest's request is answered with, so
+/// that no guest hears of a conversion which did not take place.
 #[derive(Debug)]
 #[must_use = "the guest waits for the answer"]
 pub struct Conversion {
-    /// What the guest must hear.
-    pub answer: Answer,
+    request: ConversionRequest,
+    answer: Answer,
+    pages: u64,
+    cause: Option<Error>,
+}
+
+impl Conversion {
+    /// The request.
+    pub fn request(&self) -> &ConversionRequest {
+        &self.request
+    }
+
+    /// What the guest will hear.
+    pub fn answer(&self) -> Answer {
+        self.answer
+    }
+
     /// How many pages changed sides; pages that already were where the guest wants them do not count.
-    pub pages: u64,
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
     /// Why the answer is not [`Answer::Done`].
-    pub cause: Option<Error>,
+    pub fn cause(&self) -> Option<&Error> {
+        self.cause.as_ref()
+    }
 }
 
 /// In which state a converter left the range that it could not convert.
@@ -97,8 +118,12 @@ pub trait Converter: Send + Sync {
     /// Takes `range` from the guest: neither side may be seen there any more.
     ///
     /// # Errors
-    /// The guest may then still see one; the VM must not go on.
+    /// The guest may then still see one, so the engine is [lost](ConversionEngine::is_lost).
     fn poison(&self, range: GpaRange) -> Result<(), BoxError>;
+
+    /// How many runs of pages on one side there may be: what the host has mappings for. A guest that alternates sides
+    /// page by page is refused beyond it.
+    fn most_runs(&self) -> u64;
 }
 
 /// Why a listener does not let a conversion happen.
@@ -113,7 +138,8 @@ pub enum Objection {
 /// Somebody who must know of conversions: an IOMMU mapper, a vhost process, a balloon.
 ///
 /// The engine calls from the thread that runs the conversion, one conversion at a time; each [`prepare`] that returned
-/// `Ok` is followed by just one of the other three for the same range.
+/// `Ok` is followed by just one of the other three for the same range. A listener must not call the engine back: it
+/// would wait for itself.
 ///
 /// [`prepare`]: ConversionListener::prepare
 pub trait ConversionListener: Send + Sync {
@@ -129,7 +155,8 @@ pub trait ConversionListener: Send + Sync {
     /// `range` is on side `to` now.
     fn committed(&self, range: GpaRange, to: Side);
 
-    /// `range` stayed where it was before [`prepare`](ConversionListener::prepare).
+    /// `range` stayed on the side where it was before [`prepare`](ConversionListener::prepare); its contents may be
+    /// lost.
     fn aborted(&self, range: GpaRange, to: Side);
 
     /// `range` is lost to guest and host.
@@ -158,7 +185,11 @@ struct Counters {
 }
 
 /// How long a conversion to private waits for pins of the shared view before the guest must ask again.
-pub const PIN_PATIENCE: Duration = Duration::from_millis(100);
+const PIN_PATIENCE: Duration = Duration::from_millis(100);
+
+/// How many runs of pages one request converts before the guest must ask again: so that a request over pages on
+/// alternating sides does not hold up others for long.
+const RUNS_PER_REQUEST: usize = 256;
 
 /// Converts pages on behalf of the guest, in the order that [`memory`](super) states.
 pub struct ConversionEngine<C> {
@@ -167,7 +198,9 @@ pub struct ConversionEngine<C> {
     listeners: RwLock<Vec<Arc<dyn ConversionListener>>>,
     /// What guests have asked for and nobody has carried out yet: at most one request for each vCPU.
     asked: Mutex<BTreeMap<u32, ConversionRequest>>,
-    turn: Mutex<()>,
+    /// Held while pages change sides; how many runs of pages on one side there are.
+    runs: Mutex<u64>,
+    lost: AtomicBool,
     counters: Counters,
 }
 
@@ -182,12 +215,14 @@ struct Prepared<'a> {
 impl<C: Converter> ConversionEngine<C> {
     /// An engine that converts by `converter` what `memory` shows to devices.
     pub fn new(converter: C, memory: SharedMemory) -> Self {
+        let runs = Mutex::new(memory.map().slots().ranges().len() as u64);
         Self {
             converter,
             memory,
             listeners: RwLock::default(),
             asked: Mutex::default(),
-            turn: Mutex::default(),
+            runs,
+            lost: AtomicBool::new(false),
             counters: Counters::default(),
         }
     }
@@ -232,37 +267,47 @@ impl<C: Converter> ConversionEngine<C> {
         };
         if !asked(&mut self.asked.lock().unwrap_or_else(PoisonError::into_inner)) {
             let cause = Error::NotAsked { vcpu: request.vcpu, gpa: request.gpa() };
-            return Conversion { answer: Answer::Invalid, pages: 0, cause: Some(cause) };
+            return Conversion { request: *request, answer: Answer::Invalid, pages: 0, cause: Some(cause) };
         }
-        let _turn = self.turn();
+        // A listener that panicked left its pages as `Converting` at worst: out of everybody's reach, so going on is safe.
+        let mut runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
         let mut pages = 0;
-        let cause = self.convert_all(request, &mut pages).err();
+        let cause = self.convert_all(request, &mut runs, &mut pages).err();
         self.counters.requests.fetch_add(1, Ordering::Relaxed);
         if cause.is_some() {
             self.counters.refused.fetch_add(1, Ordering::Relaxed);
         }
         let answer = match &cause {
             None => Answer::Done,
-            Some(Error::Pinned { .. } | Error::ListenerWaits { .. }) => Answer::Retry,
+            Some(Error::Pinned { .. } | Error::ListenerWaits { .. } | Error::Unfinished { .. }) => Answer::Retry,
             Some(_) => Answer::Invalid,
         };
-        Conversion { answer, pages, cause }
+        Conversion { request: *request, answer, pages, cause }
     }
 
-    fn turn(&self) -> MutexGuard<'_, ()> {
-        // A listener that panicked left its pages as `Converting`: out of everybody's reach, so going on is safe.
-        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    /// For backends: the guest hears that its request is refused, so it cannot be carried out any more.
+    pub fn withdraw(&self, vcpu: u32) {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner).remove(&vcpu);
+    }
+
+    /// Whether pages are lost that the guest may still see: no vCPU may run any more.
+    pub fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::SeqCst)
     }
 
     fn map(&self) -> &PageStateMap {
         self.memory.map()
     }
 
-    fn convert_all(&self, request: &ConversionRequest, done: &mut u64) -> Result<(), Error> {
+    fn convert_all(&self, request: &ConversionRequest, runs: &mut u64, done: &mut u64) -> Result<(), Error> {
+        if self.is_lost() {
+            return Err(Error::Lost);
+        }
         let range = GpaRange::from_pages(request.gpa, request.pages)
             .map_err(|source| Error::InvalidRequest { vcpu: request.vcpu, source })?;
         let parts = self.map().slots().split(range)?;
         let listeners = self.listeners.read().unwrap_or_else(PoisonError::into_inner);
+        let mut left = RUNS_PER_REQUEST;
         for part in parts {
             for (run, state) in self.map().runs(part) {
                 match state {
@@ -272,7 +317,8 @@ impl<C: Converter> ConversionEngine<C> {
                         return Err(Error::Inaccessible { range: run });
                     }
                 }
-                self.convert_run(run, request.to, &listeners)?;
+                left = left.checked_sub(1).ok_or(Error::Unfinished { range: run })?;
+                self.convert_run(run, request.to, runs, &listeners)?;
                 *done += run.pages();
                 let counter = match request.to {
                     Side::Private => &self.counters.to_private,
@@ -284,8 +330,29 @@ impl<C: Converter> ConversionEngine<C> {
         Ok(())
     }
 
-    fn convert_run(&self, range: GpaRange, to: Side, listeners: &[Arc<dyn ConversionListener>]) -> Result<(), Error> {
+    /// How many more runs of pages there are when `range`, all of it on the other side, is on side `to`.
+    fn more_runs(&self, range: GpaRange, to: Side) -> i64 {
+        let before = range.start().0.checked_sub(PAGE_SIZE).map(Gpa);
+        let slot = self.map().slots().find(range.start());
+        let neighbours = [before, Some(range.end())].into_iter().flatten();
+        let neighbours = neighbours.filter(|gpa| self.map().slots().find(*gpa) == slot);
+        // A border appears where the neighbour is not on that side, and disappears where it is.
+        neighbours.map(|gpa| if self.map().get(gpa) == Some(to.into()) { -1 } else { 1 }).sum()
+    }
+
+    fn convert_run(
+        &self,
+        range: GpaRange,
+        to: Side,
+        runs: &mut u64,
+        listeners: &[Arc<dyn ConversionListener>],
+    ) -> Result<(), Error> {
         let from = to.other();
+        let most = self.converter.most_runs();
+        let runs_then = runs.saturating_add_signed(self.more_runs(range, to));
+        if runs_then > most && runs_then > *runs {
+            return Err(Error::TooFragmented { range, most });
+        }
         for (agreed, listener) in listeners.iter().enumerate() {
             if let Err(objection) = listener.prepare(range, to) {
                 for earlier in &listeners[..agreed] {
@@ -313,12 +380,12 @@ impl<C: Converter> ConversionEngine<C> {
         }
         if let Err(source) = self.converter.discard(range, from) {
             let error = Error::Backend { step: "discard the losing side", range: Some(range), source };
-            return Err(match self.converter.convert(range, from) {
-                Ok(()) => self.roll_back(&run, error),
-                Err(_) => self.poison(&run, error),
-            });
+            // What was written to the new side meanwhile must not come back with a later conversion.
+            let undone = self.converter.convert(range, from).is_ok() && self.converter.discard(range, to).is_ok();
+            return Err(if undone { self.roll_back(&run, error) } else { self.poison(&run, error) });
         }
         self.map().set(range, to.into());
+        *runs = runs_then;
         for listener in listeners {
             listener.committed(range, to);
         }
@@ -339,6 +406,9 @@ impl<C: Converter> ConversionEngine<C> {
             listener.poisoned(run.range);
         }
         let contained = self.converter.poison(run.range).is_ok();
+        if !contained {
+            self.lost.store(true, Ordering::SeqCst);
+        }
         Error::Poisoned { range: run.range, contained, source: Box::new(error) }
     }
 }

@@ -23,8 +23,9 @@ pub trait StaticPool {
 /// A [`Hal`] that keeps rings in the pool and copies payloads through it.
 ///
 /// Its functions cannot fail. When the pool is exhausted they return the address 0, which is a private page: allocation
-/// of rings fails then, and of a payload the device can neither read nor write anything, so that the request ends with
-/// an error.
+/// of rings fails then, and of a payload the device can neither read nor write anything. A device that is honest ends
+/// such a request with an error; from one that is not, the caller gets its own buffer back unchanged, as if the device
+/// had chosen these bytes.
 #[derive(Debug)]
 pub struct PoolHal<P>(PhantomData<P>);
 
@@ -64,8 +65,8 @@ unsafe impl<P: StaticPool> Hal for PoolHal<P> {
     }
 
     unsafe fn mmio_phys_to_virt(_paddr: PhysAddr, _size: usize) -> NonNull<u8> {
-        // Only the PCI transport asks. Accessing what is returned faults, as MMIO of a protected guest must.
-        NonNull::dangling()
+        // Only the PCI transport asks, which a guest without MMIO cannot use.
+        panic!("a protected guest has no mmio")
     }
 
     unsafe fn share(buffer: NonNull<[u8]>, direction: BufferDirection) -> PhysAddr {

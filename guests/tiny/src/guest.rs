@@ -145,7 +145,7 @@ fn work(platform: &Platform<Processor>, boot: &BootPage) {
 
 /// Reads the whole disk, writes some sectors of it and reads them back.
 fn use_disk(platform: &Platform<Processor>, nonce: u64) -> Option<Report> {
-    let transport = DoorbellTransport::new(platform.device(BLOCK_DEVICE)).ok()?;
+    let transport = DoorbellTransport::new(platform.device(BLOCK_DEVICE).ok()?).ok()?;
     let mut disk = VirtIOBlk::<CountingHal, _>::new(transport).ok()?;
     let sectors = usize::try_from(disk.capacity()).ok()?;
     let mut report = Report { disk_len: disk.capacity() * SECTOR as u64, ..Report::new_zeroed() };
@@ -184,8 +184,8 @@ fn send(platform: &Platform<Processor>, end: u64, report: &[u8]) {
     if region.write(0, report).is_err() {
         platform.end(code::PLATFORM);
     }
-    platform.device(REPORT_DEVICE).write(0, (page.start().0 / PAGE_SIZE) as u32);
-    if platform.unshare(region).is_err() {
+    let sent = platform.device(REPORT_DEVICE).map(|device| device.write(0, (page.start().0 / PAGE_SIZE) as u32));
+    if sent.and_then(|()| platform.unshare(region)).is_err() {
         platform.end(code::PLATFORM);
     }
 }

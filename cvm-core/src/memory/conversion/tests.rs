@@ -27,6 +27,7 @@ enum Fate {
 #[derive(Debug)]
 struct Model {
     seen: Mutex<BTreeMap<u64, Seen>>,
+    most_runs: u64,
     /// Pages with memory behind them, by side.
     allocated: Mutex<[BTreeMap<u64, ()>; 2]>,
     fates: Mutex<VecDeque<Fate>>,
@@ -38,6 +39,7 @@ impl Model {
             seen: Mutex::new(pages.clone().map(|page| (page, Seen::Side(Side::Private))).collect()),
             allocated: Mutex::new([pages.map(|page| (page, ())).collect(), BTreeMap::new()]),
             fates: Mutex::new(fates.into()),
+            most_runs: 1000,
         }
     }
 
@@ -84,6 +86,10 @@ impl Converter for Model {
             self.allocated.lock().unwrap()[losing as usize].remove(&page);
         }
         Ok(())
+    }
+
+    fn most_runs(&self) -> u64 {
+        self.most_runs
     }
 
     fn poison(&self, range: GpaRange) -> Result<(), BoxError> {
@@ -140,10 +146,14 @@ fn slots() -> [GpaRange; 3] {
 }
 
 fn engine(fates: Vec<Fate>) -> ConversionEngine<Model> {
+    engine_of(Model::new(slots().into_iter().flat_map(pages), fates))
+}
+
+fn engine_of(model: Model) -> ConversionEngine<Model> {
     let map = Arc::new(PageStateMap::new(Slots::new(&slots()).unwrap()));
     let regions = slots().map(|slot| (GuestAddress(slot.start().0), slot.len() as usize));
     let memory = SharedMemory::new(GuestMemoryMmap::from_ranges(&regions).unwrap(), map).unwrap();
-    ConversionEngine::new(Model::new(slots().into_iter().flat_map(pages), fates), memory)
+    ConversionEngine::new(model, memory)
 }
 
 fn ask(engine: &ConversionEngine<Model>, start: u64, pages: u64, to: Side) -> Conversion {
@@ -262,6 +272,63 @@ fn what_cannot_be_undone_is_poisoned_and_stays_so() {
 }
 
 #[test]
+fn a_guest_that_may_still_see_lost_pages_is_lost_as_a_whole() {
+    let engine = engine(vec![Fate::FailsAndLeavesUnknown, Fate::FailsAndLeavesUnknown]);
+    assert!(!engine.is_lost());
+    let lost = ask(&engine, 0, 4, Side::Shared);
+    assert!(matches!(lost.cause, Some(Error::Poisoned { contained: false, .. })));
+    assert!(engine.is_lost());
+    assert!(matches!(ask(&engine, 20, 4, Side::Shared).cause, Some(Error::Lost)));
+    assert_eq!(engine.memory().map().count(PageState::Private), 68);
+}
+
+#[test]
+fn a_guest_that_was_refused_cannot_be_converted_afterwards() {
+    let engine = engine(vec![]);
+    let request = ConversionRequest::from_guest(0, 0, 1, Side::Shared);
+    engine.ask(request);
+    engine.withdraw(0);
+    assert!(matches!(engine.convert(&request).cause, Some(Error::NotAsked { .. })));
+    assert_eq!(engine.memory().map().count(PageState::Private), 72);
+}
+
+#[test]
+fn alternating_pages_are_refused_before_the_host_runs_out_of_mappings() {
+    let mut model = Model::new(slots().into_iter().flat_map(pages), vec![]);
+    model.most_runs = 9;
+    let engine = engine_of(model);
+    // Three slots are three runs, and each page in the middle of one makes two more.
+    for page in [2, 4, 6] {
+        assert_eq!(ask(&engine, page, 1, Side::Shared).answer, Answer::Done);
+    }
+    let refused = ask(&engine, 8, 1, Side::Shared);
+    assert!(matches!(refused.cause, Some(Error::TooFragmented { most: 9, .. })), "{:?}", refused.cause);
+    assert_eq!((refused.answer, refused.pages), (Answer::Invalid, 0));
+    assert_eq!(ask(&engine, 7, 1, Side::Shared).answer, Answer::Done, "a run that only grows is no more runs");
+    assert_eq!(ask(&engine, 2, 1, Side::Private).answer, Answer::Done);
+    assert_eq!(ask(&engine, 20, 1, Side::Shared).answer, Answer::Done, "there is room again");
+}
+
+#[test]
+fn a_request_over_many_runs_is_done_in_parts() {
+    let slot = GpaRange::from_pages(0, 4 * RUNS_PER_REQUEST as u64).unwrap();
+    let map = Arc::new(PageStateMap::new(Slots::new(&[slot]).unwrap()));
+    let backing = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), slot.len() as usize)]).unwrap();
+    let mut model = Model::new(pages(slot), vec![]);
+    model.most_runs = u64::MAX;
+    let engine = ConversionEngine::new(model, SharedMemory::new(backing, map).unwrap());
+    for page in (0..slot.pages()).step_by(2) {
+        assert_eq!(ask(&engine, page, 1, Side::Shared).answer, Answer::Done);
+    }
+    let first = ask(&engine, 0, slot.pages(), Side::Private);
+    assert_eq!((first.answer, first.pages), (Answer::Retry, RUNS_PER_REQUEST as u64));
+    assert!(matches!(first.cause, Some(Error::Unfinished { .. })));
+    let second = ask(&engine, 0, slot.pages(), Side::Private);
+    assert_eq!((second.answer, second.pages), (Answer::Done, RUNS_PER_REQUEST as u64));
+    assert_eq!(*engine.runs.lock().unwrap(), 1);
+}
+
+#[test]
 fn vcpus_that_convert_at_once_end_with_a_map_and_a_model_that_agree() {
     let engine = engine(vec![]);
     std::thread::scope(|scope| {
@@ -292,6 +359,7 @@ fn check_agreement(engine: &ConversionEngine<Model>) {
                     "page {page} is {state:?} in the map and seen as {side}"
                 );
             }
+            Seen::Unknown if engine.is_lost() => {}
             Seen::Unknown | Seen::Nothing => assert_eq!(state, PageState::Poisoned, "page {page} is {seen:?}"),
         }
         if state != PageState::Poisoned {
@@ -332,6 +400,9 @@ proptest! {
             }
             prop_assert_eq!(engine.memory().map().count(PageState::Converting), 0);
             check_agreement(&engine);
+            if engine.is_lost() {
+                return Ok(());
+            }
         }
         let heard = ear.heard.lock().unwrap();
         for pair in heard.chunks(2) {
@@ -351,6 +422,8 @@ proptest! {
             prop_assert_eq!(ask(&engine, start, pages, to).answer, Answer::Done);
         }
         let allocated = engine.converter().allocated.lock().unwrap();
+        let everything = GpaRange::from_pages(0, 100).unwrap();
+        prop_assert_eq!(*engine.runs.lock().unwrap(), engine.memory().map().runs(everything).count() as u64);
         for page in slots().into_iter().flat_map(pages) {
             let state = engine.memory().map().get(Gpa(page * PAGE_SIZE)).unwrap();
             prop_assert_eq!(allocated[0].contains_key(&page), state == PageState::Private);
