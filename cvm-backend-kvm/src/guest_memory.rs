@@ -48,8 +48,10 @@ fn most_runs() -> u64 {
 }
 
 impl GuestMemory {
-    /// Memory for `slots`, all of it private and zero.
+    /// Memory for `slots`, in whatever order, all of it private and zero.
     pub(crate) fn new(slots: &[GpaRange]) -> Result<Self, Error> {
+        let mut slots = slots.to_vec();
+        slots.sort();
         let bytes = slots.iter().map(GpaRange::len).sum();
         let mut memory = Self {
             private: Backing::new("cvm-private", bytes)?,
@@ -58,7 +60,7 @@ impl GuestMemory {
             most_runs: most_runs(),
         };
         let mut offset = 0;
-        for range in slots.iter().copied() {
+        for range in slots {
             let window = Window::new(range).map_err(Error::memory("reserve address space for", range))?;
             let slot = Slot { range, offset, window };
             offset += range.len();

@@ -78,8 +78,15 @@ pub(crate) fn set_state(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), Error> {
 #[derive(Debug)]
 enum Question {
     Port(PortAnswer),
-    Msr,
+    /// An MSR, of which the guest sees these bits.
+    Msr {
+        mask: u64,
+    },
     Conversion(ConversionRequest, Transport),
+}
+
+fn string_io(port: u16) -> String {
+    format!("it used string i/o on port {port:#x}")
 }
 
 /// A KVM exit, taken out of the page that is shared with KVM.
@@ -104,7 +111,7 @@ impl Raw {
             width @ (1 | 2 | 4) => Some(width as u8),
             _ => None,
         };
-        let string = |port: u16| Self::Crash(format!("it used string i/o on port {port:#x}"));
+        let string = |port| Self::Crash(string_io(port));
         Ok(match exit {
             Ok(VcpuExit::IoOut(port, data)) => match width(data) {
                 Some(width) => {
@@ -218,7 +225,7 @@ impl KvmVcpu {
         match question {
             // SAFETY: the question was taken from an exit of this vCPU.
             Some(Question::Port(answer)) => unsafe { answer.give(&mut self.fd, value) },
-            Some(Question::Msr) => vcpu_fd::answer_msr(&mut self.fd, value),
+            Some(Question::Msr { mask }) => vcpu_fd::answer_msr(&mut self.fd, value & mask),
             Some(Question::Conversion(..)) | None => return self.protocol("there is no read to answer"),
         }
         Ok(())
@@ -264,11 +271,7 @@ impl KvmVcpu {
                 let _entered = self.kicker.enter();
                 Raw::from_kvm(self.fd.run())
             };
-            let raw = raw.map_err(failed("run a vcpu"))?;
-            if vcpu_fd::port_accesses(&mut self.fd) > 1 && matches!(raw, Raw::PortIn { .. } | Raw::PortOut { .. }) {
-                return Err(CoreError::Crashed { vcpu: self.index, reason: "it used string i/o on a port".into() });
-            }
-            if let Some(exit) = self.translate(raw)? {
+            if let Some(exit) = self.translate(raw.map_err(failed("run a vcpu"))?)? {
                 return Ok(exit);
             }
         }
@@ -283,6 +286,10 @@ impl KvmVcpu {
     fn translate(&mut self, raw: Raw) -> Result<Option<Exit>, CoreError> {
         let vcpu = self.index;
         Ok(Some(match raw {
+            // A string of as many bytes as a wider operand has would pass for one.
+            Raw::PortOut { port, .. } | Raw::PortIn { port, .. } if vcpu_fd::port_accesses(&mut self.fd) != 1 => {
+                return Err(CoreError::Crashed { vcpu, reason: string_io(port) });
+            }
             Raw::PortOut { port, width, value } => match doorbell_register(port.into(), doorbell::PORT_BASE.into()) {
                 Some(register) if width == 4 => return self.ring(register, Access::Write(value), None),
                 Some(register) => {
@@ -314,9 +321,11 @@ impl KvmVcpu {
                 }
             }
             Raw::MsrRead { index } => match doorbell_register(index, doorbell::MSR_BASE) {
-                Some(register) => return self.ring(register, Access::Read, Some(Question::Msr)),
+                Some(register) => {
+                    return self.ring(register, Access::Read, Some(Question::Msr { mask: u32::MAX.into() }));
+                }
                 None => {
-                    self.question = Some(Question::Msr);
+                    self.question = Some(Question::Msr { mask: u64::MAX });
                     Exit::MsrRead { index }
                 }
             },
@@ -452,5 +461,58 @@ impl Vcpu for KvmVcpu {
 
     fn kicker(&self) -> Arc<dyn Kick> {
         Arc::clone(&self.kicker) as _
+    }
+}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::KvmPlatform;
+    use cvm_core::memory::Converter;
+    use cvm_core::{GpaRange, PageKind, Platform, Vm, VmConfig, Watchdog};
+    use iced_x86::code_asm::*;
+    use std::time::Duration;
+
+    const POISONED: u64 = 0x30_0000;
+
+    /// What comes of a guest that touches a page which a failed conversion has taken away.
+    fn touch_poisoned(platform: &KvmPlatform, touch: impl FnOnce(&mut CodeAssembler)) -> CoreError {
+        let mut code = CodeAssembler::new(64).unwrap();
+        code.mov(rbx, POISONED).unwrap();
+        touch(&mut code);
+        code.hlt().unwrap();
+        let config = VmConfig { transport: Some(Transport::Doorbell), ..VmConfig::new(4 << 20, 1).unwrap() };
+        let mut launch = platform.launch(config).unwrap();
+        launch.load(Gpa(0x20_0000), &code.assemble(0x20_0000).unwrap(), PageKind::Measured).unwrap();
+        launch.load(Gpa(POISONED), &[0xf4], PageKind::Measured).unwrap();
+        launch.start_in_long_mode(Gpa(0x20_0000), Gpa(0x10_0000), Gpa(0)).unwrap();
+
+        let mut vm = launch.seal().unwrap();
+        let mut vcpu = vm.take_vcpus().remove(0);
+        vcpu.shared.engine.converter().poison(GpaRange::from_pages(POISONED, 1).unwrap()).unwrap();
+        let _watchdog = Watchdog::new(Duration::from_secs(10), vec![vcpu.kicker()]).unwrap();
+        vcpu.run().unwrap_err()
+    }
+
+    #[test]
+    fn a_poisoned_page_is_out_of_the_guests_reach() {
+        let platform = match KvmPlatform::new() {
+            Ok(platform) => platform,
+            Err(error) if std::env::var_os("CVM_REQUIRE_KVM").is_some() => panic!("{error}"),
+            Err(error) => return eprintln!("SKIPPED: {error}"),
+        };
+        let touches: [fn(&mut CodeAssembler); 3] = [
+            |code| code.mov(eax, dword_ptr(rbx)).unwrap(),
+            |code| code.mov(dword_ptr(rbx), eax).unwrap(),
+            |code| code.jmp(rbx).unwrap(),
+        ];
+        for touch in touches {
+            let error = touch_poisoned(&platform, touch);
+            match error {
+                CoreError::MissingConversion { vcpu: 0, gpa } => assert_eq!(gpa.0 & !0xfff, POISONED),
+                // Not every KVM says where.
+                CoreError::Crashed { vcpu: 0, .. } => {}
+                other => panic!("{other}"),
+            }
+        }
     }
 }

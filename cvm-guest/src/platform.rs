@@ -7,9 +7,10 @@ use cvm_core::{Answer, GpaRange, PAGE_SIZE, Side};
 /// How often a request is repeated that the host wants repeated, before the guest gives up.
 const TRIES: u32 = 1000;
 
-/// The answers to a hypercall: Linux error numbers, positive.
+/// The answers to a hypercall: Linux error numbers. The VMM's are positive, KVM's own are negative.
 const EAGAIN: u64 = 11;
 const EINVAL: u64 = 22;
+const KVM_EINVAL: u64 = 0u64.wrapping_sub(EINVAL);
 
 /// The host as the guest reaches it.
 #[derive(Debug, Clone, Copy)]
@@ -54,7 +55,7 @@ impl<M: Machine> Platform<M> {
     fn ask_by_hypercall(&self, range: GpaRange, to: Side) -> Result<Answer, Error> {
         match self.machine.convert(range, to) {
             0 => Ok(Answer::Done),
-            EINVAL => Ok(Answer::Invalid),
+            EINVAL | KVM_EINVAL => Ok(Answer::Invalid),
             EAGAIN => Ok(Answer::Retry),
             answer => Err(Error::UnknownAnswer { range, answer }),
         }
@@ -247,9 +248,11 @@ mod tests {
             let error = platform(&host, transport).convert(range(), Side::Shared).unwrap_err();
             assert_eq!(error, Error::UnknownAnswer { range: range(), answer: 77 });
         }
-        let host = Host::new(&[EINVAL]);
-        let error = platform(&host, Transport::Hypercall).convert(range(), Side::Shared).unwrap_err();
-        assert!(matches!(error, Error::NotConverted { answer: Answer::Invalid, .. }));
+        for invalid in [EINVAL, KVM_EINVAL] {
+            let host = Host::new(&[invalid]);
+            let error = platform(&host, Transport::Hypercall).convert(range(), Side::Shared).unwrap_err();
+            assert!(matches!(error, Error::NotConverted { answer: Answer::Invalid, .. }));
+        }
     }
 
     #[test]
