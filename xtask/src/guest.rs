@@ -3,6 +3,7 @@
 //! The core library is always built from source together with the guest, so that the image has
 //! nothing in it that came with one machine's toolchain.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::{env, fs};
@@ -122,7 +123,10 @@ fn build(rustc: &Rustc) -> Result<PathBuf> {
     tools::run(cargo("clean").arg("--quiet"))?;
 
     let mut build = cargo("build");
+    let this = env::current_exe().context(|| "finding this program".into())?;
     build
+        .env("RUSTC_WRAPPER", this)
+        .env(AS_RUSTC, "yes")
         .args(["--bin", "tiny-guest"])
         .arg("-Zbuild-std=core,compiler_builtins")
         .arg("-Zbuild-std-features=compiler-builtins-mem")
@@ -132,6 +136,42 @@ fn build(rustc: &Rustc) -> Result<PathBuf> {
         .env("CARGO_ENCODED_RUSTFLAGS", rustflags(&library)?);
     tools::run(&mut build)?;
     Ok(target.join(TARGET).join("guest/tiny-guest"))
+}
+
+/// Set where this program stands in for the compiler.
+const AS_RUSTC: &str = "CVM_XTASK_AS_RUSTC";
+
+/// Runs the compiler as cargo asks for it, if this is what the program was started for.
+///
+/// Cargo tells the compiler a number that tells crates of the same name apart. It comes from the
+/// path of the core library's sources, among other things, goes into the names of symbols, and
+/// decides about the order of functions. No two crates in a guest have the same name, so the name
+/// can stand for it.
+pub fn run_as_rustc() -> Option<Result<ExitCode>> {
+    env::var_os(AS_RUSTC)?;
+    let mut arguments = env::args_os().skip(1);
+    let rustc = arguments.next()?;
+    let arguments = with_stable_metadata(arguments.collect());
+    let status = Command::new(&rustc).args(arguments).status();
+    Some(status.context(|| format!("running {}", rustc.display())).map(|status| {
+        let code = status.code().and_then(|code| u8::try_from(code).ok());
+        code.map_or(ExitCode::FAILURE, ExitCode::from)
+    }))
+}
+
+/// The arguments of a call of rustc, with the crate's name as its metadata if it is for the guest.
+fn with_stable_metadata(mut arguments: Vec<OsString>) -> Vec<OsString> {
+    let name = arguments.iter().position(|word| word == "--crate-name").and_then(|at| arguments.get(at + 1)).cloned();
+    let for_guest = arguments.iter().any(|word| word == TARGET);
+    if let (Some(name), true) = (name, for_guest) {
+        for word in &mut arguments {
+            if word.to_string_lossy().starts_with("metadata=") {
+                *word = OsString::from("metadata=");
+                word.push(&name);
+            }
+        }
+    }
+    arguments
 }
 
 /// The flags for the guest and the core library, in cargo's encoding.
@@ -194,6 +234,16 @@ mod tests {
         fs::write(&committed.rustc, "rustc 1.2.3 (abc 2000-01-01)\n").unwrap();
         let error = committed.check_rustc(&Rustc::new().unwrap()).unwrap_err();
         assert!(error.to_string().contains("cargo +1.2.3 xtask guest --check"));
+    }
+
+    #[test]
+    fn crates_of_the_guest_are_told_apart_by_their_names_alone() {
+        let words = |text: &str| text.split(' ').map(OsString::from).collect::<Vec<_>>();
+        let call = words("--crate-name core -C metadata=0123 --target x86_64-unknown-none");
+        let stable = words("--crate-name core -C metadata=core --target x86_64-unknown-none");
+        assert_eq!(with_stable_metadata(call), stable);
+        let host = words("--crate-name syn -C metadata=0123");
+        assert_eq!(with_stable_metadata(host.clone()), host);
     }
 
     #[test]

@@ -37,12 +37,12 @@ enum Task {
 }
 
 fn main() -> ExitCode {
-    let done = match Cli::parse().task {
+    let done = guest::run_as_rustc().unwrap_or_else(|| match Cli::parse().task {
         Task::Guest(task) => task.run(),
         Task::L1(task) => task.run(),
         Task::L1Kernel(task) => task.run(),
         Task::Ratios(task) => task.run(),
-    };
+    });
     done.unwrap_or_else(|error| {
         eprintln!("error: {error}");
         ExitCode::FAILURE
