@@ -4,7 +4,7 @@
 //!
 //! | feature | module | protection |
 //! |---|---|---|
-//! | `kvm` (default) | `kvm` | software-only isolation on Linux KVM, for development |
+//! | `kvm` (default) | `kvm` | software-only isolation on Linux KVM |
 //!
 //! A whole VMM, `examples/minimal_vmm.rs`:
 //!

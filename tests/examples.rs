@@ -98,12 +98,36 @@ fn the_contract_gives_nothing_away_and_the_rest_is_what_the_trust_model_admits()
     if !kvm() {
         return;
     }
-    let json = boot_well(&[]);
-    let attempts = json["attempts"].as_array().unwrap();
-    let reached: Vec<_> =
-        attempts.iter().filter(|attempt| attempt["reached"] == true).map(|a| a["what"].as_str().unwrap()).collect();
-    let open = ["read a register", "read every open file of this process", "read every mapping of this process"];
-    assert_eq!((attempts.len(), reached), (8, open.to_vec()), "without isolation, just these are open: {attempts:#?}");
+    let register = "read a register";
+    let memory = ["read every open file of this process", "read every mapping of this process"];
+    for (isolation, open) in [("none", [&[register][..], &memory[..]].concat()), ("guest-memfd", vec![register])] {
+        if !offered(isolation) {
+            eprintln!("SKIPPED: isolation {isolation}, which this kvm does not offer");
+            continue;
+        }
+        let json = boot_well(&["--isolation", isolation]);
+        assert_eq!(json["isolation"], isolation);
+        let attempts = json["attempts"].as_array().unwrap();
+        let reached = attempts.iter().filter(|attempt| attempt["reached"] == true);
+        let reached: Vec<_> = reached.map(|attempt| attempt["what"].as_str().unwrap()).collect();
+        assert_eq!((attempts.len(), reached), (8, open), "with isolation {isolation}: {attempts:#?}");
+    }
+}
+
+/// Whether this host offers a kind of protection.
+fn offered(protection: &str) -> bool {
+    let offers: Value = serde_json::from_str(&stdout(&run("probe", &["--json"]))).unwrap();
+    offers.as_array().unwrap().iter().any(|offer| offer["protection"] == protection && offer["offered"] == true)
+}
+
+#[test]
+fn an_isolation_that_the_host_does_not_offer_is_refused_with_what_lacks() {
+    if !kvm() || offered("guest-memfd") {
+        return;
+    }
+    let output = run("boot_tiny_guest", &["--isolation", "guest-memfd"]);
+    assert!(!output.status.success());
+    assert!(stderr(&output).contains("guest-memfd is not offered here: kvm has no"), "{}", stderr(&output));
 }
 
 #[test]

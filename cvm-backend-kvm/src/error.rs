@@ -1,4 +1,4 @@
-use cvm_core::GpaRange;
+use cvm_core::{GpaRange, Protection};
 use std::io;
 use std::path::PathBuf;
 
@@ -23,6 +23,14 @@ pub enum Error {
         path: PathBuf,
         /// What it says.
         version: i32,
+    },
+    /// The host, or this backend, does not offer a protection.
+    #[error("{protection} is not offered here: {what}")]
+    NotOffered {
+        /// The protection.
+        protection: Protection,
+        /// What lacks.
+        what: String,
     },
     /// A KVM call failed.
     #[error("kvm failed to {step}")]

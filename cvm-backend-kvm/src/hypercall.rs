@@ -1,9 +1,9 @@
 //! Whether hypercalls work here: some hosts advertise them and never complete one.
 
 use crate::Error;
-use crate::guest_memory::GuestMemory;
 use crate::host::{HC_MAP_GPA_RANGE, Host};
 use crate::kick::Kicker;
+use crate::memory::FilesMemory;
 use cvm_core::{GpaRange, Kick, PAGE_SIZE, Watchdog};
 use kvm_bindings::{KVM_CAP_EXIT_HYPERCALL, kvm_enable_cap};
 use kvm_ioctls::{VcpuExit, VmFd};
@@ -68,7 +68,7 @@ fn try_one(host: &Host) -> Result<bool, Box<dyn std::error::Error>> {
     let vm = host.kvm.create_vm()?;
     enable(&vm)?;
     let page = GpaRange::new(0, PAGE_SIZE)?;
-    let memory = GuestMemory::new(&[page])?;
+    let memory = FilesMemory::new(&[page])?;
     let code = if crate::vcpu::is_amd(&host.kvm)? { VMMCALL } else { VMCALL };
     memory.write_private(page, &code)?;
     memory.attach(&vm)?;

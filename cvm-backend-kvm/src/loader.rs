@@ -1,4 +1,6 @@
-use crate::guest_memory::GuestMemory;
+use crate::memory::{FilesMemory, GmemMemory, GuestMemory};
+use crate::platform::Isolation;
+use crate::staging::Staging;
 use crate::vcpu::{self, KvmVcpu};
 use crate::vm::{KvmVm, Shared};
 use crate::{Error, hypercall};
@@ -6,39 +8,69 @@ use cvm_core::doorbell::Transport;
 use cvm_core::launch::{Loader, Transcript, VmConfig};
 use cvm_core::memory::ConversionEngine;
 use cvm_core::x86::VcpuState;
-use cvm_core::{BoxError, GpaRange, PageKind};
+use cvm_core::{BoxError, Gpa, GpaRange, PageKind};
 use kvm_bindings::{KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Loads the pages of a VM on plain KVM.
+/// Loads the pages of a VM.
 #[derive(Debug)]
 pub struct KvmLoader {
     // Dropped before the memory that they see.
     vcpus: Vec<VcpuFd>,
-    vm: VmFd,
+    /// How contents get into memory that the host cannot write.
+    staging: Option<Staging>,
+    vm: Arc<VmFd>,
     memory: GuestMemory,
     config: VmConfig,
+    states: BTreeMap<u32, VcpuState>,
 }
 
+/// `KVM_X86_SW_PROTECTED_VM` (Linux arch/x86/include/uapi/asm/kvm.h).
+const SW_PROTECTED_VM: u64 = 1;
+
 impl KvmLoader {
-    pub(crate) fn new(kvm: &Kvm, config: VmConfig, transport: Transport) -> Result<Self, Error> {
-        let memory = GuestMemory::new(&config.memory)?;
-        let vm = kvm.create_vm().map_err(Error::kvm("create a vm"))?;
+    pub(crate) fn new(
+        kvm: &Kvm,
+        isolation: Isolation,
+        config: VmConfig,
+        transport: Transport,
+    ) -> Result<Self, BoxError> {
+        let (vm, memory) = match isolation {
+            Isolation::None => {
+                let memory = FilesMemory::new(&config.memory)?;
+                let vm = Arc::new(kvm.create_vm().map_err(Error::kvm("create a vm"))?);
+                memory.attach(&vm)?;
+                (vm, GuestMemory::Files(memory))
+            }
+            Isolation::GuestMemfd => {
+                let vm = kvm.create_vm_with_type(SW_PROTECTED_VM).map_err(Error::kvm("create a protected vm"))?;
+                let vm = Arc::new(vm);
+                let memory = GmemMemory::new(Arc::clone(&vm), &config.memory)?;
+                (vm, GuestMemory::Gmem(memory))
+            }
+        };
         let mut msrs = kvm_enable_cap { cap: KVM_CAP_X86_USER_SPACE_MSR, ..Default::default() };
         msrs.args[0] = KVM_MSR_EXIT_REASON_UNKNOWN.into();
         vm.enable_cap(&msrs).map_err(Error::kvm("enable exits for msr accesses"))?;
         if transport == Transport::Hypercall {
             hypercall::enable(&vm)?;
         }
-        memory.attach(&vm)?;
         let mut vcpus = Vec::new();
         for index in 0..config.vcpus {
             let vcpu = vm.create_vcpu(index.into()).map_err(Error::kvm("create a vcpu"))?;
             vcpu::set_cpuid(kvm, &vcpu, index, transport)?;
             vcpus.push(vcpu);
         }
-        Ok(Self { vcpus, vm, memory, config })
+        let staging = match isolation {
+            Isolation::None => None,
+            Isolation::GuestMemfd => {
+                let top = config.memory.iter().map(|range| range.end()).max().unwrap_or(Gpa(0));
+                Some(Staging::new(&vm, top, config.memory.len() as u32)?)
+            }
+        };
+        Ok(Self { vcpus, staging, vm, memory, config, states: BTreeMap::new() })
     }
 }
 
@@ -46,19 +78,31 @@ impl Loader for KvmLoader {
     type Vm = KvmVm;
 
     fn load(&mut self, range: GpaRange, contents: &[u8], kind: PageKind) -> Result<(), BoxError> {
-        match kind {
-            // Fresh memory is zero.
-            PageKind::Zero => Ok(()),
-            PageKind::Measured | PageKind::Unmeasured => Ok(self.memory.write_private(range, contents)?),
+        // Fresh memory is zero.
+        if kind == PageKind::Zero {
+            return Ok(());
+        }
+        match (&self.memory, &self.staging, self.vcpus.first_mut()) {
+            (GuestMemory::Files(memory), ..) => Ok(memory.write_private(range, contents)?),
+            (GuestMemory::Gmem(_), Some(staging), Some(vcpu)) => staging.load(vcpu, range, contents),
+            (GuestMemory::Gmem(_), ..) => Err("there is nothing to load by".into()),
         }
     }
 
     fn set_vcpu(&mut self, index: u32, state: &VcpuState) -> Result<(), BoxError> {
-        let vcpu = self.vcpus.get(index as usize).ok_or("there is no such vcpu")?;
-        Ok(vcpu::set_state(vcpu, state)?)
+        self.states.insert(index, *state);
+        Ok(())
     }
 
     fn seal(self, transcript: Transcript) -> Result<KvmVm, BoxError> {
+        if let Some(staging) = self.staging {
+            staging.remove(&self.vm)?;
+        }
+        // Only now, because the first vCPU may have run to load the others' memory.
+        for (index, state) in &self.states {
+            let vcpu = self.vcpus.get(*index as usize).ok_or("there is no such vcpu")?;
+            vcpu::set_state(vcpu, state)?;
+        }
         let view = self.memory.shared_view()?;
         let engine = ConversionEngine::new(self.memory, view);
         let shared = Arc::new(Shared { engine, vm: self.vm });

@@ -4,7 +4,7 @@ use crate::{Error, hypercall, probe};
 use cvm_core::doorbell::Transport;
 use cvm_core::launch::VmConfig;
 use cvm_core::platform::{Asset, Offer, Party, Platform, Powers, TrustModel};
-use cvm_core::{Error as CoreError, Launch};
+use cvm_core::{Error as CoreError, Launch, Protection};
 use std::path::Path;
 use std::sync::OnceLock;
 
@@ -15,24 +15,54 @@ use std::sync::OnceLock;
 #[derive(Debug)]
 pub struct KvmPlatform {
     host: Host,
+    isolation: Isolation,
     hypercalls: OnceLock<bool>,
 }
 
+/// How private memory is kept private.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Isolation {
+    None,
+    GuestMemfd,
+}
+
 impl KvmPlatform {
-    /// The platform behind `/dev/kvm`.
+    /// The platform behind `/dev/kvm`, with the strongest protection that it offers.
     ///
     /// # Errors
     /// As [`KvmPlatform::open`].
     pub fn new() -> Result<Self, Error> {
-        Self::open(Path::new("/dev/kvm"))
+        Self::open(Path::new("/dev/kvm"), None)
     }
 
-    /// The platform behind the KVM device at `path`.
+    /// The platform behind the KVM device at `path`, with this protection, or else the strongest that it offers.
     ///
     /// # Errors
-    /// [`Error::Open`] or [`Error::ApiVersion`].
-    pub fn open(path: &Path) -> Result<Self, Error> {
-        Ok(Self { host: Host::open(path)?, hypercalls: OnceLock::new() })
+    /// [`Error::Open`], [`Error::ApiVersion`], or [`Error::NotOffered`] for a protection that the host does not offer.
+    pub fn open(path: &Path, protection: Option<Protection>) -> Result<Self, Error> {
+        let host = Host::open(path)?;
+        let lacks = probe::guest_memfd(&host).missing;
+        let isolation = match protection {
+            Some(Protection::GuestMemfd) if !lacks.is_empty() => {
+                let what = lacks.into_iter().map(|missing| missing.what).collect::<Vec<_>>().join("; ");
+                return Err(Error::NotOffered { protection: Protection::GuestMemfd, what });
+            }
+            Some(Protection::GuestMemfd) => Isolation::GuestMemfd,
+            None if lacks.is_empty() => Isolation::GuestMemfd,
+            Some(Protection::None) | None => Isolation::None,
+            Some(protection) => {
+                return Err(Error::NotOffered { protection, what: "it is not software-only isolation".into() });
+            }
+        };
+        Ok(Self { host, isolation, hypercalls: OnceLock::new() })
+    }
+
+    /// What protects the guests that are launched here.
+    pub fn protection(&self) -> Protection {
+        match self.isolation {
+            Isolation::None => Protection::None,
+            Isolation::GuestMemfd => Protection::GuestMemfd,
+        }
     }
 
     /// Whether guests can ask for conversions by hypercall. The first call tries it out, which takes up to 0.2 s.
@@ -60,16 +90,20 @@ impl Platform for KvmPlatform {
     }
 
     fn trust_model(&self) -> TrustModel {
-        TrustModel::new(|party, _: Asset| match party {
-            Party::OtherVms => Powers::empty(),
+        match self.isolation {
             // The files and registers are in the VMM's process, and nothing is encrypted.
-            Party::SameUser
-            | Party::VmmProcess
-            | Party::Root
-            | Party::HostKernel
-            | Party::Hypervisor
-            | Party::PhysicalAttacker => Powers::all(),
-        })
+            Isolation::None => TrustModel::new(|party, _| match party {
+                Party::OtherVms => Powers::empty(),
+                _ => Powers::all(),
+            }),
+            // The kernel gives no process a way to private memory, but who has the vCPUs can set their registers; and
+            // other processes of the user can take over the VMM.
+            Isolation::GuestMemfd => TrustModel::new(|party, asset| match (party, asset) {
+                (Party::OtherVms, _) => Powers::empty(),
+                (Party::VmmProcess | Party::SameUser, Asset::PrivateMemory) => Powers::STEER,
+                _ => Powers::all(),
+            }),
+        }
     }
 
     fn launch(&self, config: VmConfig) -> Result<Launch<KvmLoader>, CoreError> {
@@ -79,11 +113,8 @@ impl Platform for KvmPlatform {
             return Err(CoreError::Config(format!("{} vcpus; this kvm takes at most {most}", config.vcpus)));
         }
         let transport = self.transport(config.transport)?;
-        let loader = KvmLoader::new(&self.host.kvm, config.clone(), transport).map_err(|error| CoreError::Backend {
-            step: "create the vm",
-            range: None,
-            source: error.into(),
-        })?;
+        let loader = KvmLoader::new(&self.host.kvm, self.isolation, config.clone(), transport)
+            .map_err(|source| CoreError::Backend { step: "create the vm", range: None, source })?;
         Launch::new(loader, config, transport)
     }
 }

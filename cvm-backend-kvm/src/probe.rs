@@ -93,7 +93,7 @@ fn no_backend() -> Missing {
     missing("this version of cvm has no backend for it", "a later version of cvm")
 }
 
-fn guest_memfd(host: &Host) -> Offer {
+pub(crate) fn guest_memfd(host: &Host) -> Offer {
     let mut lacks = Vec::new();
     if !has_vm_type(host, uapi::SW_PROTECTED_VM) {
         lacks.push(missing(
@@ -104,7 +104,6 @@ fn guest_memfd(host: &Host) -> Offer {
     if host.kvm.check_extension_raw(uapi::CAP_GUEST_MEMFD) <= 0 {
         lacks.push(missing("kvm has no KVM_CAP_GUEST_MEMFD", "Linux 6.8 or later with CONFIG_KVM_PRIVATE_MEM"));
     }
-    lacks.push(no_backend());
     offer(Protection::GuestMemfd, lacks)
 }
 

@@ -3,15 +3,27 @@
 #![allow(unsafe_code, reason = "answers go into the page that is shared with KVM, and one ioctl is missing")]
 
 use crate::Error;
+use cvm_core::GpaRange;
 use kvm_bindings::{KVM_EXIT_IO, KVMIO, kvm_interrupt};
 use kvm_ioctls::VcpuFd;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::ptr::NonNull;
-use vmm_sys_util::ioctl::ioctl_with_ref;
-use vmm_sys_util::ioctl_iow_nr;
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
+use vmm_sys_util::{ioctl_iow_nr, ioctl_iowr_nr};
 
 // Linux include/uapi/linux/kvm.h
 ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
+ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, KVMIO, 0xd5, PreFaultMemory);
+
+/// `kvm_pre_fault_memory` of Linux include/uapi/linux/kvm.h.
+#[derive(Debug, Default)]
+#[repr(C)]
+struct PreFaultMemory {
+    gpa: u64,
+    size: u64,
+    flags: u64,
+    padding: [u64; 5],
+}
 
 /// Where the value goes that a guest reads from a port.
 #[derive(Debug)]
@@ -64,6 +76,24 @@ pub(crate) fn answer_msr(vcpu: &mut VcpuFd, value: u64) {
 pub(crate) fn answer_hypercall(vcpu: &mut VcpuFd, result: u64) {
     let run = vcpu.get_kvm_run();
     run.__bindgen_anon_1.hypercall.ret = result;
+}
+
+/// Has KVM map the private memory of `range` before the guest touches it. That it cannot is no error: the guest then
+/// does so page by page.
+pub(crate) fn pre_fault(vcpu: &VcpuFd, range: GpaRange) -> Result<(), Error> {
+    let mut left = PreFaultMemory { gpa: range.start().0, size: range.len(), ..Default::default() };
+    while left.size > 0 {
+        // SAFETY: the descriptor is a vCPU's, and the kernel reads and writes a kvm_pre_fault_memory, which has this
+        // layout.
+        if unsafe { ioctl_with_mut_ref(vcpu, KVM_PRE_FAULT_MEMORY(), &mut left) } != 0 {
+            return match io::Error::last_os_error() {
+                error if [ErrorKind::Interrupted, ErrorKind::WouldBlock].contains(&error.kind()) => continue,
+                error if error.raw_os_error() == Some(libc::ENOTTY) => Ok(()),
+                source => Err(Error::Memory { step: "pre-fault", range, source }),
+            };
+        }
+    }
+    Ok(())
 }
 
 /// Injects a vector into a vCPU that is ready for it.

@@ -1,4 +1,4 @@
-use crate::guest_memory::GuestMemory;
+use crate::memory::GuestMemory;
 use crate::vcpu::KvmVcpu;
 use cvm_core::interrupt::Guarding;
 use cvm_core::launch::Transcript;
@@ -13,7 +13,7 @@ use std::sync::Arc;
 pub(crate) struct Shared {
     pub(crate) engine: ConversionEngine<GuestMemory>,
     #[allow(dead_code, reason = "it keeps the vm, to which the vcpus belong")]
-    pub(crate) vm: VmFd,
+    pub(crate) vm: Arc<VmFd>,
 }
 
 /// A VM on plain KVM.

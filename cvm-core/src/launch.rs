@@ -169,6 +169,11 @@ impl Transcript {
     }
 }
 
+/// What enters the transcript for the contents of a page, or for the bytes of a vCPU's state: SHA-384.
+pub fn digest(contents: &[u8]) -> [u8; 48] {
+    Sha384::digest(contents).into()
+}
+
 /// The digest that stands for a whole launch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Measurement(pub [u8; 48]);
@@ -286,7 +291,7 @@ impl<L: Loader> Launch<L> {
         }
         for (page, contents) in (0..).zip(contents.chunks(PAGE_SIZE as usize)) {
             let gpa = Gpa(range.start().0 + page * PAGE_SIZE);
-            let contents = if kind == PageKind::Measured { Sha384::digest(contents).into() } else { [0; 48] };
+            let contents = if kind == PageKind::Measured { digest(contents) } else { [0; 48] };
             self.transcript.entries.push(Entry::Page { kind, gpa, contents });
         }
         Ok(())
@@ -379,7 +384,7 @@ impl<L: Loader> Launch<L> {
         }
         let set = self.loader.set_vcpu(index, state);
         self.done("set the first state of a vcpu", None, set)?;
-        self.transcript.entries.push(Entry::Vcpu { index, state: Sha384::digest(state.as_bytes()).into() });
+        self.transcript.entries.push(Entry::Vcpu { index, state: digest(state.as_bytes()) });
         Ok(())
     }
 

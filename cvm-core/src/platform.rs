@@ -101,7 +101,7 @@ pub enum Asset {
 }
 
 bitflags::bitflags! {
-    /// What a party can do to an asset.
+    /// What a party can do to an asset, by itself or, with `STEER`, by making the guest do it.
     #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
     pub struct Powers: u8 {
         /// See it.
@@ -112,6 +112,8 @@ bitflags::bitflags! {
         const REMAP = 4;
         /// Put an earlier state of it in its place.
         const REPLAY = 8;
+        /// Have the guest itself read or change it: by setting its registers, say.
+        const STEER = 16;
     }
 }
 

@@ -27,9 +27,12 @@ impl VcpuState {
 }
 
 /// Bits of page-table entries (AMD64 APM volume 2, section 5.3.3).
-mod entry {
+pub mod entry {
+    /// It leads somewhere.
     pub const PRESENT: u64 = 1;
+    /// What it leads to can be written.
     pub const WRITABLE: u64 = 1 << 1;
+    /// It leads to a large page, not to another table.
     pub const LARGE: u64 = 1 << 7;
 }
 

@@ -13,10 +13,10 @@ use clap::{Parser, ValueEnum};
 use cvm::doorbell::{Doorbell, Transport};
 use cvm::image::Image;
 use cvm::kvm::KvmPlatform;
-use cvm::{Gpa, Launch, Platform, Vm, VmConfig};
+use cvm::{Gpa, Launch, Platform, Protection, Vm, VmConfig};
 use disk::Disk;
 use machine::Machine;
-use outcome::Outcome;
+use outcome::{Outcome, Run};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -42,6 +42,10 @@ struct Options {
     /// The guest's disk; a copy is used, and the file is not changed [default: 32 KiB of made-up data]
     #[arg(long, value_name = "FILE")]
     disk: Option<PathBuf>,
+
+    /// What keeps private memory private [default: the strongest that this host offers]
+    #[arg(long, value_enum)]
+    isolation: Option<IsolationChoice>,
 
     /// How the guest rings for its VMM
     #[arg(long, value_enum, default_value_t = DoorbellChoice::Port)]
@@ -70,6 +74,14 @@ struct Options {
     /// Print the result as JSON, and nothing else, on the standard output
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum IsolationChoice {
+    /// Nothing: two files of this process, on any KVM
+    None,
+    /// Memory that no process can map, where KVM has it
+    GuestMemfd,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -140,7 +152,11 @@ fn run(options: &Options) -> Result<Outcome, BoxError> {
     let nonce = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), std::process::id());
 
     let begin = Instant::now();
-    let platform = KvmPlatform::open(&options.kvm)?;
+    let protection = options.isolation.map(|isolation| match isolation {
+        IsolationChoice::None => Protection::None,
+        IsolationChoice::GuestMemfd => Protection::GuestMemfd,
+    });
+    let platform = KvmPlatform::open(&options.kvm, protection)?;
     let mut config = VmConfig::new(options.memory * MIB, options.vcpus)?;
     config.doorbell = match options.doorbell {
         DoorbellChoice::Port => Doorbell::Port,
@@ -161,7 +177,7 @@ fn run(options: &Options) -> Result<Outcome, BoxError> {
     let begin = Instant::now();
     let ends = machine.run(vcpus, Duration::from_secs(options.timeout))?;
     let ran = begin.elapsed();
-    Outcome::new(&machine, &disk, task, transport, ends, launched, ran)
+    Outcome::new(&machine, &disk, Run { task, protection: platform.protection(), transport, ends, launched, ran })
 }
 
 /// The error with its sources, each behind a colon.

@@ -6,7 +6,7 @@ use crate::machine::{End, Machine};
 use crate::{BoxError, chain};
 use cvm::doorbell::Transport;
 use cvm::interrupt::Guarding;
-use cvm::{Error, Gpa, Lifecycle, LifecycleAnswer, PAGE_SIZE, Vm};
+use cvm::{Error, Gpa, Lifecycle, LifecycleAnswer, PAGE_SIZE, Protection, Vm};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -36,7 +36,8 @@ struct Conversions {
 /// Memory that the VM occupied when the guest reported, or else at its end, in bytes.
 #[derive(Debug, Serialize)]
 struct Memory {
-    private: u64,
+    /// Nothing where the host does not tell.
+    private: Option<u64>,
     shared: u64,
 }
 
@@ -45,6 +46,7 @@ struct Memory {
 pub struct Outcome {
     /// Whether every check holds and every attempt went as expected.
     pub ok: bool,
+    isolation: String,
     measurement: String,
     transport: &'static str,
     ends: Vec<String>,
@@ -67,6 +69,11 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// A number of bytes, if the host has told one.
+fn told(bytes: Option<u64>) -> String {
+    bytes.map_or_else(|| "an unknown number".into(), |bytes| bytes.to_string())
+}
+
 fn describe(end: &End) -> String {
     match end {
         End::Halted => "halted".into(),
@@ -77,17 +84,26 @@ fn describe(end: &End) -> String {
     }
 }
 
+/// How a run went, apart from what is left in the machine and on the disk.
+pub struct Run {
+    /// What the guest was told to do.
+    pub task: Task,
+    /// What protected it.
+    pub protection: Protection,
+    /// How it asked for conversions.
+    pub transport: Transport,
+    /// How each vCPU ended.
+    pub ends: Vec<End>,
+    /// How long the launch took.
+    pub launched: Duration,
+    /// How long the guest ran.
+    pub ran: Duration,
+}
+
 impl Outcome {
     /// Looks at what is left of a run.
-    pub fn new<V: Vm>(
-        machine: &Machine<'_, V>,
-        disk: &Disk,
-        task: Task,
-        transport: Transport,
-        ends: Vec<End>,
-        launched: Duration,
-        ran: Duration,
-    ) -> Result<Self, BoxError> {
+    pub fn new<V: Vm>(machine: &Machine<'_, V>, disk: &Disk, run: Run) -> Result<Self, BoxError> {
+        let Run { task, protection, transport, ends, launched, ran } = run;
         let totals = machine.vm.conversions();
         let finding = machine.finding().take();
         let mut checks = Vec::new();
@@ -127,13 +143,16 @@ impl Outcome {
             let shared_by_map = finding.shared_pages * PAGE_SIZE;
             check(
                 "no page has memory on both sides",
-                format!("{private} private, {shared} shared of {shared_by_map}"),
-                shared <= shared_by_map && private <= memory - shared_by_map,
+                format!("{} private, {shared} shared of {shared_by_map}", told(private)),
+                shared <= shared_by_map && private.is_none_or(|private| private <= memory - shared_by_map),
             );
         }
-        let mmio = ends.first().is_some_and(|end| {
-            matches!(end, End::Failed(Error::MmioRefused { vcpu: 0, gpa: Gpa(MMIO), write: false }))
-        });
+        let mmio = match (ends.first(), protection) {
+            (Some(End::Failed(Error::MmioRefused { vcpu: 0, gpa: Gpa(MMIO), write: false })), _) => true,
+            // KVM cannot see which instruction of private memory it is.
+            (Some(End::Failed(Error::Crashed { vcpu: 0, .. })), Protection::GuestMemfd) => true,
+            _ => false,
+        };
         check("the guest's mmio was refused", ends.first().map(describe).unwrap_or_default(), mmio);
         let halted = ends.iter().skip(1).all(|end| matches!(end, End::Halted));
         check("the other vcpus halted", ends.iter().skip(1).map(describe).collect::<Vec<_>>().join(", "), halted);
@@ -152,6 +171,7 @@ impl Outcome {
         };
         Ok(Self {
             ok: attempts && checks.iter().all(|check| check.holds),
+            isolation: protection.to_string(),
             measurement: machine.vm.transcript().measurement().to_string(),
             transport: match transport {
                 Transport::Hypercall => "hypercall",
@@ -186,6 +206,7 @@ impl Outcome {
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut row = |name: &str, value: &dyn fmt::Display| writeln!(f, "{name:<24}{value}");
+        row("isolation", &self.isolation)?;
         row("measurement", &self.measurement)?;
         row("disk sha-256", &self.disk_sha256.as_deref().unwrap_or("none"))?;
         row("conversions by", &self.transport)?;
@@ -203,7 +224,7 @@ impl fmt::Display for Outcome {
             "bytes bounced",
             &format!("{} to the device, {} from it", self.bounced_to_device, self.bounced_from_device),
         )?;
-        row("memory allocated", &format!("{} private, {} shared", self.memory.private, self.memory.shared))?;
+        row("memory allocated", &format!("{} private, {} shared", told(self.memory.private), self.memory.shared))?;
         for (kind, count) in &self.exits {
             row(&format!("exits: {kind}"), count)?;
         }

@@ -1,4 +1,4 @@
-//! The image of the tiny guest: committed, and the same bytes wherever it is built.
+//! The images of guests: committed, and the same bytes wherever they are built.
 //!
 //! The core library is always built from source together with the guest, so that the image has
 //! nothing in it that came with one machine's toolchain.
@@ -16,10 +16,27 @@ use crate::{tools, workspace};
 
 const TARGET: &str = "x86_64-unknown-none";
 
-/// Build the tiny guest and write its image, the same bytes on every machine.
+/// A guest of this workspace.
+struct Source {
+    package: &'static str,
+    linker_script: &'static str,
+    image: &'static str,
+}
+
+const SOURCES: [Source; 2] = [
+    Source { package: "tiny-guest", linker_script: "guests/tiny/link.ld", image: "guests/tiny/tiny-guest.elf" },
+    Source {
+        package: "loader-stub",
+        linker_script: "guests/stub/link.ld",
+        // In the crate that has it run, which would be incomplete without.
+        image: "cvm-backend-kvm/src/loader-stub.elf",
+    },
+];
+
+/// Build the guests and write their images, the same bytes on every machine.
 ///
-/// The image is guests/tiny/tiny-guest.elf; guests/tiny/tiny-guest.rustc names the compiler it was
-/// built with.
+/// The images are guests/tiny/tiny-guest.elf and cvm-backend-kvm/src/loader-stub.elf; files beside
+/// them name the compiler that they were built with.
 #[derive(Args)]
 pub struct Guest {
     /// Compare with the committed image instead of writing it
@@ -31,18 +48,20 @@ impl Guest {
     /// Builds the image and writes or compares it.
     pub fn run(&self) -> Result<ExitCode> {
         let rustc = Rustc::new()?;
-        let committed = Committed::new();
-        if self.check {
-            committed.check_rustc(&rustc)?;
-        }
-        let image = build(&rustc)?;
-        let image = fs::read(&image).context(|| format!("reading {}", image.display()))?;
-        if self.check {
-            committed.check_image(&image)?;
-            println!("the committed image is the one built here");
-        } else {
-            committed.write(&rustc, &image)?;
-            println!("wrote {}, {} bytes", committed.image.display(), image.len());
+        for source in &SOURCES {
+            let committed = Committed::new(source);
+            if self.check {
+                committed.check_rustc(&rustc)?;
+            }
+            let image = build(source, &rustc)?;
+            let image = fs::read(&image).context(|| format!("reading {}", image.display()))?;
+            if self.check {
+                committed.check_image(&image)?;
+                println!("{} is what its sources give", source.image);
+            } else {
+                committed.write(&rustc, &image)?;
+                println!("wrote {}, {} bytes", source.image, image.len());
+            }
         }
         Ok(ExitCode::SUCCESS)
     }
@@ -55,9 +74,9 @@ struct Committed {
 }
 
 impl Committed {
-    fn new() -> Self {
-        let directory = workspace::root().join("guests/tiny");
-        Self { image: directory.join("tiny-guest.elf"), rustc: directory.join("tiny-guest.rustc") }
+    fn new(source: &Source) -> Self {
+        let image = workspace::root().join(source.image);
+        Self { rustc: image.with_extension("rustc"), image }
     }
 
     fn check_rustc(&self, rustc: &Rustc) -> Result<()> {
@@ -100,7 +119,7 @@ fn no_image(path: &Path) -> String {
 }
 
 /// Builds the image; the result is where cargo put it.
-fn build(rustc: &Rustc) -> Result<PathBuf> {
+fn build(source: &Source, rustc: &Rustc) -> Result<PathBuf> {
     let library = rustc.library()?;
     // Whatever CARGO_TARGET_DIR says: it must not make a difference.
     let target = workspace::cache().join("guest");
@@ -113,7 +132,7 @@ fn build(rustc: &Rustc) -> Result<PathBuf> {
         }
         cargo
             .current_dir(workspace::root())
-            .args([subcommand, "--locked", "--package", "tiny-guest"])
+            .args([subcommand, "--locked", "--package", source.package])
             .args(["--profile", "guest", "--target", TARGET, "--target-dir"])
             .arg(&target);
         cargo
@@ -127,15 +146,15 @@ fn build(rustc: &Rustc) -> Result<PathBuf> {
     build
         .env("RUSTC_WRAPPER", this)
         .env(AS_RUSTC, "yes")
-        .args(["--bin", "tiny-guest"])
+        .args(["--bin", source.package])
         .arg("-Zbuild-std=core,compiler_builtins")
         .arg("-Zbuild-std-features=compiler-builtins-mem")
         // The unstable flags of cargo and rustc, with the stable toolchain.
         .env("RUSTC_BOOTSTRAP", "1")
         .env("__CARGO_TESTS_ONLY_SRC_ROOT", &library)
-        .env("CARGO_ENCODED_RUSTFLAGS", rustflags(&library)?);
+        .env("CARGO_ENCODED_RUSTFLAGS", rustflags(source, &library)?);
     tools::run(&mut build)?;
-    Ok(target.join(TARGET).join("guest/tiny-guest"))
+    Ok(target.join(TARGET).join("guest").join(source.package))
 }
 
 /// Set where this program stands in for the compiler.
@@ -175,7 +194,7 @@ fn with_stable_metadata(mut arguments: Vec<OsString>) -> Vec<OsString> {
 }
 
 /// The flags for the guest and the core library, in cargo's encoding.
-fn rustflags(library: &Path) -> Result<String> {
+fn rustflags(source: &Source, library: &Path) -> Result<String> {
     let home = env::var_os("CARGO_HOME").map(PathBuf::from);
     let home = home.or_else(|| Some(env::home_dir()?.join(".cargo")));
     let home = home.ok_or_else(|| Error::new("neither $CARGO_HOME nor a home directory"))?;
@@ -185,7 +204,7 @@ fn rustflags(library: &Path) -> Result<String> {
     let mut flags = vec![
         "-Crelocation-model=static".into(),
         // Relative to the workspace, where cargo runs the compiler for its members.
-        "-Clink-arg=-Tguests/tiny/link.ld".into(),
+        format!("-Clink-arg=-T{}", source.linker_script),
         "-Clink-arg=--build-id=none".into(),
         // A moved line alone is not to make another image.
         "-Zlocation-detail=none".into(),
@@ -248,7 +267,7 @@ mod tests {
 
     #[test]
     fn the_flags_do_not_say_where_the_workspace_is_except_to_hide_it() {
-        let flags = rustflags(Path::new("/lib")).unwrap();
+        let flags = rustflags(&SOURCES[0], Path::new("/lib")).unwrap();
         let root = workspace::root().display().to_string();
         for flag in flags.split('\x1f') {
             assert!(flag.starts_with("--remap-path-prefix=") || !flag.contains(&root));

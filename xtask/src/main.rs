@@ -1,6 +1,6 @@
 //! Maintenance of the workspace, run as `cargo xtask`.
 //!
-//! - [`guest`]: the committed image of the tiny guest, the same bytes on every machine
+//! - [`guest`]: the committed images of the guests, the same bytes on every machine
 //! - [`l1`]: a command in a small VM whose KVM has the whole confidential-VM interface
 //! - [`l1_kernel`]: the kernel of that VM
 //! - [`ratios`]: the results of the benchmarks against their targets

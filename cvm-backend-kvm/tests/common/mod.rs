@@ -6,14 +6,15 @@ use cvm_backend_kvm::{KvmLoader, KvmPlatform, KvmVcpu, KvmVm};
 use cvm_core::doorbell::{Doorbell, MSR_BASE, PORT_BASE, Transport, control, device_base};
 use cvm_core::x86::Register;
 use cvm_core::{
-    Answer, Error, Exit, Gpa, GpaRange, Launch, PAGE_SIZE, PageKind, Platform, RegisterRead, Side, Vcpu, Vm, VmConfig,
-    Watchdog,
+    Answer, Error, Exit, Gpa, GpaRange, Launch, PAGE_SIZE, PageKind, Platform, Protection, RegisterRead, Side, Vcpu,
+    Vm, VmConfig, Watchdog,
 };
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use std::fs;
 use std::io::Write;
 use std::ops::{Deref, DerefMut};
+use std::path::Path;
 use std::time::Duration;
 
 /// How much memory a guest has unless a test says otherwise.
@@ -37,9 +38,18 @@ pub fn skip(why: &str) {
     std::io::stderr().write_all(line.as_bytes()).unwrap();
 }
 
+/// The isolation that guests are tested with: `$CVM_ISOLATION`, or none.
+pub fn isolation() -> Protection {
+    match std::env::var("CVM_ISOLATION").as_deref() {
+        Err(_) | Ok("none") => Protection::None,
+        Ok("guest-memfd") => Protection::GuestMemfd,
+        Ok(other) => panic!("$CVM_ISOLATION is {other}: it takes none or guest-memfd"),
+    }
+}
+
 /// This host's KVM. Without one a test has nothing to do, unless `CVM_REQUIRE_KVM` is set.
 pub fn kvm() -> Option<KvmPlatform> {
-    match KvmPlatform::new() {
+    match KvmPlatform::open(Path::new("/dev/kvm"), Some(isolation())) {
         Ok(platform) => Some(platform),
         Err(error) if std::env::var_os("CVM_REQUIRE_KVM").is_some() => panic!("{error}"),
         Err(error) => {

@@ -92,7 +92,7 @@ impl Vm for Kept {
         ConversionTotals::default()
     }
     fn allocated(&self) -> Result<Allocated, Error> {
-        Ok(Allocated { private: 0, shared: 0 })
+        Ok(Allocated { private: None, shared: 0 })
     }
     fn transcript(&self) -> &Transcript {
         &self.transcript

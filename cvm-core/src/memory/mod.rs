@@ -31,8 +31,8 @@ pub use view::{Pinned, SharedMemory, SharedView};
 /// How much memory a VM occupies on the host, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Allocated {
-    /// Behind the private side.
-    pub private: u64,
+    /// Behind the private side, where the host can tell.
+    pub private: Option<u64>,
     /// Behind the shared side.
     pub shared: u64,
 }

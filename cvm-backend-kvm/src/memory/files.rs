@@ -1,19 +1,18 @@
-//! A VM's memory: two files, and a window per slot that shows one or the other.
+//! Memory for any KVM: two files, and a window per slot that shows one or the other.
 
 #![allow(unsafe_code, reason = "KVM is told where the windows are")]
 
+use super::backing::Backing;
+use super::most_runs;
+use super::window::Window;
 use crate::Error;
-use crate::backing::Backing;
-use crate::window::Window;
-use cvm_core::memory::{Allocated, Converter, ConverterError, LeftAs, PageStateMap, SharedMemory, Slots};
+use cvm_core::memory::{Allocated, Converter, ConverterError, LeftAs};
 use cvm_core::{BoxError, Gpa, GpaRange, Side};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use rustix::io::Errno;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
 #[derive(Debug)]
 struct Slot {
@@ -31,23 +30,14 @@ impl Slot {
 
 /// The memory of one VM, in slots.
 #[derive(Debug)]
-pub(crate) struct GuestMemory {
+pub(crate) struct FilesMemory {
     private: Backing,
     shared: Backing,
     slots: Vec<Slot>,
     most_runs: u64,
 }
 
-/// How many mappings a process may have, if the kernel does not say (Linux include/linux/mm.h, DEFAULT_MAX_MAP_COUNT).
-const DEFAULT_MAX_MAPPINGS: u64 = 65_530;
-
-/// How many runs of pages a VM may have: each takes a mapping, and half of those of a process are for the rest of it.
-fn most_runs() -> u64 {
-    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count");
-    limit.ok().and_then(|text| text.trim_end().parse().ok()).unwrap_or(DEFAULT_MAX_MAPPINGS) / 2
-}
-
-impl GuestMemory {
+impl FilesMemory {
     /// Memory for `slots`, in whatever order, all of it private and zero.
     pub(crate) fn new(slots: &[GpaRange]) -> Result<Self, Error> {
         let mut slots = slots.to_vec();
@@ -87,20 +77,9 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// The shared side, as devices see it.
-    pub(crate) fn shared_view(&self) -> Result<SharedMemory, BoxError> {
-        let ranges: Vec<_> = self.slots.iter().map(|slot| slot.range).collect();
-        let regions = self
-            .slots
-            .iter()
-            .map(|slot| {
-                let file = FileOffset::new(self.shared.file().try_clone()?, slot.offset);
-                let len = usize::try_from(slot.range.len()).map_err(io::Error::other)?;
-                Ok((GuestAddress(slot.range.start().0), len, Some(file)))
-            })
-            .collect::<io::Result<Vec<_>>>()?;
-        let backing = GuestMemoryMmap::from_ranges_with_files(regions)?;
-        Ok(SharedMemory::new(backing, Arc::new(PageStateMap::new(Slots::new(&ranges)?)))?)
+    /// The shared side, and where each slot begins in it.
+    pub(super) fn shared(&self) -> (&Backing, impl Iterator<Item = (GpaRange, u64)> + '_) {
+        (&self.shared, self.slots.iter().map(|slot| (slot.range, slot.offset)))
     }
 
     /// Writes to the private side, before there is a guest.
@@ -109,12 +88,8 @@ impl GuestMemory {
         self.private.file().write_all_at(contents, slot.offset(range.start())).map_err(Error::memory("write", range))
     }
 
-    pub(crate) fn contains(&self, gpa: Gpa) -> bool {
-        self.slots.iter().any(|slot| slot.range.contains(gpa))
-    }
-
-    pub(crate) fn allocated(&self) -> io::Result<Allocated> {
-        Ok(Allocated { private: self.private.allocated()?, shared: self.shared.allocated()? })
+    pub(super) fn allocated(&self) -> io::Result<Allocated> {
+        Ok(Allocated { private: Some(self.private.allocated()?), shared: self.shared.allocated()? })
     }
 
     fn slot(&self, range: GpaRange) -> Result<(&Slot, u64), Errno> {
@@ -130,7 +105,7 @@ impl GuestMemory {
     }
 }
 
-impl Converter for GuestMemory {
+impl Converter for FilesMemory {
     fn convert(&self, range: GpaRange, to: Side) -> Result<(), ConverterError> {
         let show = |side: Side| self.slot(range).and_then(|(slot, at)| slot.window.show(range, self.backing(side), at));
         show(to).map_err(|error| ConverterError {
@@ -158,18 +133,24 @@ impl Converter for GuestMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use cvm_core::SharedMemory;
     use cvm_core::memory::ConversionEngine;
     use cvm_core::{Answer, ConversionRequest, PAGE_SIZE};
-    use vm_memory::{Bytes, GuestAddressSpace};
+    use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
     const PAGES: u64 = 600;
 
-    fn memory() -> GuestMemory {
+    fn memory() -> FilesMemory {
         let pages = |start, pages| GpaRange::from_pages(start * PAGE_SIZE, pages).unwrap();
-        GuestMemory::new(&[pages(0, 500), pages(1000, 100)]).unwrap()
+        FilesMemory::new(&[pages(0, 500), pages(1000, 100)]).unwrap()
     }
 
-    fn fill_private(memory: &GuestMemory) {
+    fn shared_view(memory: &FilesMemory) -> SharedMemory {
+        let (backing, slots) = memory.shared();
+        super::super::shared_view(backing, slots).unwrap()
+    }
+
+    fn fill_private(memory: &FilesMemory) {
         for slot in &memory.slots {
             memory.write_private(slot.range, &vec![0xa5; slot.range.len() as usize]).unwrap();
         }
@@ -179,10 +160,10 @@ mod tests {
     fn a_page_has_memory_on_one_side_only_whatever_is_converted() {
         let memory = memory();
         fill_private(&memory);
-        let view = memory.shared_view().unwrap();
+        let view = shared_view(&memory);
         let engine = ConversionEngine::new(memory, view);
         let allocated = || engine.converter().allocated().unwrap();
-        assert_eq!(allocated(), Allocated { private: PAGES * PAGE_SIZE, shared: 0 });
+        assert_eq!(allocated(), Allocated { private: Some(PAGES * PAGE_SIZE), shared: 0 });
 
         let ask = |start: u64, pages, to| {
             let request = ConversionRequest::from_guest(0, start * PAGE_SIZE, pages, to);
@@ -192,7 +173,7 @@ mod tests {
         };
         ask(490, 10, Side::Shared);
         ask(1000, 10, Side::Shared);
-        assert_eq!(allocated(), Allocated { private: (PAGES - 20) * PAGE_SIZE, shared: 0 });
+        assert_eq!(allocated(), Allocated { private: Some((PAGES - 20) * PAGE_SIZE), shared: 0 });
         let pinned = engine.memory().memory();
         for page in (490..500).chain(1000..1010) {
             let mut contents = [1u8; PAGE_SIZE as usize];
@@ -203,12 +184,12 @@ mod tests {
         drop(pinned);
         assert_eq!(
             allocated(),
-            Allocated { private: (PAGES - 20) * PAGE_SIZE, shared: 20 * PAGE_SIZE },
+            Allocated { private: Some((PAGES - 20) * PAGE_SIZE), shared: 20 * PAGE_SIZE },
             "shared pages are allocated when they are written"
         );
         ask(0, 500, Side::Private);
         ask(1000, 100, Side::Private);
-        assert_eq!(allocated(), Allocated { private: (PAGES - 20) * PAGE_SIZE, shared: 0 });
+        assert_eq!(allocated(), Allocated { private: Some((PAGES - 20) * PAGE_SIZE), shared: 0 });
         let mut contents = [1u8; PAGE_SIZE as usize];
         engine.converter().private.file().read_exact_at(&mut contents, 495 * PAGE_SIZE).unwrap();
         assert!(contents.iter().all(|byte| *byte == 0), "contents came back with the page");
@@ -217,8 +198,8 @@ mod tests {
     #[test]
     fn a_guest_that_alternates_sides_cannot_use_up_the_mappings_of_the_process() {
         let pages = 2 * most_runs() + 4;
-        let memory = GuestMemory::new(&[GpaRange::from_pages(0, pages).unwrap()]).unwrap();
-        let view = memory.shared_view().unwrap();
+        let memory = FilesMemory::new(&[GpaRange::from_pages(0, pages).unwrap()]).unwrap();
+        let view = shared_view(&memory);
         let engine = ConversionEngine::new(memory, view);
         let refused = (0..pages).step_by(2).find_map(|page| {
             let request = ConversionRequest::from_guest(0, page * PAGE_SIZE, 1, Side::Shared);
@@ -245,7 +226,7 @@ mod tests {
     fn the_shared_view_does_not_reach_private_memory() {
         let memory = memory();
         fill_private(&memory);
-        let view = memory.shared_view().unwrap();
+        let view = shared_view(&memory);
         for page in [0, 499, 1000, 1099] {
             assert!(view.memory().read_obj::<u8>(GuestAddress(page * PAGE_SIZE)).is_err());
         }

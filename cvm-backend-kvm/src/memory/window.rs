@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code, reason = "mappings at fixed places cannot be made safely")]
 
-use crate::backing::Backing;
+use super::backing::Backing;
 use cvm_core::GpaRange;
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
