@@ -121,6 +121,23 @@ fn offered(protection: &str) -> bool {
 }
 
 #[test]
+fn a_policy_is_enforced_or_refused_with_a_reason() {
+    if !kvm() {
+        return;
+    }
+    let output = run("boot_tiny_guest", &["--policy", "no-debug"]);
+    assert!(!output.status.success());
+    assert!(stderr(&output).contains("the policy cannot be fulfilled: whoever holds the vcpus"), "{}", stderr(&output));
+
+    for demand in ["no-smt", "no-performance-counters", "flush-l1d"] {
+        let output = run("boot_tiny_guest", &["--json", "--policy", demand]);
+        if !output.status.success() {
+            assert!(stderr(&output).contains("the policy cannot be fulfilled"), "{demand}: {}", stderr(&output));
+        }
+    }
+}
+
+#[test]
 fn an_isolation_that_the_host_does_not_offer_is_refused_with_what_lacks() {
     if !kvm() || offered("guest-memfd") {
         return;

@@ -22,6 +22,7 @@ mod kick;
 mod loader;
 mod memory;
 mod platform;
+mod policy;
 mod probe;
 mod staging;
 mod vcpu;

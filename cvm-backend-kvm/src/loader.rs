@@ -3,7 +3,7 @@ use crate::platform::Isolation;
 use crate::staging::Staging;
 use crate::vcpu::{self, KvmVcpu};
 use crate::vm::{KvmVm, Shared};
-use crate::{Error, hypercall};
+use crate::{Error, hypercall, policy};
 use cvm_core::doorbell::Transport;
 use cvm_core::launch::{Loader, Transcript, VmConfig};
 use cvm_core::memory::ConversionEngine;
@@ -57,10 +57,11 @@ impl KvmLoader {
         if transport == Transport::Hypercall {
             hypercall::enable(&vm)?;
         }
+        policy::enforce(kvm, &vm, config.policy)?;
         let mut vcpus = Vec::new();
         for index in 0..config.vcpus {
             let vcpu = vm.create_vcpu(index.into()).map_err(Error::kvm("create a vcpu"))?;
-            vcpu::set_cpuid(kvm, &vcpu, index, transport)?;
+            vcpu::set_cpuid(kvm, &vcpu, index, transport, config.policy)?;
             vcpus.push(vcpu);
         }
         let staging = match isolation {

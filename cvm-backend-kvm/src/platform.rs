@@ -1,5 +1,6 @@
 use crate::host::Host;
 use crate::loader::KvmLoader;
+use crate::policy::Facts;
 use crate::{Error, hypercall, probe};
 use cvm_core::doorbell::Transport;
 use cvm_core::launch::VmConfig;
@@ -111,6 +112,10 @@ impl Platform for KvmPlatform {
         let most = self.host.kvm.get_max_vcpus();
         if config.vcpus as usize > most {
             return Err(CoreError::Config(format!("{} vcpus; this kvm takes at most {most}", config.vcpus)));
+        }
+        let refusals = Facts::of(&self.host.kvm).refusals(config.policy);
+        if !refusals.is_empty() {
+            return Err(CoreError::Config(format!("the policy cannot be fulfilled: {}", refusals.join("; "))));
         }
         let transport = self.transport(config.transport)?;
         let loader = KvmLoader::new(&self.host.kvm, self.isolation, config.clone(), transport)

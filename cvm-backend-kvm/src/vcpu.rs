@@ -11,7 +11,7 @@ use cvm_core::doorbell::{self, Access, Registers, Ring, Transport};
 use cvm_core::x86::{Register, VcpuState};
 use cvm_core::{
     Answer, BoxError, Conversion, ConversionRequest, Error as CoreError, Event, Exit, Gpa, InterruptGuard,
-    InterruptPolicy, Kick, RegisterRead, Side, Vcpu,
+    InterruptPolicy, Kick, Policy, RegisterRead, Side, Vcpu,
 };
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
@@ -35,13 +35,23 @@ pub(crate) fn is_amd(kvm: &Kvm) -> Result<bool, Error> {
 const APIC_ECX: u32 = 1 << 21 | 1 << 24;
 const APIC_EDX: u32 = 1 << 9;
 
+/// The leaves that describe performance counters (Intel SDM, volume 2, CPUID; AMD64 APM volume 3, section E.4).
+const CPUID_COUNTERS: u32 = 0xa;
+const CPUID_AMD_COUNTERS: u32 = 0x8000_0022;
+
 /// The leaf of KVM's features, and the one that says that `KVM_HC_MAP_GPA_RANGE` works
 /// (Linux arch/x86/include/uapi/asm/kvm_para.h).
 const KVM_CPUID_FEATURES: u32 = 0x4000_0001;
 const KVM_FEATURE_HC_MAP_GPA_RANGE: u32 = 1 << 16;
 
 /// Shows the host's processor to the guest, with the vCPU's index as its APIC id.
-pub(crate) fn set_cpuid(kvm: &Kvm, vcpu: &VcpuFd, index: u32, transport: Transport) -> Result<(), Error> {
+pub(crate) fn set_cpuid(
+    kvm: &Kvm,
+    vcpu: &VcpuFd,
+    index: u32,
+    transport: Transport,
+    policy: Policy,
+) -> Result<(), Error> {
     let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(Error::kvm("list cpuid leaves"))?;
     for entry in cpuid.as_mut_slice() {
         match entry.function {
@@ -49,6 +59,9 @@ pub(crate) fn set_cpuid(kvm: &Kvm, vcpu: &VcpuFd, index: u32, transport: Transpo
                 entry.ebx = entry.ebx & 0x00ff_ffff | index << 24;
                 entry.ecx &= !APIC_ECX;
                 entry.edx &= !APIC_EDX;
+            }
+            CPUID_COUNTERS | CPUID_AMD_COUNTERS if policy.contains(Policy::NO_PERFORMANCE_COUNTERS) => {
+                (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
             }
             KVM_CPUID_FEATURES if transport == Transport::Hypercall => entry.eax |= KVM_FEATURE_HC_MAP_GPA_RANGE,
             0xb | 0x1f => entry.edx = index,

@@ -11,7 +11,7 @@ use cvm_core::memory::{Allocated, ConversionTotals};
 use cvm_core::x86::{Register, VcpuState};
 use cvm_core::{
     Answer, ConversionRequest, Error, Event, Exit, Gpa, GpaRange, InterruptPolicy, PAGE_SIZE, PageKind, PageState,
-    Platform, Protection, Side, Vcpu, Vm, VmConfig, Watchdog,
+    Platform, Policy, Protection, Side, Vcpu, Vm, VmConfig, Watchdog,
 };
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -801,6 +801,38 @@ fn questions_are_answered_once_in_kind_and_before_the_guest_goes_on() {
     out_of_order(vcpu.answer_read(10));
     assert_eq!(vcpu.run().unwrap(), Exit::DoorbellWrite { register: REPORT, value: 9 });
     guest.end();
+}
+
+#[test]
+fn a_policy_without_performance_counters_leaves_none_to_the_guest() {
+    let Some(platform) = kvm() else { return };
+    let config = VmConfig { policy: Policy::NO_PERFORMANCE_COUNTERS, ..config(1) };
+    let launch = platform.launch(config.clone());
+    if let Err(Error::Config(reason)) = &launch {
+        return skip(reason);
+    }
+    drop(launch);
+    let mut guest = Guest::new(&platform, config, |a| {
+        a.mov(eax, 0xau32)?;
+        a.xor(ecx, ecx)?;
+        a.cpuid()?;
+        a.report()?;
+        // The first counter: reading one that is not there is a fault, which this guest has nobody for.
+        a.xor(ecx, ecx)?;
+        a.rdpmc()?;
+        a.end(0)
+    });
+    assert_eq!(guest.report(), 0, "there are performance counters");
+    assert!(matches!(guest.vcpus[0].run(), Err(Error::Crashed { .. })), "a counter can be read");
+}
+
+#[test]
+fn a_policy_that_the_vmm_could_undo_is_refused() {
+    let Some(platform) = kvm() else { return };
+    for policy in [Policy::NO_DEBUG, Policy::all(), Policy::from_bits_retain(1 << 63)] {
+        let refused = platform.launch(VmConfig { policy, ..config(1) });
+        assert!(matches!(refused, Err(Error::Config(_))), "{policy:?}");
+    }
 }
 
 // Kicks

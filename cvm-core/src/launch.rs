@@ -15,7 +15,7 @@ use crate::image::Image;
 use crate::interrupt::InterruptPolicy;
 use crate::memory::Slots;
 use crate::x86::{self, VcpuState};
-use crate::{BoxError, Error, Gpa, GpaRange, PAGE_SIZE};
+use crate::{BoxError, Error, Gpa, GpaRange, PAGE_SIZE, Policy};
 use sha2::{Digest, Sha384};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -36,6 +36,8 @@ pub struct VmConfig {
     pub vcpus: u32,
     /// Which interrupts the guest accepts.
     pub interrupts: InterruptPolicy,
+    /// What it demands of its host besides isolation.
+    pub policy: Policy,
     /// Which instructions ring the doorbell.
     pub doorbell: Doorbell,
     /// How the guest asks for conversions; `None` is the best that works on this host.
@@ -53,6 +55,7 @@ impl VmConfig {
             memory: vec![memory],
             vcpus,
             interrupts: InterruptPolicy::default(),
+            policy: Policy::empty(),
             doorbell: Doorbell::Port,
             transport: None,
         };
@@ -95,12 +98,14 @@ pub enum PageKind {
 /// A line of the transcript.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Entry {
-    /// What the guest was promised before any page: vCPUs and accepted interrupt vectors.
+    /// What the guest was promised before any page.
     Config {
         /// How many vCPUs.
         vcpus: u32,
         /// The accepted vectors as 256 bits.
         interrupts: [u64; 4],
+        /// The policy.
+        policy: Policy,
     },
     /// One page with contents.
     Page {
@@ -142,19 +147,20 @@ impl Transcript {
     /// It starts as SHA-384 of the ASCII text `cvm software launch 1`. Each page, vCPU and configuration makes it
     /// SHA-384 of: the measurement so far (48 bytes), a kind (8 bytes, little endian: the [`PageKind`], 16 for a
     /// configuration, 17 for a vCPU), a place (8 bytes, little endian: the GPA, the number of vCPUs, the vCPU's index),
-    /// and a digest (48 bytes: the entry's; of a configuration, SHA-384 of the 32 bytes of accepted vectors; of a zero
-    /// page, zeros).
+    /// and a digest (48 bytes: the entry's; of a configuration, SHA-384 of the 32 bytes of accepted vectors and the 8
+    /// bytes, little endian, of the policy; of a zero page, zeros).
     pub fn measurement(&self) -> Measurement {
-        let mut digest: [u8; 48] = Sha384::digest(b"cvm software launch 1").into();
+        let mut chain = digest(b"cvm software launch 1");
         let mut extend = |kind: u64, place: u64, contents: &[u8; 48]| {
-            let next = Sha384::new().chain_update(digest).chain_update(kind.to_le_bytes());
-            digest = next.chain_update(place.to_le_bytes()).chain_update(contents).finalize().into();
+            let next = Sha384::new().chain_update(chain).chain_update(kind.to_le_bytes());
+            chain = next.chain_update(place.to_le_bytes()).chain_update(contents).finalize().into();
         };
         for entry in &self.entries {
             match entry {
-                Entry::Config { vcpus, interrupts } => {
-                    let vectors = Sha384::digest(interrupts.map(u64::to_le_bytes).as_flattened()).into();
-                    extend(16, u64::from(*vcpus), &vectors);
+                Entry::Config { vcpus, interrupts, policy } => {
+                    let [a, b, c, d] = *interrupts;
+                    let promises = [a, b, c, d, policy.bits()].map(u64::to_le_bytes);
+                    extend(16, u64::from(*vcpus), &digest(promises.as_flattened()));
                 }
                 Entry::Page { kind, gpa, contents } => extend(*kind as u64, gpa.0, contents),
                 Entry::Zero { range } => {
@@ -165,7 +171,7 @@ impl Transcript {
                 Entry::Vcpu { index, state } => extend(17, u64::from(*index), state),
             }
         }
-        Measurement(digest)
+        Measurement(chain)
     }
 }
 
@@ -230,7 +236,7 @@ impl<L: Loader> Launch<L> {
     pub fn new(loader: L, config: VmConfig, transport: Transport) -> Result<Self, Error> {
         config.check()?;
         let memory = Slots::new(&config.memory)?;
-        let first = Entry::Config { vcpus: config.vcpus, interrupts: config.interrupts.bits() };
+        let first = Entry::Config { vcpus: config.vcpus, interrupts: config.interrupts.bits(), policy: config.policy };
         Ok(Self {
             loader,
             transport,

@@ -36,6 +36,8 @@ pub mod memory;
 #[cfg(feature = "std")]
 pub mod platform;
 #[cfg(feature = "std")]
+mod policy;
+#[cfg(feature = "std")]
 pub mod vm;
 #[cfg(feature = "std")]
 pub mod x86;
@@ -55,5 +57,7 @@ pub use lifecycle::{Lifecycle, LifecycleAnswer};
 pub use memory::{Conversion, ConversionListener, ConversionRequest, Objection, PageState, PageStateMap, SharedMemory};
 #[cfg(feature = "std")]
 pub use platform::{Offer, Platform, Protection, TrustModel};
+#[cfg(feature = "std")]
+pub use policy::Policy;
 #[cfg(feature = "std")]
 pub use vm::{Exit, Kick, RegisterRead, Vcpu, Vm, Watchdog};

@@ -13,7 +13,7 @@ use clap::{Parser, ValueEnum};
 use cvm::doorbell::{Doorbell, Transport};
 use cvm::image::Image;
 use cvm::kvm::KvmPlatform;
-use cvm::{Gpa, Launch, Platform, Protection, Vm, VmConfig};
+use cvm::{Gpa, Launch, Platform, Policy, Protection, Vm, VmConfig};
 use disk::Disk;
 use machine::Machine;
 use outcome::{Outcome, Run};
@@ -46,6 +46,10 @@ struct Options {
     /// What keeps private memory private [default: the strongest that this host offers]
     #[arg(long, value_enum)]
     isolation: Option<IsolationChoice>,
+
+    /// What the guest demands of the host besides isolation; a demand that cannot be enforced refuses the launch
+    #[arg(long, value_enum, value_name = "DEMAND", value_delimiter = ',')]
+    policy: Vec<Demand>,
 
     /// How the guest rings for its VMM
     #[arg(long, value_enum, default_value_t = DoorbellChoice::Port)]
@@ -82,6 +86,29 @@ enum IsolationChoice {
     None,
     /// Memory that no process can map, where KVM has it
     GuestMemfd,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Demand {
+    /// Simultaneous multithreading is off
+    NoSmt,
+    /// There are no performance counters
+    NoPerformanceCounters,
+    /// The first-level data cache is flushed on every entry, or need not be
+    FlushL1d,
+    /// Nobody can single-step the guest
+    NoDebug,
+}
+
+impl From<Demand> for Policy {
+    fn from(demand: Demand) -> Self {
+        match demand {
+            Demand::NoSmt => Self::NO_SMT,
+            Demand::NoPerformanceCounters => Self::NO_PERFORMANCE_COUNTERS,
+            Demand::FlushL1d => Self::FLUSH_L1D,
+            Demand::NoDebug => Self::NO_DEBUG,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -167,6 +194,7 @@ fn run(options: &Options) -> Result<Outcome, BoxError> {
         TransportChoice::Hypercall => Some(Transport::Hypercall),
         TransportChoice::Doorbell => Some(Transport::Doorbell),
     };
+    config.policy = options.policy.iter().copied().map(Policy::from).collect();
     let launch = platform.launch(config)?;
     let transport = launch.transport();
     let mut vm = load(launch, &Image::from_elf(&file)?, task, nonce)?;
