@@ -16,6 +16,7 @@ use cvm_core::{
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 /// Control-register bits of a vCPU that starts in 64-bit mode (AMD64 APM volume 2, sections 3.1 and 3.1.7).
 const CR0_PE_MP_ET_NE_WP_PG: u64 = 1 | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31;
@@ -219,6 +220,12 @@ impl KvmVcpu {
     fn ring(&mut self, register: u16, access: Access, question: Option<Question>) -> Result<Option<Exit>, CoreError> {
         match self.doorbell.access(register, access)? {
             Ring::Latched => Ok(None),
+            Ring::Accept(vector) => {
+                let refused =
+                    |source| CoreError::InjectionRefused { vcpu: self.index, event: Event::Interrupt(vector), source };
+                self.guard.accept(vector).map_err(refused)?;
+                Ok(None)
+            }
             Ring::Value(value) => {
                 self.answer(question, value.into())?;
                 Ok(None)
@@ -465,7 +472,7 @@ impl Vcpu for KvmVcpu {
 
     fn inject(&mut self, event: Event) -> Result<(), CoreError> {
         let refused = |source| CoreError::InjectionRefused { vcpu: self.index, event, source };
-        self.guard.check(event).map_err(refused)?;
+        self.guard.admit(event, Instant::now()).map_err(refused)?;
         if let Event::Interrupt(vector) = event {
             self.interrupts[usize::from(vector / 64)] |= 1 << (vector % 64);
         }

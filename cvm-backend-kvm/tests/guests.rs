@@ -954,7 +954,16 @@ const VECTORS: [u8; 2] = [0x41, 0x7f];
 /// A guest that has set up its interrupt table before `write`: each vector of [`VECTORS`] adds itself to
 /// [`COUNT`]` = COUNT * 256 + vector`.
 fn interruptible(platform: &KvmPlatform, write: impl FnOnce(&mut common::Assembler) -> Result<(), IcedError>) -> Guest {
-    let interrupts = VECTORS.iter().fold(InterruptPolicy::default(), |policy, vector| policy.accept(*vector).unwrap());
+    let policy = VECTORS.iter().fold(InterruptPolicy::default(), |policy, vector| policy.accept(*vector).unwrap());
+    interruptible_under(policy, platform, write)
+}
+
+/// The same, with a policy of the test's own.
+fn interruptible_under(
+    interrupts: InterruptPolicy,
+    platform: &KvmPlatform,
+    write: impl FnOnce(&mut common::Assembler) -> Result<(), IcedError>,
+) -> Guest {
     let config = VmConfig { interrupts, ..config(1) };
 
     // A null, a 64-bit code and a data descriptor, and behind them the operands of lgdt and lidt.
@@ -1044,6 +1053,48 @@ fn interrupts_that_wait_arrive_one_after_the_other_the_highest_first() {
         guest.vcpus[0].inject(Event::Interrupt(vector)).unwrap();
     }
     assert_eq!(guest.report(), 0x7f41);
+    guest.end();
+}
+
+#[test]
+fn a_guest_can_accept_a_vector_while_it_runs() {
+    let Some(platform) = kvm() else { return };
+    let mut guest = interruptible_under(InterruptPolicy::default(), &platform, |a| {
+        a.report()?;
+        a.mov(eax, 0x41u32)?;
+        a.ring(control::ACCEPT)?;
+        a.report()?;
+        a.sti()?;
+        wait(a)?;
+        a.load(COUNT)?;
+        a.report()?;
+        a.end(0)
+    });
+    guest.report();
+    let refused = guest.vcpus[0].inject(Event::Interrupt(0x41));
+    assert!(matches!(refused, Err(Error::InjectionRefused { source: Refusal::NotAccepted, .. })), "{refused:?}");
+    guest.report();
+    guest.vcpus[0].inject(Event::Interrupt(0x41)).unwrap();
+    assert!(guest.vcpus[0].inject(Event::Interrupt(0x7f)).is_err(), "it accepted one vector only");
+    assert_eq!(guest.report(), 0x41);
+    guest.end();
+}
+
+#[test]
+fn a_guest_has_no_more_interrupts_in_a_second_than_it_accepts() {
+    let Some(platform) = kvm() else { return };
+    let most = std::num::NonZeroU32::new(2).unwrap();
+    let policy = InterruptPolicy::default().accept(0x41).unwrap().limit(most);
+    let mut guest = interruptible_under(policy, &platform, |a| a.end(0));
+    let begin = Instant::now();
+    let results = [(); 3].map(|()| guest.vcpus[0].inject(Event::Interrupt(0x41)));
+    if begin.elapsed() < Duration::from_secs(1) {
+        assert!(
+            matches!(&results[2], Err(Error::InjectionRefused { source: Refusal::TooMany { .. }, .. })),
+            "{results:?}"
+        );
+    }
+    assert!(results[0].is_ok() && results[1].is_ok());
     guest.end();
 }
 

@@ -6,7 +6,7 @@
 //!
 //! | registers | meaning |
 //! |---|---|
-//! | `0x000..0x200` | [`control`]: console, conversions, end of the guest |
+//! | `0x000..0x200` | [`control`]: console, conversions, interrupts, end of the guest |
 //! | `0x200 + 0x200 * n ..` | device `n`, with the register offsets of virtio-mmio (virtio 1.2, section 4.2.2) |
 //!
 //! Register `r` is port [`PORT_BASE`]` + r` (32-bit `in` and `out`) or MSR [`MSR_BASE`]` + r` (upper half zero).
@@ -48,6 +48,8 @@ pub mod control {
     pub const CONSOLE: u16 = 0x00;
     /// Write: the guest ends, with this code; 0 is success.
     pub const END: u16 = 0x04;
+    /// Write: this vCPU accepts the interrupt with this vector (32 to 255) from now on.
+    pub const ACCEPT: u16 = 0x08;
     /// Write: bits 12 to 43 of the GPA that the next conversion starts at.
     pub const CONVERT_FRAME: u16 = 0x10;
     /// Write: how many pages the next conversion has.
@@ -94,6 +96,8 @@ pub enum Ring {
     Latched,
     /// The guest reads this value: hand it over and go on.
     Value(u32),
+    /// The vCPU accepts the interrupt with this vector, which is no exception's.
+    Accept(u8),
     /// The VMM must see this.
     Exit(crate::Exit),
 }
@@ -137,6 +141,7 @@ impl Registers {
             (control::CONSOLE, Access::Write(byte)) => {
                 Ring::Exit(Exit::Console(u8::try_from(byte).map_err(|_| unknown)?))
             }
+            (control::ACCEPT, Access::Write(vector @ 32..=255)) => Ring::Accept(vector as u8),
             (control::END, Access::Write(code)) => Ring::Exit(Exit::Ended { code }),
             (control::CONVERT_FRAME, Access::Write(frame)) => {
                 self.frame = frame;
@@ -180,6 +185,15 @@ mod tests {
         assert_eq!(registers.access(control::CONVERT, Access::Read).unwrap(), Ring::Value(Answer::Invalid as u32));
         registers.answer(Answer::Retry);
         assert_eq!(registers.access(control::CONVERT, Access::Read).unwrap(), Ring::Value(Answer::Retry as u32));
+    }
+
+    #[test]
+    fn a_guest_can_accept_interrupts_and_no_exceptions() {
+        let mut registers = Registers::new(0);
+        assert_eq!(registers.access(control::ACCEPT, Access::Write(0x41)).unwrap(), Ring::Accept(0x41));
+        for vector in [0, 31, 256, u32::MAX] {
+            assert!(registers.access(control::ACCEPT, Access::Write(vector)).is_err());
+        }
     }
 
     #[test]

@@ -19,6 +19,7 @@ use crate::{BoxError, Error, Gpa, GpaRange, PAGE_SIZE, Policy};
 use sha2::{Digest, Sha384};
 use std::collections::BTreeMap;
 use std::fmt;
+use std::num::NonZeroU32;
 use zerocopy::{FromZeros, IntoBytes};
 
 /// The most vCPUs that a VM can have. KVM on x86 allows 1024 (`KVM_CAP_MAX_VCPUS`), and hosts may allow fewer.
@@ -104,6 +105,8 @@ pub enum Entry {
         vcpus: u32,
         /// The accepted vectors as 256 bits.
         interrupts: [u64; 4],
+        /// The most interrupts in a second; 0 for no limit.
+        most_interrupts: u32,
         /// The policy.
         policy: Policy,
     },
@@ -147,8 +150,8 @@ impl Transcript {
     /// It starts as SHA-384 of the ASCII text `cvm software launch 1`. Each page, vCPU and configuration makes it
     /// SHA-384 of: the measurement so far (48 bytes), a kind (8 bytes, little endian: the [`PageKind`], 16 for a
     /// configuration, 17 for a vCPU), a place (8 bytes, little endian: the GPA, the number of vCPUs, the vCPU's index),
-    /// and a digest (48 bytes: the entry's; of a configuration, SHA-384 of the 32 bytes of accepted vectors and the 8
-    /// bytes, little endian, of the policy; of a zero page, zeros).
+    /// and a digest (48 bytes: the entry's; of a configuration, SHA-384 of three things, little endian: 32 bytes of
+    /// accepted vectors, 8 of the most interrupts in a second, 8 of the policy; of a zero page, zeros).
     pub fn measurement(&self) -> Measurement {
         let mut chain = digest(b"cvm software launch 1");
         let mut extend = |kind: u64, place: u64, contents: &[u8; 48]| {
@@ -157,9 +160,9 @@ impl Transcript {
         };
         for entry in &self.entries {
             match entry {
-                Entry::Config { vcpus, interrupts, policy } => {
+                Entry::Config { vcpus, interrupts, most_interrupts, policy } => {
                     let [a, b, c, d] = *interrupts;
-                    let promises = [a, b, c, d, policy.bits()].map(u64::to_le_bytes);
+                    let promises = [a, b, c, d, u64::from(*most_interrupts), policy.bits()].map(u64::to_le_bytes);
                     extend(16, u64::from(*vcpus), &digest(promises.as_flattened()));
                 }
                 Entry::Page { kind, gpa, contents } => extend(*kind as u64, gpa.0, contents),
@@ -236,7 +239,12 @@ impl<L: Loader> Launch<L> {
     pub fn new(loader: L, config: VmConfig, transport: Transport) -> Result<Self, Error> {
         config.check()?;
         let memory = Slots::new(&config.memory)?;
-        let first = Entry::Config { vcpus: config.vcpus, interrupts: config.interrupts.bits(), policy: config.policy };
+        let first = Entry::Config {
+            vcpus: config.vcpus,
+            interrupts: config.interrupts.bits(),
+            most_interrupts: config.interrupts.most_per_second().map_or(0, NonZeroU32::get),
+            policy: config.policy,
+        };
         Ok(Self {
             loader,
             transport,

@@ -28,6 +28,9 @@ pub enum Error {
     /// A range that no pointer of the guest leads to: it begins at 0, or ends beyond the address space.
     #[error("{0} cannot be accessed by pointer")]
     NoPointer(GpaRange),
+    /// A vector that belongs to an exception, which no host may raise.
+    #[error("vector {0} belongs to an exception")]
+    Exception(u8),
     /// A device beyond the last one.
     #[error("there is no device {0}")]
     NoDevice(u16),

@@ -98,6 +98,18 @@ impl<M: Machine> Platform<M> {
         Ok(range)
     }
 
+    /// Accepts the interrupt with `vector` on this vCPU from now on; the host may inject no others.
+    ///
+    /// # Errors
+    /// [`Error::Exception`] below 32.
+    pub fn accept_interrupt(&self, vector: u8) -> Result<(), Error> {
+        if vector < 32 {
+            return Err(Error::Exception(vector));
+        }
+        self.machine.write(control::ACCEPT, vector.into());
+        Ok(())
+    }
+
     /// The console.
     pub fn console(&self) -> Console<'_, M> {
         Console(&self.machine)
@@ -168,6 +180,7 @@ mod tests {
         requests: RefCell<Vec<ConversionRequest>>,
         answers: RefCell<Vec<u64>>,
         console: RefCell<Vec<u8>>,
+        accepted: RefCell<Vec<u8>>,
         raw_answer: Cell<Option<u32>>,
     }
 
@@ -178,6 +191,7 @@ mod tests {
                 requests: RefCell::default(),
                 answers: RefCell::new(answers.iter().rev().copied().collect()),
                 console: RefCell::default(),
+                accepted: RefCell::default(),
                 raw_answer: Cell::default(),
             }
         }
@@ -196,6 +210,7 @@ mod tests {
                     raw if Answer::from_u32(raw as u32).is_none() => self.raw_answer.set(Some(raw as u32)),
                     known => self.registers.borrow_mut().answer(Answer::from_u32(known as u32).unwrap()),
                 },
+                Ring::Accept(vector) => self.accepted.borrow_mut().push(vector),
                 Ring::Exit(Exit::Console(byte)) => self.console.borrow_mut().push(byte),
                 _ => {}
             }
@@ -276,6 +291,15 @@ mod tests {
         let refused = unsafe { platform.share(first) };
         assert_eq!(refused.unwrap_err(), Error::NoPointer(first));
         assert!(host.requests.borrow().is_empty());
+    }
+
+    #[test]
+    fn interrupts_are_accepted_by_vector_and_exceptions_are_not() {
+        let host = Host::new(&[]);
+        let platform = platform(&host, Transport::Hypercall);
+        platform.accept_interrupt(0x41).unwrap();
+        assert_eq!(*host.accepted.borrow(), [0x41]);
+        assert_eq!(platform.accept_interrupt(31), Err(Error::Exception(31)));
     }
 
     #[test]

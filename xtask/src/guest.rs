@@ -141,7 +141,7 @@ fn build(source: &Source, rustc: &Rustc) -> Result<PathBuf> {
     // Cargo does not see a change of the linker script.
     tools::run(cargo("clean").arg("--quiet"))?;
 
-    let mut build = cargo("build");
+    let mut build = cargo("rustc");
     let this = env::current_exe().context(|| "finding this program".into())?;
     build
         .env("RUSTC_WRAPPER", this)
@@ -152,7 +152,10 @@ fn build(source: &Source, rustc: &Rustc) -> Result<PathBuf> {
         // The unstable flags of cargo and rustc, with the stable toolchain.
         .env("RUSTC_BOOTSTRAP", "1")
         .env("__CARGO_TESTS_ONLY_SRC_ROOT", &library)
-        .env("CARGO_ENCODED_RUSTFLAGS", rustflags(source, &library)?);
+        .env("CARGO_ENCODED_RUSTFLAGS", rustflags(&library)?)
+        // For the guest alone, or the core library would be built anew for each. Relative to the workspace, where cargo
+        // runs the compiler for its members.
+        .args(["--", &format!("-Clink-arg=-T{}", source.linker_script)]);
     tools::run(&mut build)?;
     Ok(target.join(TARGET).join("guest").join(source.package))
 }
@@ -194,7 +197,7 @@ fn with_stable_metadata(mut arguments: Vec<OsString>) -> Vec<OsString> {
 }
 
 /// The flags for the guest and the core library, in cargo's encoding.
-fn rustflags(source: &Source, library: &Path) -> Result<String> {
+fn rustflags(library: &Path) -> Result<String> {
     let home = env::var_os("CARGO_HOME").map(PathBuf::from);
     let home = home.or_else(|| Some(env::home_dir()?.join(".cargo")));
     let home = home.ok_or_else(|| Error::new("neither $CARGO_HOME nor a home directory"))?;
@@ -203,8 +206,6 @@ fn rustflags(source: &Source, library: &Path) -> Result<String> {
 
     let mut flags = vec![
         "-Crelocation-model=static".into(),
-        // Relative to the workspace, where cargo runs the compiler for its members.
-        format!("-Clink-arg=-T{}", source.linker_script),
         "-Clink-arg=--build-id=none".into(),
         // A moved line alone is not to make another image.
         "-Zlocation-detail=none".into(),
@@ -267,7 +268,7 @@ mod tests {
 
     #[test]
     fn the_flags_do_not_say_where_the_workspace_is_except_to_hide_it() {
-        let flags = rustflags(&SOURCES[0], Path::new("/lib")).unwrap();
+        let flags = rustflags(Path::new("/lib")).unwrap();
         let root = workspace::root().display().to_string();
         for flag in flags.split('\x1f') {
             assert!(flag.starts_with("--remap-path-prefix=") || !flag.contains(&root));

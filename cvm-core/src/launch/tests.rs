@@ -161,7 +161,7 @@ fn pages_are_padded_split_at_slots_and_measured_in_order() {
     let digest = |bytes: &[u8]| -> [u8; 48] { Sha384::digest(bytes).into() };
     let page = |kind, page: u64, contents| Entry::Page { kind, gpa: Gpa(page * PAGE_SIZE), contents };
     let entries = [
-        Entry::Config { vcpus: 1, interrupts: [0; 4], policy: Policy::empty() },
+        Entry::Config { vcpus: 1, interrupts: [0; 4], most_interrupts: 0, policy: Policy::empty() },
         page(PageKind::Measured, 15, digest(&[7; PAGE_SIZE as usize])),
         page(PageKind::Measured, 16, digest(&padded)),
         page(PageKind::Unmeasured, 64, [0; 48]),
@@ -175,15 +175,20 @@ fn pages_are_padded_split_at_slots_and_measured_in_order() {
 fn the_measurement_is_the_documented_chain() {
     let transcript = Transcript {
         entries: vec![
-            Entry::Config { vcpus: 2, interrupts: [0, 1, 0, 0], policy: Policy::NO_SMT | Policy::FLUSH_L1D },
+            Entry::Config {
+                vcpus: 2,
+                interrupts: [0, 1, 0, 0],
+                most_interrupts: 9,
+                policy: Policy::NO_SMT | Policy::FLUSH_L1D,
+            },
             Entry::Page { kind: PageKind::Measured, gpa: Gpa(0x1000), contents: [5; 48] },
             Entry::Zero { range: range(2, 2) },
             Entry::Vcpu { index: 1, state: [6; 48] },
         ],
     };
-    // 32 bytes of accepted vectors, 8 of policy.
-    let mut promises = [0u8; 40];
-    (promises[8], promises[32]) = (1, 5);
+    // 32 bytes of accepted vectors, 8 of the most interrupts, 8 of policy.
+    let mut promises = [0u8; 48];
+    (promises[8], promises[32], promises[40]) = (1, 9, 5);
     let lines: [(u64, u64, Vec<u8>); 5] = [
         (16, 2, Sha384::digest(promises).to_vec()),
         (1, 0x1000, vec![5; 48]),
