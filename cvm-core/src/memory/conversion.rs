@@ -330,14 +330,14 @@ impl<C: Converter> ConversionEngine<C> {
         Ok(())
     }
 
-    /// How many more runs of pages there are when `range`, all of it on the other side, is on side `to`.
-    fn more_runs(&self, range: GpaRange, to: Side) -> i64 {
+    /// How many more runs of pages there are when `range`, all of it in state `from`, is in state `to`.
+    fn more_runs(&self, range: GpaRange, from: PageState, to: PageState) -> i64 {
         let before = range.start().0.checked_sub(PAGE_SIZE).map(Gpa);
         let slot = self.map().slots().find(range.start());
         let neighbours = [before, Some(range.end())].into_iter().flatten();
         let neighbours = neighbours.filter(|gpa| self.map().slots().find(*gpa) == slot);
-        // A border appears where the neighbour is not on that side, and disappears where it is.
-        neighbours.map(|gpa| if self.map().get(gpa) == Some(to.into()) { -1 } else { 1 }).sum()
+        let border = |neighbour, state| i64::from(neighbour != Some(state));
+        neighbours.map(|gpa| self.map().get(gpa)).map(|neighbour| border(neighbour, to) - border(neighbour, from)).sum()
     }
 
     fn convert_run(
@@ -349,7 +349,7 @@ impl<C: Converter> ConversionEngine<C> {
     ) -> Result<(), Error> {
         let from = to.other();
         let most = self.converter.most_runs();
-        let runs_then = runs.saturating_add_signed(self.more_runs(range, to));
+        let runs_then = runs.saturating_add_signed(self.more_runs(range, from.into(), to.into()));
         if runs_then > most && runs_then > *runs {
             return Err(Error::TooFragmented { range, most });
         }
@@ -375,14 +375,14 @@ impl<C: Converter> ConversionEngine<C> {
             let error = Error::Backend { step: "convert", range: Some(range), source };
             return Err(match left_as {
                 LeftAs::Before => self.roll_back(&run, error),
-                LeftAs::Unknown => self.poison(&run, error),
+                LeftAs::Unknown => self.poison(&run, runs, error),
             });
         }
         if let Err(source) = self.converter.discard(range, from) {
             let error = Error::Backend { step: "discard the losing side", range: Some(range), source };
             // What was written to the new side meanwhile must not come back with a later conversion.
             let undone = self.converter.convert(range, from).is_ok() && self.converter.discard(range, to).is_ok();
-            return Err(if undone { self.roll_back(&run, error) } else { self.poison(&run, error) });
+            return Err(if undone { self.roll_back(&run, error) } else { self.poison(&run, runs, error) });
         }
         self.map().set(range, to.into());
         *runs = runs_then;
@@ -400,7 +400,9 @@ impl<C: Converter> ConversionEngine<C> {
         error
     }
 
-    fn poison(&self, run: &Prepared<'_>, error: Error) -> Error {
+    fn poison(&self, run: &Prepared<'_>, runs: &mut u64, error: Error) -> Error {
+        let more = self.more_runs(run.range, run.from.into(), PageState::Poisoned);
+        *runs = runs.saturating_add_signed(more);
         self.map().set(run.range, PageState::Poisoned);
         for listener in run.listeners {
             listener.poisoned(run.range);

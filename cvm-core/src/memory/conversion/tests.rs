@@ -399,6 +399,9 @@ proptest! {
                 prop_assert_eq!(engine.memory().map().first_not_in(range, to.into()), None);
             }
             prop_assert_eq!(engine.memory().map().count(PageState::Converting), 0);
+            let everything = GpaRange::from_pages(0, 100).unwrap();
+            let runs = engine.memory().map().runs(everything).count() as u64;
+            prop_assert_eq!(*engine.runs.lock().unwrap(), runs);
             check_agreement(&engine);
             if engine.is_lost() {
                 return Ok(());
@@ -422,8 +425,6 @@ proptest! {
             prop_assert_eq!(ask(&engine, start, pages, to).answer, Answer::Done);
         }
         let allocated = engine.converter().allocated.lock().unwrap();
-        let everything = GpaRange::from_pages(0, 100).unwrap();
-        prop_assert_eq!(*engine.runs.lock().unwrap(), engine.memory().map().runs(everything).count() as u64);
         for page in slots().into_iter().flat_map(pages) {
             let state = engine.memory().map().get(Gpa(page * PAGE_SIZE)).unwrap();
             prop_assert_eq!(allocated[0].contains_key(&page), state == PageState::Private);
