@@ -353,7 +353,11 @@ impl KvmVcpu {
                 if number != u64::from(HC_MAP_GPA_RANGE) {
                     return Err(CoreError::Crashed { vcpu, reason: format!("it made hypercall {number}") });
                 }
-                let request = ConversionRequest::from_guest(vcpu, gpa, pages, side(attributes));
+                let Some(to) = side(attributes) else {
+                    self.answer_request(Transport::Hypercall, Answer::Invalid);
+                    return Ok(None);
+                };
+                let request = ConversionRequest::from_guest(vcpu, gpa, pages, to);
                 self.ask(request, Transport::Hypercall);
                 Exit::Conversion(request)
             }
@@ -372,10 +376,14 @@ impl KvmVcpu {
     }
 }
 
-/// The side that the attributes of `KVM_HC_MAP_GPA_RANGE` ask for: bit 4 is "encrypted"
-/// (Linux include/uapi/linux/kvm_para.h).
-fn side(attributes: u64) -> Side {
-    if attributes >> 4 & 1 == 1 { Side::Private } else { Side::Shared }
+/// The side that the attributes of `KVM_HC_MAP_GPA_RANGE` ask for: bits 0 to 3 are a page size, which is only a hint,
+/// bit 4 is "encrypted", the others are reserved (Linux Documentation/virt/kvm/x86/hypercalls.rst).
+fn side(attributes: u64) -> Option<Side> {
+    match attributes >> 4 {
+        0 => Some(Side::Shared),
+        1 => Some(Side::Private),
+        _ => None,
+    }
 }
 
 /// The doorbell register behind a port or an MSR.

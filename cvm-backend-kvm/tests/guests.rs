@@ -233,6 +233,26 @@ fn a_senseless_hypercall_is_refused_by_kvm_or_by_us() {
 }
 
 #[test]
+fn a_hypercall_with_reserved_attributes_is_refused_and_one_with_a_page_size_is_not() {
+    let Some(platform) = kvm() else { return };
+    let Some(config) = with_hypercalls() else { return };
+    let mut guest = Guest::new(&platform, config, |a| {
+        for attributes in [1 << 5, 1 << 63, 1 << 5 | 1 << 4, 1] {
+            a.map_gpa_range(DATA, 1, attributes)?;
+            a.report()?;
+        }
+        a.end(0)
+    });
+    for _ in 0..3 {
+        assert_eq!(guest.report(), 22);
+    }
+    assert_eq!(guest.vm.conversions(), ConversionTotals::default());
+    assert_eq!(guest.convert().pages, 1);
+    assert_eq!(guest.report(), 0);
+    guest.end();
+}
+
+#[test]
 fn a_forged_or_repeated_request_is_refused() {
     let Some(platform) = kvm() else { return };
     let mut guest = Guest::new(&platform, config(2), |a| {

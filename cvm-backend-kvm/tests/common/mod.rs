@@ -164,14 +164,19 @@ impl Assembler {
                 self.convert_frame(pages as u32, to)
             }
             Transport::Hypercall => {
-                // KVM_HC_MAP_GPA_RANGE, whose attribute bit 4 is "encrypted".
-                self.mov(eax, 12u32)?;
-                self.mov(rbx, gpa)?;
-                self.mov(rcx, pages)?;
-                self.mov(edx, if to == Side::Private { 1u32 << 4 } else { 0 })?;
-                if has_vmmcall() { self.vmmcall() } else { self.vmcall() }
+                // Bit 4 of the attributes is "encrypted".
+                self.map_gpa_range(gpa, pages, if to == Side::Private { 1 << 4 } else { 0 })
             }
         }
+    }
+
+    /// Makes the hypercall KVM_HC_MAP_GPA_RANGE; the answer is in RAX.
+    pub fn map_gpa_range(&mut self, gpa: u64, pages: u64, attributes: u64) -> Result<(), IcedError> {
+        self.mov(eax, 12u32)?;
+        self.mov(rbx, gpa)?;
+        self.mov(rcx, pages)?;
+        self.mov(rdx, attributes)?;
+        if has_vmmcall() { self.vmmcall() } else { self.vmcall() }
     }
 }
 
