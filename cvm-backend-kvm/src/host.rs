@@ -3,7 +3,7 @@
 use crate::Error;
 use kvm_ioctls::{Cap, Kvm};
 use std::ffi::CString;
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -11,6 +11,11 @@ use std::path::Path;
 /// The bit of `KVM_HC_MAP_GPA_RANGE` in the masks of `KVM_CAP_EXIT_HYPERCALL`, and its number
 /// (Linux include/uapi/linux/kvm_para.h).
 pub(crate) const HC_MAP_GPA_RANGE: u32 = 12;
+
+/// What the kernel says in one of its files, without its line end; nothing where there is no such file.
+pub(crate) fn setting(path: &str) -> Option<String> {
+    Some(fs::read_to_string(path).ok()?.trim_end().to_owned())
+}
 
 /// An opened KVM device.
 #[derive(Debug)]

@@ -1,9 +1,9 @@
 //! Whether hypercalls work here: some hosts advertise them and never complete one.
 
-use crate::Error;
 use crate::host::{HC_MAP_GPA_RANGE, Host};
 use crate::kick::Kicker;
 use crate::memory::FilesMemory;
+use crate::{Error, vcpu};
 use cvm_core::{GpaRange, Kick, PAGE_SIZE, Watchdog};
 use kvm_bindings::{KVM_CAP_EXIT_HYPERCALL, kvm_enable_cap};
 use kvm_ioctls::{VcpuExit, VmFd};
@@ -69,7 +69,7 @@ fn try_one(host: &Host) -> Result<bool, Box<dyn std::error::Error>> {
     enable(&vm)?;
     let page = GpaRange::new(0, PAGE_SIZE)?;
     let memory = FilesMemory::new(&[page])?;
-    let code = if crate::vcpu::is_amd(&host.kvm)? { VMMCALL } else { VMCALL };
+    let code = if vcpu::is_amd(&vcpu::supported_cpuid(&host.kvm)?) { VMMCALL } else { VMCALL };
     memory.write_private(page, &code)?;
     memory.attach(&vm)?;
 

@@ -58,10 +58,11 @@ impl KvmLoader {
             hypercall::enable(&vm)?;
         }
         policy::enforce(kvm, &vm, config.policy)?;
+        let cpuid = vcpu::supported_cpuid(kvm)?;
         let mut vcpus = Vec::new();
         for index in 0..config.vcpus {
             let vcpu = vm.create_vcpu(index.into()).map_err(Error::kvm("create a vcpu"))?;
-            vcpu::set_cpuid(kvm, &vcpu, index, transport, config.policy)?;
+            vcpu::set_cpuid(cpuid.clone(), &vcpu, index, transport, config.policy)?;
             vcpus.push(vcpu);
         }
         let staging = match isolation {

@@ -1,10 +1,10 @@
 //! Demands of a guest's policy, enforced or refused.
 
 use crate::Error;
+use crate::host::setting;
 use cvm_core::Policy;
 use kvm_bindings::{KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_enable_cap};
 use kvm_ioctls::{Kvm, VmFd};
-use std::fs;
 
 /// What decides about a policy on this host.
 #[derive(Debug, Clone, Default)]
@@ -29,12 +29,11 @@ fn can_disable_counters(kvm: &Kvm) -> bool {
 
 impl Facts {
     pub(crate) fn of(kvm: &Kvm) -> Self {
-        let read = |path: &str| fs::read_to_string(path).ok().map(|text| text.trim_end().to_owned());
         Self {
-            smt_active: read("/sys/devices/system/cpu/smt/active"),
-            l1tf: read("/sys/devices/system/cpu/vulnerabilities/l1tf"),
-            l1d_flush: read("/sys/module/kvm_intel/parameters/vmentry_l1d_flush"),
-            counters: read("/sys/module/kvm/parameters/enable_pmu"),
+            smt_active: setting("/sys/devices/system/cpu/smt/active"),
+            l1tf: setting("/sys/devices/system/cpu/vulnerabilities/l1tf"),
+            l1d_flush: setting("/sys/module/kvm_intel/parameters/vmentry_l1d_flush"),
+            counters: setting("/sys/module/kvm/parameters/enable_pmu"),
             can_disable_counters: can_disable_counters(kvm),
         }
     }

@@ -1,6 +1,6 @@
 //! What this host offers of each kind of protection.
 
-use crate::host::Host;
+use crate::host::{Host, setting};
 use crate::hypercall;
 use cvm_core::platform::{Missing, Offer, Protection};
 use kvm_ioctls::Cap;
@@ -107,15 +107,9 @@ pub(crate) fn guest_memfd(host: &Host) -> Offer {
     offer(Protection::GuestMemfd, lacks)
 }
 
-/// What `/sys/module/MODULE/parameters/NAME` says, without its line end.
-fn parameter(module: &str, name: &str) -> Option<String> {
-    let text = fs::read_to_string(format!("/sys/module/{module}/parameters/{name}")).ok()?;
-    Some(text.trim_end().to_owned())
-}
-
 /// Why a VM type is not there, as far as the parameter `name` of `module` tells.
 fn no_vm_type(module: &str, name: &str, firmware: &str) -> Missing {
-    match parameter(module, name).as_deref() {
+    match setting(&format!("/sys/module/{module}/parameters/{name}")).as_deref() {
         Some("Y" | "1") => missing(
             format!("kvm has no VM type for it, although {module}.{name} is on"),
             "what the kernel says of it when it starts: `dmesg | grep -i -e sev -e tdx`",

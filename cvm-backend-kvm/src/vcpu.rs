@@ -13,7 +13,7 @@ use cvm_core::{
     Answer, BoxError, Conversion, ConversionRequest, Error as CoreError, Event, Exit, Gpa, InterruptGuard,
     InterruptPolicy, Kick, Policy, RegisterRead, Side, Vcpu,
 };
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use std::sync::Arc;
 use std::time::Instant;
@@ -23,12 +23,16 @@ const CR0_PE_MP_ET_NE_WP_PG: u64 = 1 | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 16 | 1 <<
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
 
-/// Whether guests of `kvm` see a processor with AMD's hypercall instruction.
-pub(crate) fn is_amd(kvm: &Kvm) -> Result<bool, Error> {
-    let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(Error::kvm("list cpuid leaves"))?;
+/// The processor that `kvm` can show to guests.
+pub(crate) fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, Error> {
+    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(Error::kvm("list cpuid leaves"))
+}
+
+/// Whether a processor has AMD's hypercall instruction.
+pub(crate) fn is_amd(cpuid: &CpuId) -> bool {
     // EBX holds the first four letters of the vendor's name: of "AuthenticAMD" or "HygonGenuine".
     let first = cpuid.as_slice().iter().find(|entry| entry.function == 0).map(|entry| entry.ebx.to_le_bytes());
-    Ok(first.is_some_and(|letters| letters == *b"Auth" || letters == *b"Hygo"))
+    first.is_some_and(|letters| letters == *b"Auth" || letters == *b"Hygo")
 }
 
 /// Bits of CPUID leaf 1 that speak of a local APIC, of which there is none: in ECX x2APIC and the TSC deadline timer, in
@@ -45,15 +49,14 @@ const CPUID_AMD_COUNTERS: u32 = 0x8000_0022;
 const KVM_CPUID_FEATURES: u32 = 0x4000_0001;
 const KVM_FEATURE_HC_MAP_GPA_RANGE: u32 = 1 << 16;
 
-/// Shows the host's processor to the guest, with the vCPU's index as its APIC id.
+/// Shows the processor `cpuid` to the guest, with the vCPU's index as its APIC id.
 pub(crate) fn set_cpuid(
-    kvm: &Kvm,
+    mut cpuid: CpuId,
     vcpu: &VcpuFd,
     index: u32,
     transport: Transport,
     policy: Policy,
 ) -> Result<(), Error> {
-    let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(Error::kvm("list cpuid leaves"))?;
     for entry in cpuid.as_mut_slice() {
         match entry.function {
             1 => {
@@ -361,7 +364,7 @@ impl KvmVcpu {
                 self.ask(request, Transport::Hypercall);
                 Exit::Conversion(request)
             }
-            Raw::Mmio { gpa, .. } if self.shared.engine.converter().contains(gpa) => {
+            Raw::Mmio { gpa, .. } if self.shared.engine.memory().map().slots().find(gpa).is_some() => {
                 return Err(CoreError::MissingConversion { vcpu, gpa });
             }
             Raw::Mmio { gpa, write } => return Err(CoreError::MmioRefused { vcpu, gpa, write }),

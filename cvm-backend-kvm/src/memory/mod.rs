@@ -10,8 +10,9 @@ pub(crate) use files::FilesMemory;
 pub(crate) use gmem::GmemMemory;
 pub(crate) use window::Window;
 
+use crate::host::setting;
 use cvm_core::memory::{Allocated, Converter, ConverterError, PageStateMap, SharedMemory, Slots};
-use cvm_core::{BoxError, Gpa, GpaRange, Side};
+use cvm_core::{BoxError, GpaRange, Side};
 use std::io;
 use std::sync::Arc;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
@@ -40,13 +41,6 @@ impl GuestMemory {
         }
     }
 
-    pub(crate) fn contains(&self, gpa: Gpa) -> bool {
-        match self {
-            Self::Files(memory) => memory.shared().1.into_iter().any(|(range, _)| range.contains(gpa)),
-            Self::Gmem(memory) => memory.shared().1.into_iter().any(|(range, _)| range.contains(gpa)),
-        }
-    }
-
     pub(crate) fn allocated(&self) -> io::Result<Allocated> {
         match self {
             Self::Files(memory) => memory.allocated(),
@@ -60,8 +54,8 @@ const DEFAULT_MAX_MAPPINGS: u64 = 65_530;
 
 /// How many runs of pages a VM may have: each takes a mapping, and half of those of a process are for the rest of it.
 fn most_runs() -> u64 {
-    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count");
-    limit.ok().and_then(|text| text.trim_end().parse().ok()).unwrap_or(DEFAULT_MAX_MAPPINGS) / 2
+    let limit = setting("/proc/sys/vm/max_map_count");
+    limit.and_then(|text| text.parse().ok()).unwrap_or(DEFAULT_MAX_MAPPINGS) / 2
 }
 
 /// The view of `backing`, in which each of `slots` begins at an offset.
