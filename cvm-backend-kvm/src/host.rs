@@ -1,6 +1,7 @@
 //! The host's KVM and what it can do.
 
 use crate::Error;
+use crate::policy::Facts;
 use kvm_ioctls::{Cap, Kvm};
 use std::ffi::CString;
 use std::fs::{self, OpenOptions};
@@ -17,10 +18,24 @@ pub(crate) fn setting(path: &str) -> Option<String> {
     Some(fs::read_to_string(path).ok()?.trim_end().to_owned())
 }
 
-/// An opened KVM device.
+/// How many mappings a process may have, if the kernel does not say (Linux include/linux/mm.h, DEFAULT_MAX_MAP_COUNT).
+const DEFAULT_MAX_MAPPINGS: u64 = 65_530;
+
+/// How many runs of pages a VM may have: each takes a mapping, and half of those of a process are for the rest of it.
+pub(crate) fn most_runs() -> u64 {
+    let limit = setting("/proc/sys/vm/max_map_count");
+    limit.and_then(|text| text.parse().ok()).unwrap_or(DEFAULT_MAX_MAPPINGS) / 2
+}
+
+/// An opened KVM device, and what the kernel's files say of the host: nothing is opened later, so that a process which
+/// has this can give up the right to open files.
 #[derive(Debug)]
 pub(crate) struct Host {
     pub(crate) kvm: Kvm,
+    /// What decides about policies.
+    pub(crate) facts: Facts,
+    /// How many runs of pages on one side a VM may have.
+    pub(crate) most_runs: u64,
 }
 
 impl Host {
@@ -42,7 +57,7 @@ impl Host {
         let kvm = Kvm::new_with_path(name).map_err(|error| fail(error.into()))?;
         match kvm.get_api_version() {
             // The only version that there is (Linux Documentation/virt/kvm/api.rst, section 4.1).
-            12 => Ok(Self { kvm }),
+            12 => Ok(Self { facts: Facts::of(&kvm), kvm, most_runs: most_runs() }),
             version => Err(Error::ApiVersion { path: path.to_owned(), version }),
         }
     }

@@ -16,21 +16,14 @@
 compile_error!("cvm-backend-kvm needs Linux on x86-64; build `cvm` with `default-features = false` elsewhere");
 
 mod error;
+mod handles;
 mod host;
 mod hypercall;
-mod kick;
-mod loader;
-mod memory;
+mod local;
 mod platform;
 mod policy;
 mod probe;
-mod staging;
-mod vcpu;
-mod vcpu_fd;
-mod vm;
 
 pub use error::Error;
-pub use loader::KvmLoader;
+pub use handles::{KvmLoader, KvmVcpu, KvmVm};
 pub use platform::KvmPlatform;
-pub use vcpu::KvmVcpu;
-pub use vm::KvmVm;

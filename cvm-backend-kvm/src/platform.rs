@@ -1,6 +1,7 @@
+use crate::handles::{KvmLoader, LoaderOf};
 use crate::host::Host;
-use crate::loader::KvmLoader;
-use crate::policy::Facts;
+use crate::local::{Isolation, LocalLoader};
+use crate::policy::Holder;
 use crate::{Error, hypercall, probe};
 use cvm_core::doorbell::Transport;
 use cvm_core::launch::VmConfig;
@@ -18,13 +19,6 @@ pub struct KvmPlatform {
     host: Host,
     isolation: Isolation,
     hypercalls: OnceLock<bool>,
-}
-
-/// How private memory is kept private.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Isolation {
-    None,
-    GuestMemfd,
 }
 
 impl KvmPlatform {
@@ -113,13 +107,13 @@ impl Platform for KvmPlatform {
         if config.vcpus as usize > most {
             return Err(CoreError::Config(format!("{} vcpus; this kvm takes at most {most}", config.vcpus)));
         }
-        let refusals = Facts::of(&self.host.kvm).refusals(config.policy);
+        let refusals = self.host.facts.refusals(config.policy, Holder::Vmm);
         if !refusals.is_empty() {
             return Err(CoreError::Config(format!("the policy cannot be fulfilled: {}", refusals.join("; "))));
         }
         let transport = self.transport(config.transport)?;
-        let loader = KvmLoader::new(&self.host.kvm, self.isolation, config.clone(), transport)
+        let loader = LocalLoader::new(&self.host, self.isolation, config.clone(), transport)
             .map_err(|source| CoreError::Backend { step: "create the vm", range: None, source })?;
-        Launch::new(loader, config, transport)
+        Launch::new(KvmLoader(LoaderOf::Local(loader)), config, transport)
     }
 }

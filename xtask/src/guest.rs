@@ -29,13 +29,13 @@ const SOURCES: [Source; 2] = [
         package: "loader-stub",
         linker_script: "guests/stub/link.ld",
         // In the crate that has it run, which would be incomplete without.
-        image: "cvm-backend-kvm/src/loader-stub.elf",
+        image: "cvm-backend-kvm/src/local/loader-stub.elf",
     },
 ];
 
 /// Build the guests and write their images, the same bytes on every machine.
 ///
-/// The images are guests/tiny/tiny-guest.elf and cvm-backend-kvm/src/loader-stub.elf; files beside
+/// The images are guests/tiny/tiny-guest.elf and cvm-backend-kvm/src/local/loader-stub.elf; files beside
 /// them name the compiler that they were built with.
 #[derive(Args)]
 pub struct Guest {

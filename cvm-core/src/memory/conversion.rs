@@ -48,6 +48,11 @@ impl ConversionRequest {
     pub fn to(&self) -> Side {
         self.to
     }
+
+    fn range(&self) -> Result<GpaRange, Error> {
+        let range = GpaRange::from_pages(self.gpa, self.pages);
+        range.map_err(|source| Error::InvalidRequest { vcpu: self.vcpu, source })
+    }
 }
 
 /// What became of a request: made by the engine alone, and the only thing that a guest's request is answered with, so
@@ -95,19 +100,42 @@ pub enum LeftAs {
 /// Why a converter did not convert.
 #[derive(Debug)]
 pub struct ConverterError {
+    /// What failed.
+    pub step: &'static str,
     /// How the range was left.
     pub left_as: LeftAs,
     /// What went wrong.
     pub source: BoxError,
 }
 
-/// A backend's part in a conversion. Every range lies within one slot.
+/// A backend's part in a conversion. Every range lies within one slot; `vcpu` is the one that asked.
 pub trait Converter: Send + Sync {
-    /// Makes the guest see side `to` for every page of `range`.
+    /// Makes the guest see side `to` for every page of `range`, and frees the memory that backs it on the side that has
+    /// lost it, contents and all.
     ///
     /// # Errors
     /// With the state that the range was left in.
-    fn convert(&self, range: GpaRange, to: Side) -> Result<(), ConverterError>;
+    fn convert(&self, vcpu: u32, range: GpaRange, to: Side) -> Result<(), ConverterError>;
+
+    /// Takes `range` from the guest: neither side may be seen there any more.
+    ///
+    /// # Errors
+    /// The guest may then still see one, so the engine is [lost](ConversionEngine::is_lost).
+    fn poison(&self, vcpu: u32, range: GpaRange) -> Result<(), BoxError>;
+
+    /// How many runs of pages on one side there may be: what the host has mappings for. A guest that alternates sides
+    /// page by page is refused beyond it.
+    fn most_runs(&self) -> u64;
+}
+
+/// Memory of which this process can show the guest either side: a [`Converter`] in two steps. Every range lies within
+/// one slot.
+pub trait Sides: Send + Sync {
+    /// Makes the guest see `side` for every page of `range`.
+    ///
+    /// # Errors
+    /// With the state that the range was left in.
+    fn show(&self, range: GpaRange, side: Side) -> Result<(), ConverterError>;
 
     /// Frees the memory that backs `range` on the side that has just lost it, contents and all.
     ///
@@ -115,15 +143,34 @@ pub trait Converter: Send + Sync {
     /// The memory may then be still there, in part or in whole.
     fn discard(&self, range: GpaRange, losing: Side) -> Result<(), BoxError>;
 
-    /// Takes `range` from the guest: neither side may be seen there any more.
+    /// As [`Converter::poison`].
     ///
     /// # Errors
-    /// The guest may then still see one, so the engine is [lost](ConversionEngine::is_lost).
+    /// As there.
     fn poison(&self, range: GpaRange) -> Result<(), BoxError>;
 
-    /// How many runs of pages on one side there may be: what the host has mappings for. A guest that alternates sides
-    /// page by page is refused beyond it.
+    /// As [`Converter::most_runs`].
     fn most_runs(&self) -> u64;
+}
+
+impl<S: Sides> Converter for S {
+    fn convert(&self, _vcpu: u32, range: GpaRange, to: Side) -> Result<(), ConverterError> {
+        self.show(range, to)?;
+        self.discard(range, to.other()).map_err(|source| {
+            // What was written to the new side meanwhile must not come back with a later conversion.
+            let undone = self.show(range, to.other()).is_ok() && self.discard(range, to).is_ok();
+            let left_as = if undone { LeftAs::Before } else { LeftAs::Unknown };
+            ConverterError { step: "discard the losing side", left_as, source }
+        })
+    }
+
+    fn poison(&self, _vcpu: u32, range: GpaRange) -> Result<(), BoxError> {
+        Sides::poison(self, range)
+    }
+
+    fn most_runs(&self) -> u64 {
+        Sides::most_runs(self)
+    }
 }
 
 /// Why a listener does not let a conversion happen.
@@ -206,6 +253,7 @@ pub struct ConversionEngine<C> {
 
 /// A run of pages under conversion, with the listeners that have agreed to it.
 struct Prepared<'a> {
+    vcpu: u32,
     range: GpaRange,
     from: Side,
     to: Side,
@@ -269,20 +317,44 @@ impl<C: Converter> ConversionEngine<C> {
             let cause = Error::NotAsked { vcpu: request.vcpu, gpa: request.gpa() };
             return Conversion { request: *request, answer: Answer::Invalid, pages: 0, cause: Some(cause) };
         }
-        // A listener that panicked left its pages as `Converting` at worst: out of everybody's reach, so going on is safe.
-        let mut runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
         let mut pages = 0;
-        let cause = self.convert_all(request, &mut runs, &mut pages).err();
-        self.counters.requests.fetch_add(1, Ordering::Relaxed);
-        if cause.is_some() {
-            self.counters.refused.fetch_add(1, Ordering::Relaxed);
-        }
+        let cause = self.carry_out(request, &mut pages).err();
         let answer = match &cause {
             None => Answer::Done,
             Some(Error::Pinned { .. } | Error::ListenerWaits { .. } | Error::Unfinished { .. }) => Answer::Retry,
             Some(_) => Answer::Invalid,
         };
         Conversion { request: *request, answer, pages, cause }
+    }
+
+    /// For a trusted entity on whose behalf an untrusted VMM's engine decides what happens when: carries out a part of
+    /// what vCPU `vcpu` has asked for. [`conclude`](ConversionEngine::conclude) ends the request.
+    ///
+    /// # Errors
+    /// [`Error::NotAsked`] if the guest has not asked for this, and what [`Conversion::cause`] may be.
+    pub fn convert_part(&self, vcpu: u32, part: GpaRange, to: Side) -> Result<(), Error> {
+        let asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner).get(&vcpu).copied();
+        let whole = asked.filter(|asked| asked.to == to).and_then(|asked| asked.range().ok());
+        if !whole.is_some_and(|whole| whole.contains_range(&part)) {
+            return Err(Error::NotAsked { vcpu, gpa: part.start() });
+        }
+        let request = ConversionRequest::from_guest(vcpu, part.start().0, part.pages(), to);
+        self.carry_out(&request, &mut 0)
+    }
+
+    /// Ends the request of vCPU `vcpu` that was carried out in parts, with the answer that a VMM wants to give.
+    ///
+    /// # Errors
+    /// [`Error::NotAsked`] if there is no request, or if the answer is [`Answer::Done`] and that is not true.
+    pub fn conclude(&self, vcpu: u32, answer: Answer) -> Result<Conversion, Error> {
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        let request = asked.get(&vcpu).copied().ok_or(Error::NotAsked { vcpu, gpa: Gpa(0) })?;
+        let done = || request.range().is_ok_and(|range| self.map().first_not_in(range, request.to.into()).is_none());
+        if answer == Answer::Done && !done() {
+            return Err(Error::NotAsked { vcpu, gpa: request.gpa() });
+        }
+        asked.remove(&vcpu);
+        Ok(Conversion { request, answer, pages: 0, cause: None })
     }
 
     /// For backends: the guest hears that its request is refused, so it cannot be carried out any more.
@@ -299,12 +371,22 @@ impl<C: Converter> ConversionEngine<C> {
         self.memory.map()
     }
 
+    fn carry_out(&self, request: &ConversionRequest, done: &mut u64) -> Result<(), Error> {
+        // A listener that panicked left its pages as `Converting` at worst: out of everybody's reach, so going on is safe.
+        let mut runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = self.convert_all(request, &mut runs, done);
+        self.counters.requests.fetch_add(1, Ordering::Relaxed);
+        if result.is_err() {
+            self.counters.refused.fetch_add(1, Ordering::Relaxed);
+        }
+        result
+    }
+
     fn convert_all(&self, request: &ConversionRequest, runs: &mut u64, done: &mut u64) -> Result<(), Error> {
         if self.is_lost() {
             return Err(Error::Lost);
         }
-        let range = GpaRange::from_pages(request.gpa, request.pages)
-            .map_err(|source| Error::InvalidRequest { vcpu: request.vcpu, source })?;
+        let range = request.range()?;
         let parts = self.map().slots().split(range)?;
         let listeners = self.listeners.read().unwrap_or_else(PoisonError::into_inner);
         let mut left = RUNS_PER_REQUEST;
@@ -318,7 +400,7 @@ impl<C: Converter> ConversionEngine<C> {
                     }
                 }
                 left = left.checked_sub(1).ok_or(Error::Unfinished { range: run })?;
-                self.convert_run(run, request.to, runs, &listeners)?;
+                self.convert_run(request.vcpu, run, request.to, runs, &listeners)?;
                 *done += run.pages();
                 let counter = match request.to {
                     Side::Private => &self.counters.to_private,
@@ -342,6 +424,7 @@ impl<C: Converter> ConversionEngine<C> {
 
     fn convert_run(
         &self,
+        vcpu: u32,
         range: GpaRange,
         to: Side,
         runs: &mut u64,
@@ -365,24 +448,18 @@ impl<C: Converter> ConversionEngine<C> {
                 });
             }
         }
-        let run = Prepared { range, from, to, listeners };
+        let run = Prepared { vcpu, range, from, to, listeners };
         self.map().set(range, PageState::Converting);
         // Pages on their way to the shared side were never in the view, so nobody can hold them.
         if to == Side::Private && !self.memory.pins().drain(Instant::now() + PIN_PATIENCE) {
             return Err(self.roll_back(&run, Error::Pinned { range, waited: PIN_PATIENCE }));
         }
-        if let Err(ConverterError { left_as, source }) = self.converter.convert(range, to) {
-            let error = Error::Backend { step: "convert", range: Some(range), source };
+        if let Err(ConverterError { step, left_as, source }) = self.converter.convert(vcpu, range, to) {
+            let error = Error::Backend { step, range: Some(range), source };
             return Err(match left_as {
                 LeftAs::Before => self.roll_back(&run, error),
                 LeftAs::Unknown => self.poison(&run, runs, error),
             });
-        }
-        if let Err(source) = self.converter.discard(range, from) {
-            let error = Error::Backend { step: "discard the losing side", range: Some(range), source };
-            // What was written to the new side meanwhile must not come back with a later conversion.
-            let undone = self.converter.convert(range, from).is_ok() && self.converter.discard(range, to).is_ok();
-            return Err(if undone { self.roll_back(&run, error) } else { self.poison(&run, runs, error) });
         }
         self.map().set(range, to.into());
         *runs = runs_then;
@@ -407,7 +484,7 @@ impl<C: Converter> ConversionEngine<C> {
         for listener in run.listeners {
             listener.poisoned(run.range);
         }
-        let contained = self.converter.poison(run.range).is_ok();
+        let contained = self.converter.poison(run.vcpu, run.range).is_ok();
         if !contained {
             self.lost.store(true, Ordering::SeqCst);
         }

@@ -7,8 +7,7 @@
 //! | validate the request | engine | the guest hears `Invalid`; nothing happened |
 //! | prepare | [`ConversionListener`]s, in the order they were added | those already prepared are told to abort |
 //! | take the pages out of the view and wait for the pins that may see them | engine | listeners abort, the guest hears `Retry` |
-//! | let the guest see the other side | [`Converter::convert`] | rolled back, or the pages are poisoned |
-//! | free the losing side | [`Converter::discard`] | converted back, or the pages are poisoned |
+//! | let the guest see the other side, and free the losing side | [`Converter`] | rolled back, or the pages are poisoned |
 //! | commit to the [`PageStateMap`] | engine | cannot fail |
 //! | tell | listeners | cannot fail |
 //!
@@ -22,7 +21,7 @@ mod view;
 
 pub use conversion::{
     Conversion, ConversionEngine, ConversionListener, ConversionRequest, ConversionTotals, Converter, ConverterError,
-    LeftAs, Objection,
+    LeftAs, Objection, Sides,
 };
 pub use map::{PageState, PageStateMap};
 pub use slots::Slots;

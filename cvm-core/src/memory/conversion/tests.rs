@@ -58,10 +58,11 @@ fn pages(range: GpaRange) -> std::ops::Range<u64> {
     range.start().0 / PAGE_SIZE..range.end().0 / PAGE_SIZE
 }
 
-impl Converter for Model {
-    fn convert(&self, range: GpaRange, to: Side) -> Result<(), ConverterError> {
+impl Sides for Model {
+    fn show(&self, range: GpaRange, to: Side) -> Result<(), ConverterError> {
         let fate = self.fate();
-        let failed = |left_as| Err(ConverterError { left_as, source: "the model was told to fail".into() });
+        let failed =
+            |left_as| Err(ConverterError { step: "convert", left_as, source: "the model was told to fail".into() });
         match fate {
             Fate::Well => {
                 self.see(range, Seen::Side(to));

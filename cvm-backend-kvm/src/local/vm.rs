@@ -1,5 +1,5 @@
-use crate::memory::GuestMemory;
-use crate::vcpu::KvmVcpu;
+use super::memory::GuestMemory;
+use super::vcpu::LocalVcpu;
 use cvm_core::interrupt::Guarding;
 use cvm_core::launch::Transcript;
 use cvm_core::memory::{Allocated, ConversionEngine, ConversionTotals};
@@ -17,24 +17,24 @@ pub(crate) struct Shared {
 }
 
 /// A VM on plain KVM.
-pub struct KvmVm {
+pub(crate) struct LocalVm {
     shared: Arc<Shared>,
-    vcpus: Vec<KvmVcpu>,
+    vcpus: Vec<LocalVcpu>,
     kickers: Vec<Arc<dyn Kick>>,
     transcript: Transcript,
 }
 
-impl KvmVm {
-    pub(crate) fn new(shared: Arc<Shared>, vcpus: Vec<KvmVcpu>, transcript: Transcript) -> Self {
+impl LocalVm {
+    pub(crate) fn new(shared: Arc<Shared>, vcpus: Vec<LocalVcpu>, transcript: Transcript) -> Self {
         let kickers = vcpus.iter().map(Vcpu::kicker).collect();
         Self { shared, vcpus, kickers, transcript }
     }
 }
 
-impl Vm for KvmVm {
-    type Vcpu = KvmVcpu;
+impl Vm for LocalVm {
+    type Vcpu = LocalVcpu;
 
-    fn take_vcpus(&mut self) -> Vec<KvmVcpu> {
+    fn take_vcpus(&mut self) -> Vec<LocalVcpu> {
         std::mem::take(&mut self.vcpus)
     }
 

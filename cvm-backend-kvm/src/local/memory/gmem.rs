@@ -3,10 +3,10 @@
 #![allow(unsafe_code, reason = "KVM is told where the shared side is, and hands out descriptors as numbers")]
 
 use super::backing::Backing;
-use super::most_runs;
+use super::layout::Layout;
 use super::window::Window;
 use crate::Error;
-use cvm_core::memory::{Allocated, Converter, ConverterError, LeftAs};
+use cvm_core::memory::{Allocated, ConverterError, LeftAs, Sides};
 use cvm_core::{BoxError, GpaRange, Side};
 use kvm_bindings::{
     KVM_MEM_GUEST_MEMFD, KVM_MEMORY_ATTRIBUTE_PRIVATE, kvm_create_guest_memfd, kvm_memory_attributes,
@@ -34,6 +34,7 @@ struct Slot {
 /// The memory of one VM. KVM's memory attributes say which side the guest sees.
 #[derive(Debug)]
 pub(crate) struct GmemMemory {
+    layout: Layout,
     slots: Vec<Slot>,
     shared: Backing,
     vm: Arc<VmFd>,
@@ -41,14 +42,11 @@ pub(crate) struct GmemMemory {
 }
 
 impl GmemMemory {
-    /// Memory for `slots`, in whatever order, all of it private and zero, as the memory of `vm`.
-    pub(crate) fn new(vm: Arc<VmFd>, slots: &[GpaRange]) -> Result<Self, Error> {
-        let mut ranges = slots.to_vec();
-        ranges.sort();
-        let shared = Backing::new("cvm-shared", ranges.iter().map(GpaRange::len).sum())?;
-        let mut memory = Self { slots: Vec::new(), shared, vm, most_runs: most_runs() };
-        let mut offset = 0;
-        for (number, range) in (0..).zip(ranges) {
+    /// Memory for all slots of `layout`, all of it private and zero, as the memory of `vm`.
+    pub(crate) fn new(vm: Arc<VmFd>, layout: Layout, most_runs: u64) -> Result<Self, Error> {
+        let shared = Backing::new("cvm-shared", layout.bytes())?;
+        let mut memory = Self { slots: Vec::new(), layout: layout.clone(), shared, vm, most_runs };
+        for (number, (range, offset)) in (0..).zip(layout.iter()) {
             let window = Window::new(range).map_err(Error::memory("reserve address space for", range))?;
             let gmem = kvm_create_guest_memfd { size: range.len(), ..Default::default() };
             let fd = memory.vm.create_guest_memfd(gmem).map_err(Error::kvm("create a guest_memfd"))?;
@@ -68,14 +66,16 @@ impl GmemMemory {
             unsafe { memory.vm.set_user_memory_region2(region) }.map_err(Error::kvm("register a memory slot"))?;
             memory.slots.push(Slot { range, offset, window, private });
             memory.set_side(range, Side::Private)?;
-            offset += range.len();
         }
         Ok(memory)
     }
 
-    /// The shared side, and where each slot begins in it.
-    pub(super) fn shared(&self) -> (&Backing, impl Iterator<Item = (GpaRange, u64)> + '_) {
-        (&self.shared, self.slots.iter().map(|slot| (slot.range, slot.offset)))
+    pub(super) fn shared(&self) -> &Backing {
+        &self.shared
+    }
+
+    pub(super) fn layout(&self) -> &Layout {
+        &self.layout
     }
 
     pub(super) fn allocated(&self) -> io::Result<Allocated> {
@@ -88,7 +88,7 @@ impl GmemMemory {
     }
 
     /// Lets the guest see a side.
-    fn show(&self, range: GpaRange, side: Side) -> Result<(), Error> {
+    fn switch(&self, range: GpaRange, side: Side) -> Result<(), Error> {
         let slot = self.slot(range).map_err(Error::memory("find", range))?;
         match side {
             Side::Private => {
@@ -115,10 +115,11 @@ impl GmemMemory {
     }
 }
 
-impl Converter for GmemMemory {
-    fn convert(&self, range: GpaRange, to: Side) -> Result<(), ConverterError> {
-        self.show(range, to).map_err(|error| ConverterError {
-            left_as: if self.show(range, to.other()).is_ok() { LeftAs::Before } else { LeftAs::Unknown },
+impl Sides for GmemMemory {
+    fn show(&self, range: GpaRange, side: Side) -> Result<(), ConverterError> {
+        self.switch(range, side).map_err(|error| ConverterError {
+            step: "show the other side",
+            left_as: if self.switch(range, side.other()).is_ok() { LeftAs::Before } else { LeftAs::Unknown },
             source: error.into(),
         })
     }
@@ -171,7 +172,7 @@ mod tests {
             }
         }
         let vm = Kvm::new().unwrap().create_vm_with_type(1).unwrap();
-        Some(GmemMemory::new(Arc::new(vm), slots).unwrap())
+        Some(GmemMemory::new(Arc::new(vm), Layout::new(slots).unwrap(), 1000).unwrap())
     }
 
     fn range(start: u64, pages: u64) -> GpaRange {
@@ -200,15 +201,15 @@ mod tests {
         };
         memory.shared.file().write_all_at(&[7; 24 * PAGE_SIZE as usize], 0).unwrap();
         assert!((0..24).all(|page| shown(page).is_none()));
-        memory.convert(range(3, 2), Side::Shared).unwrap();
-        memory.convert(range(17, 1), Side::Shared).unwrap();
+        memory.show(range(3, 2), Side::Shared).unwrap();
+        memory.show(range(17, 1), Side::Shared).unwrap();
         let open: Vec<_> = (0..24).filter(|page| shown(*page) == Some(7)).collect();
         assert_eq!(open, [3, 4, 17]);
         memory.discard(range(3, 1), Side::Shared).unwrap();
         assert_eq!((shown(3), shown(4)), (Some(0), Some(7)));
-        memory.convert(range(4, 1), Side::Private).unwrap();
+        memory.show(range(4, 1), Side::Private).unwrap();
         memory.poison(range(17, 1)).unwrap();
         assert!([4, 17].into_iter().all(|page| shown(page).is_none()));
-        assert!(memory.convert(range(15, 2), Side::Shared).is_err(), "a range across slots was converted");
+        assert!(memory.show(range(15, 2), Side::Shared).is_err(), "a range across slots was converted");
     }
 }

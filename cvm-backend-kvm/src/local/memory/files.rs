@@ -3,10 +3,10 @@
 #![allow(unsafe_code, reason = "KVM is told where the windows are")]
 
 use super::backing::Backing;
-use super::most_runs;
+use super::layout::Layout;
 use super::window::Window;
 use crate::Error;
-use cvm_core::memory::{Allocated, Converter, ConverterError, LeftAs};
+use cvm_core::memory::{Allocated, ConverterError, LeftAs, Sides};
 use cvm_core::{BoxError, Gpa, GpaRange, Side};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
@@ -33,27 +33,24 @@ impl Slot {
 pub(crate) struct FilesMemory {
     private: Backing,
     shared: Backing,
+    layout: Layout,
     slots: Vec<Slot>,
     most_runs: u64,
 }
 
 impl FilesMemory {
-    /// Memory for `slots`, in whatever order, all of it private and zero.
-    pub(crate) fn new(slots: &[GpaRange]) -> Result<Self, Error> {
-        let mut slots = slots.to_vec();
-        slots.sort();
-        let bytes = slots.iter().map(GpaRange::len).sum();
+    /// Memory for all slots of `layout`, all of it private and zero.
+    pub(crate) fn new(layout: Layout, most_runs: u64) -> Result<Self, Error> {
         let mut memory = Self {
-            private: Backing::new("cvm-private", bytes)?,
-            shared: Backing::new("cvm-shared", bytes)?,
+            private: Backing::new("cvm-private", layout.bytes())?,
+            shared: Backing::new("cvm-shared", layout.bytes())?,
             slots: Vec::new(),
-            most_runs: most_runs(),
+            layout,
+            most_runs,
         };
-        let mut offset = 0;
-        for range in slots {
+        for (range, offset) in memory.layout.iter() {
             let window = Window::new(range).map_err(Error::memory("reserve address space for", range))?;
             let slot = Slot { range, offset, window };
-            offset += range.len();
             slot.window.show(range, &memory.private, slot.offset).map_err(Error::memory("map", range))?;
             memory.slots.push(slot);
         }
@@ -77,9 +74,12 @@ impl FilesMemory {
         Ok(())
     }
 
-    /// The shared side, and where each slot begins in it.
-    pub(super) fn shared(&self) -> (&Backing, impl Iterator<Item = (GpaRange, u64)> + '_) {
-        (&self.shared, self.slots.iter().map(|slot| (slot.range, slot.offset)))
+    pub(super) fn shared(&self) -> &Backing {
+        &self.shared
+    }
+
+    pub(super) fn layout(&self) -> &Layout {
+        &self.layout
     }
 
     /// Writes to the private side, before there is a guest.
@@ -105,12 +105,13 @@ impl FilesMemory {
     }
 }
 
-impl Converter for FilesMemory {
-    fn convert(&self, range: GpaRange, to: Side) -> Result<(), ConverterError> {
+impl Sides for FilesMemory {
+    fn show(&self, range: GpaRange, side: Side) -> Result<(), ConverterError> {
         let show = |side: Side| self.slot(range).and_then(|(slot, at)| slot.window.show(range, self.backing(side), at));
-        show(to).map_err(|error| ConverterError {
+        show(side).map_err(|error| ConverterError {
+            step: "show the other side",
             // A mapping that fails may have removed the one before it.
-            left_as: if show(to.other()).is_ok() { LeftAs::Before } else { LeftAs::Unknown },
+            left_as: if show(side.other()).is_ok() { LeftAs::Before } else { LeftAs::Unknown },
             source: Error::memory("map", range)(error).into(),
         })
     }
@@ -142,12 +143,11 @@ mod tests {
 
     fn memory() -> FilesMemory {
         let pages = |start, pages| GpaRange::from_pages(start * PAGE_SIZE, pages).unwrap();
-        FilesMemory::new(&[pages(0, 500), pages(1000, 100)]).unwrap()
+        FilesMemory::new(Layout::new(&[pages(0, 500), pages(1000, 100)]).unwrap(), 1000).unwrap()
     }
 
     fn shared_view(memory: &FilesMemory) -> SharedMemory {
-        let (backing, slots) = memory.shared();
-        super::super::shared_view(backing, slots).unwrap()
+        super::super::shared_view(memory.shared(), memory.layout()).unwrap()
     }
 
     fn fill_private(memory: &FilesMemory) {
@@ -197,8 +197,10 @@ mod tests {
 
     #[test]
     fn a_guest_that_alternates_sides_cannot_use_up_the_mappings_of_the_process() {
-        let pages = 2 * most_runs() + 4;
-        let memory = FilesMemory::new(&[GpaRange::from_pages(0, pages).unwrap()]).unwrap();
+        let most_runs = crate::host::most_runs();
+        let pages = 2 * most_runs + 4;
+        let layout = Layout::new(&[GpaRange::from_pages(0, pages).unwrap()]).unwrap();
+        let memory = FilesMemory::new(layout, most_runs).unwrap();
         let view = shared_view(&memory);
         let engine = ConversionEngine::new(memory, view);
         let refused = (0..pages).step_by(2).find_map(|page| {
@@ -216,7 +218,7 @@ mod tests {
     fn ranges_outside_a_slot_are_refused_by_every_step() {
         let memory = memory();
         let outside = GpaRange::from_pages(499 * PAGE_SIZE, 2).unwrap();
-        assert!(memory.convert(outside, Side::Shared).is_err());
+        assert!(memory.show(outside, Side::Shared).is_err());
         assert!(memory.discard(outside, Side::Shared).is_err());
         assert!(memory.poison(outside).is_err());
         assert!(memory.write_private(outside, &[0; 0x2000]).is_err());

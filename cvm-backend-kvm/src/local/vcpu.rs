@@ -2,11 +2,11 @@
 
 #![allow(unsafe_code, reason = "an answer goes to the place in the vcpu's page that its exit showed")]
 
+use super::kick::Kicker;
+use super::vcpu_fd::{self, PortAnswer};
+use super::vm::Shared;
 use crate::Error;
 use crate::host::HC_MAP_GPA_RANGE;
-use crate::kick::Kicker;
-use crate::vcpu_fd::{self, PortAnswer};
-use crate::vm::Shared;
 use cvm_core::doorbell::{self, Access, Registers, Ring, Transport};
 use cvm_core::x86::{Register, VcpuState};
 use cvm_core::{
@@ -167,7 +167,7 @@ impl Raw {
 }
 
 /// A vCPU on plain KVM.
-pub struct KvmVcpu {
+pub(crate) struct LocalVcpu {
     index: u32,
     // Dropped before the memory that it sees.
     fd: VcpuFd,
@@ -184,7 +184,7 @@ pub struct KvmVcpu {
     interrupts: [u64; 4],
 }
 
-impl KvmVcpu {
+impl LocalVcpu {
     pub(crate) fn new(index: u32, fd: VcpuFd, shared: Arc<Shared>, policy: InterruptPolicy) -> Result<Self, Error> {
         Ok(Self {
             index,
@@ -400,7 +400,7 @@ fn failed<E: Into<BoxError>>(step: &'static str) -> impl Fn(E) -> CoreError {
     move |error| CoreError::Backend { step, range: None, source: error.into() }
 }
 
-impl Vcpu for KvmVcpu {
+impl Vcpu for LocalVcpu {
     fn index(&self) -> u32 {
         self.index
     }
@@ -498,7 +498,8 @@ impl Vcpu for KvmVcpu {
 mod tests {
     use super::*;
     use crate::KvmPlatform;
-    use cvm_core::memory::Converter;
+    use crate::handles::VcpuOf;
+    use cvm_core::memory::Sides;
     use cvm_core::{GpaRange, PageKind, Platform, Vm, VmConfig, Watchdog};
     use iced_x86::code_asm::*;
     use std::time::Duration;
@@ -519,6 +520,7 @@ mod tests {
 
         let mut vm = launch.seal().unwrap();
         let mut vcpu = vm.take_vcpus().remove(0);
+        let VcpuOf::Local(vcpu) = &mut vcpu.0;
         vcpu.shared.engine.converter().poison(GpaRange::from_pages(POISONED, 1).unwrap()).unwrap();
         let _watchdog = Watchdog::new(Duration::from_secs(10), vec![vcpu.kicker()]).unwrap();
         vcpu.run().unwrap_err()

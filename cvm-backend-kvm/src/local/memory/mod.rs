@@ -3,15 +3,16 @@
 mod backing;
 mod files;
 mod gmem;
+mod layout;
 mod window;
 
 pub(crate) use backing::Backing;
 pub(crate) use files::FilesMemory;
 pub(crate) use gmem::GmemMemory;
+pub(crate) use layout::Layout;
 pub(crate) use window::Window;
 
-use crate::host::setting;
-use cvm_core::memory::{Allocated, Converter, ConverterError, PageStateMap, SharedMemory, Slots};
+use cvm_core::memory::{Allocated, ConverterError, PageStateMap, SharedMemory, Sides};
 use cvm_core::{BoxError, GpaRange, Side};
 use std::io;
 use std::sync::Arc;
@@ -30,14 +31,16 @@ impl GuestMemory {
     /// The shared side, as devices see it.
     pub(crate) fn shared_view(&self) -> Result<SharedMemory, BoxError> {
         match self {
-            Self::Files(memory) => {
-                let (backing, slots) = memory.shared();
-                shared_view(backing, slots)
-            }
-            Self::Gmem(memory) => {
-                let (backing, slots) = memory.shared();
-                shared_view(backing, slots)
-            }
+            Self::Files(memory) => shared_view(memory.shared(), memory.layout()),
+            Self::Gmem(memory) => shared_view(memory.shared(), memory.layout()),
+        }
+    }
+
+    /// The file behind the shared side, and where the slots lie in it.
+    pub(crate) fn shared(&self) -> (&Backing, &Layout) {
+        match self {
+            Self::Files(memory) => (memory.shared(), memory.layout()),
+            Self::Gmem(memory) => (memory.shared(), memory.layout()),
         }
     }
 
@@ -49,33 +52,22 @@ impl GuestMemory {
     }
 }
 
-/// How many mappings a process may have, if the kernel does not say (Linux include/linux/mm.h, DEFAULT_MAX_MAP_COUNT).
-const DEFAULT_MAX_MAPPINGS: u64 = 65_530;
-
-/// How many runs of pages a VM may have: each takes a mapping, and half of those of a process are for the rest of it.
-fn most_runs() -> u64 {
-    let limit = setting("/proc/sys/vm/max_map_count");
-    limit.and_then(|text| text.parse().ok()).unwrap_or(DEFAULT_MAX_MAPPINGS) / 2
-}
-
-/// The view of `backing`, in which each of `slots` begins at an offset.
-fn shared_view(backing: &Backing, slots: impl Iterator<Item = (GpaRange, u64)>) -> Result<SharedMemory, BoxError> {
-    let slots: Vec<_> = slots.collect();
-    let ranges: Vec<_> = slots.iter().map(|(range, _)| *range).collect();
-    let regions = slots.into_iter().map(|(range, offset)| {
+/// The view of `backing`, in which the slots lie as `layout` says.
+pub(crate) fn shared_view(backing: &Backing, layout: &Layout) -> Result<SharedMemory, BoxError> {
+    let regions = layout.iter().map(|(range, offset)| {
         let file = FileOffset::new(backing.file().try_clone()?, offset);
         let len = usize::try_from(range.len()).map_err(io::Error::other)?;
         Ok((GuestAddress(range.start().0), len, Some(file)))
     });
     let mapped = GuestMemoryMmap::from_ranges_with_files(regions.collect::<io::Result<Vec<_>>>()?)?;
-    Ok(SharedMemory::new(mapped, Arc::new(PageStateMap::new(Slots::new(&ranges)?)))?)
+    Ok(SharedMemory::new(mapped, Arc::new(PageStateMap::new(layout.slots().clone())))?)
 }
 
-impl Converter for GuestMemory {
-    fn convert(&self, range: GpaRange, to: Side) -> Result<(), ConverterError> {
+impl Sides for GuestMemory {
+    fn show(&self, range: GpaRange, side: Side) -> Result<(), ConverterError> {
         match self {
-            Self::Files(memory) => memory.convert(range, to),
-            Self::Gmem(memory) => memory.convert(range, to),
+            Self::Files(memory) => memory.show(range, side),
+            Self::Gmem(memory) => memory.show(range, side),
         }
     }
 

@@ -9,9 +9,10 @@
 
 #![allow(unsafe_code, reason = "KVM is told where the staging area is")]
 
-use crate::kick::Kicker;
-use crate::memory::{Backing, Window};
-use crate::{Error, vcpu, vcpu_fd};
+use super::kick::Kicker;
+use super::memory::{Backing, Window};
+use super::{vcpu, vcpu_fd};
+use crate::Error;
 use cvm_core::image::Image;
 use cvm_core::launch::digest;
 use cvm_core::x86::{VcpuState, entry};

@@ -1,8 +1,8 @@
-use crate::memory::{FilesMemory, GmemMemory, GuestMemory};
-use crate::platform::Isolation;
-use crate::staging::Staging;
-use crate::vcpu::{self, KvmVcpu};
-use crate::vm::{KvmVm, Shared};
+use super::memory::{FilesMemory, GmemMemory, GuestMemory, Layout};
+use super::staging::Staging;
+use super::vcpu::{self, LocalVcpu};
+use super::vm::{LocalVm, Shared};
+use crate::host::Host;
 use crate::{Error, hypercall, policy};
 use cvm_core::doorbell::Transport;
 use cvm_core::launch::{Loader, Transcript, VmConfig};
@@ -10,13 +10,20 @@ use cvm_core::memory::ConversionEngine;
 use cvm_core::x86::VcpuState;
 use cvm_core::{BoxError, Gpa, GpaRange, PageKind};
 use kvm_bindings::{KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap};
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{VcpuFd, VmFd};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+/// How private memory is kept private from this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Isolation {
+    None,
+    GuestMemfd,
+}
+
 /// Loads the pages of a VM.
 #[derive(Debug)]
-pub struct KvmLoader {
+pub(crate) struct LocalLoader {
     // Dropped before the memory that they see.
     vcpus: Vec<VcpuFd>,
     /// How contents get into memory that the host cannot write.
@@ -30,16 +37,18 @@ pub struct KvmLoader {
 /// `KVM_X86_SW_PROTECTED_VM` (Linux arch/x86/include/uapi/asm/kvm.h).
 const SW_PROTECTED_VM: u64 = 1;
 
-impl KvmLoader {
+impl LocalLoader {
     pub(crate) fn new(
-        kvm: &Kvm,
+        host: &Host,
         isolation: Isolation,
         config: VmConfig,
         transport: Transport,
     ) -> Result<Self, BoxError> {
+        let kvm = &host.kvm;
+        let layout = Layout::new(&config.memory)?;
         let (vm, memory) = match isolation {
             Isolation::None => {
-                let memory = FilesMemory::new(&config.memory)?;
+                let memory = FilesMemory::new(layout, host.most_runs)?;
                 let vm = Arc::new(kvm.create_vm().map_err(Error::kvm("create a vm"))?);
                 memory.attach(&vm)?;
                 (vm, GuestMemory::Files(memory))
@@ -47,7 +56,7 @@ impl KvmLoader {
             Isolation::GuestMemfd => {
                 let vm = kvm.create_vm_with_type(SW_PROTECTED_VM).map_err(Error::kvm("create a protected vm"))?;
                 let vm = Arc::new(vm);
-                let memory = GmemMemory::new(Arc::clone(&vm), &config.memory)?;
+                let memory = GmemMemory::new(Arc::clone(&vm), layout, host.most_runs)?;
                 (vm, GuestMemory::Gmem(memory))
             }
         };
@@ -76,8 +85,8 @@ impl KvmLoader {
     }
 }
 
-impl Loader for KvmLoader {
-    type Vm = KvmVm;
+impl Loader for LocalLoader {
+    type Vm = LocalVm;
 
     fn load(&mut self, range: GpaRange, contents: &[u8], kind: PageKind) -> Result<(), BoxError> {
         // Fresh memory is zero.
@@ -96,7 +105,7 @@ impl Loader for KvmLoader {
         Ok(())
     }
 
-    fn seal(self, transcript: Transcript) -> Result<KvmVm, BoxError> {
+    fn seal(self, transcript: Transcript) -> Result<LocalVm, BoxError> {
         if let Some(staging) = self.staging {
             staging.remove(&self.vm)?;
         }
@@ -110,8 +119,8 @@ impl Loader for KvmLoader {
         let shared = Arc::new(Shared { engine, vm: self.vm });
         let vcpus = (0..).zip(self.vcpus);
         let vcpus = vcpus
-            .map(|(index, fd)| KvmVcpu::new(index, fd, Arc::clone(&shared), self.config.interrupts))
+            .map(|(index, fd)| LocalVcpu::new(index, fd, Arc::clone(&shared), self.config.interrupts))
             .collect::<Result<Vec<_>, _>>()?;
-        Ok(KvmVm::new(shared, vcpus, transcript))
+        Ok(LocalVm::new(shared, vcpus, transcript))
     }
 }
