@@ -60,6 +60,32 @@ pub enum Error {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// A vault cannot be started or reached.
+    #[error("the vault failed to {step}")]
+    Vault {
+        /// What it, or this process on its behalf, was to do.
+        step: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The vault does not do what it was asked to.
+    #[error("the vault refuses: {reason}")]
+    VaultRefused {
+        /// Why not.
+        reason: String,
+    },
+    /// The vault does not keep to the protocol, so that it cannot be trusted; it was killed.
+    #[error("the vault is not what it should be: {what}")]
+    VaultProtocol {
+        /// What it did.
+        what: &'static str,
+    },
+    /// The vault is dead, and with it the VM.
+    #[error("the vault is dead: {status}")]
+    VaultDied {
+        /// How it ended.
+        status: String,
+    },
 }
 
 impl Error {

@@ -1,6 +1,7 @@
 //! What a VMM holds of a VM: each handle leads to a VM of this process or of a vault.
 
 use crate::local::{LocalLoader, LocalVcpu, LocalVm};
+use crate::vault::{VaultLoader, VaultVcpu, VaultVm};
 use cvm_core::interrupt::Guarding;
 use cvm_core::launch::{Loader, Transcript};
 use cvm_core::memory::{Allocated, ConversionTotals};
@@ -16,6 +17,7 @@ macro_rules! either {
     ($handle:expr, $of:ident, $it:ident => $call:expr) => {
         match $handle {
             $of::Local($it) => $call,
+            $of::Vault($it) => $call,
         }
     };
 }
@@ -27,6 +29,7 @@ pub struct KvmLoader(pub(crate) LoaderOf);
 #[derive(Debug)]
 pub(crate) enum LoaderOf {
     Local(LocalLoader),
+    Vault(VaultLoader),
 }
 
 impl Loader for KvmLoader {
@@ -43,6 +46,7 @@ impl Loader for KvmLoader {
     fn seal(self, transcript: Transcript) -> Result<KvmVm, BoxError> {
         Ok(KvmVm(match self.0 {
             LoaderOf::Local(loader) => VmOf::Local(loader.seal(transcript)?),
+            LoaderOf::Vault(loader) => VmOf::Vault(loader.seal(transcript)?),
         }))
     }
 }
@@ -52,6 +56,7 @@ pub struct KvmVm(VmOf);
 
 enum VmOf {
     Local(LocalVm),
+    Vault(VaultVm),
 }
 
 impl Vm for KvmVm {
@@ -60,6 +65,7 @@ impl Vm for KvmVm {
     fn take_vcpus(&mut self) -> Vec<KvmVcpu> {
         match &mut self.0 {
             VmOf::Local(vm) => vm.take_vcpus().into_iter().map(VcpuOf::Local).map(KvmVcpu).collect(),
+            VmOf::Vault(vm) => vm.take_vcpus().into_iter().map(VcpuOf::Vault).map(KvmVcpu).collect(),
         }
     }
 
@@ -101,6 +107,7 @@ pub struct KvmVcpu(pub(crate) VcpuOf);
 
 pub(crate) enum VcpuOf {
     Local(LocalVcpu),
+    Vault(VaultVcpu),
 }
 
 impl Vcpu for KvmVcpu {

@@ -2,7 +2,7 @@
 
 use crate::Error;
 use crate::host::{HC_MAP_GPA_RANGE, Host};
-use crate::local::{FilesMemory, Kicker, Layout, is_amd, supported_cpuid};
+use crate::local::{Backing, FilesMemory, Kicker, Layout, is_amd, supported_cpuid};
 use cvm_core::{GpaRange, Kick, PAGE_SIZE, Watchdog};
 use kvm_bindings::{KVM_CAP_EXIT_HYPERCALL, kvm_enable_cap};
 use kvm_ioctls::{VcpuExit, VmFd};
@@ -67,7 +67,8 @@ fn try_one(host: &Host) -> Result<bool, Box<dyn std::error::Error>> {
     let vm = host.kvm.create_vm()?;
     enable(&vm)?;
     let page = GpaRange::new(0, PAGE_SIZE)?;
-    let memory = FilesMemory::new(Layout::new(&[page])?, host.most_runs)?;
+    let shared = Backing::new("cvm-shared", PAGE_SIZE)?;
+    let memory = FilesMemory::new(Layout::new(&[page])?, shared, host.most_runs)?;
     let code = if is_amd(&supported_cpuid(&host.kvm)?) { VMMCALL } else { VMCALL };
     memory.write_private(page, &code)?;
     memory.attach(&vm)?;

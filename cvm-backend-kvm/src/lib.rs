@@ -23,6 +23,7 @@ mod local;
 mod platform;
 mod policy;
 mod probe;
+pub mod vault;
 
 pub use error::Error;
 pub use handles::{KvmLoader, KvmVcpu, KvmVm};

@@ -1,13 +1,14 @@
 use crate::handles::{KvmLoader, LoaderOf};
 use crate::host::Host;
-use crate::local::{Isolation, LocalLoader};
+use crate::local::{Backing, Isolation, LocalLoader};
 use crate::policy::Holder;
-use crate::{Error, hypercall, probe};
+use crate::vault::Program;
+use crate::{Error, hypercall, probe, vault};
 use cvm_core::doorbell::Transport;
 use cvm_core::launch::VmConfig;
 use cvm_core::platform::{Asset, Offer, Party, Platform, Powers, TrustModel};
 use cvm_core::{Error as CoreError, Launch, Protection};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 /// Plain KVM on this host.
@@ -16,8 +17,12 @@ use std::sync::OnceLock;
 /// when it makes the first vCPU, and which it unblocks on a thread that runs a vCPU. A VMM must use it for nothing else.
 #[derive(Debug)]
 pub struct KvmPlatform {
+    device: PathBuf,
     host: Host,
+    /// How private memory is kept from the process that holds the VM.
     isolation: Isolation,
+    /// What starts vaults, if one is to hold the VM.
+    vault: Option<Program>,
     hypercalls: OnceLock<bool>,
 }
 
@@ -35,28 +40,39 @@ impl KvmPlatform {
     /// # Errors
     /// [`Error::Open`], [`Error::ApiVersion`], or [`Error::NotOffered`] for a protection that the host does not offer.
     pub fn open(path: &Path, protection: Option<Protection>) -> Result<Self, Error> {
+        let local = Self::local(path)?;
+        if vault::is_vault() {
+            let what = "this process is one: its main must begin with cvm::kvm::vault::init()".into();
+            return Err(Error::NotOffered { protection: Protection::Vault, what });
+        }
+        match protection {
+            None => Ok(Self { vault: Program::find().ok(), ..local }),
+            Some(Protection::Vault) => Ok(Self { vault: Some(Program::find()?), ..local }),
+            Some(Protection::None) => Ok(Self { isolation: Isolation::None, ..local }),
+            Some(Protection::GuestMemfd) if local.isolation == Isolation::GuestMemfd => Ok(local),
+            Some(Protection::GuestMemfd) => {
+                let lacks = probe::guest_memfd(&local.host).missing;
+                let what = lacks.into_iter().map(|missing| missing.what).collect::<Vec<_>>().join("; ");
+                Err(Error::NotOffered { protection: Protection::GuestMemfd, what })
+            }
+            Some(protection) => Err(Error::NotOffered { protection, what: "it is not software-only isolation".into() }),
+        }
+    }
+
+    /// The platform behind the KVM device at `path`, for VMs of this process, with the strongest protection from it.
+    pub(crate) fn local(path: &Path) -> Result<Self, Error> {
         let host = Host::open(path)?;
         let lacks = probe::guest_memfd(&host).missing;
-        let isolation = match protection {
-            Some(Protection::GuestMemfd) if !lacks.is_empty() => {
-                let what = lacks.into_iter().map(|missing| missing.what).collect::<Vec<_>>().join("; ");
-                return Err(Error::NotOffered { protection: Protection::GuestMemfd, what });
-            }
-            Some(Protection::GuestMemfd) => Isolation::GuestMemfd,
-            None if lacks.is_empty() => Isolation::GuestMemfd,
-            Some(Protection::None) | None => Isolation::None,
-            Some(protection) => {
-                return Err(Error::NotOffered { protection, what: "it is not software-only isolation".into() });
-            }
-        };
-        Ok(Self { host, isolation, hypercalls: OnceLock::new() })
+        let isolation = if lacks.is_empty() { Isolation::GuestMemfd } else { Isolation::None };
+        Ok(Self { device: path.to_owned(), host, isolation, vault: None, hypercalls: OnceLock::new() })
     }
 
     /// What protects the guests that are launched here.
     pub fn protection(&self) -> Protection {
-        match self.isolation {
-            Isolation::None => Protection::None,
-            Isolation::GuestMemfd => Protection::GuestMemfd,
+        match (&self.vault, self.isolation) {
+            (Some(_), _) => Protection::Vault,
+            (None, Isolation::None) => Protection::None,
+            (None, Isolation::GuestMemfd) => Protection::GuestMemfd,
         }
     }
 
@@ -75,6 +91,34 @@ impl KvmPlatform {
             Some(Transport::Hypercall) | None => Ok(Transport::Hypercall),
         }
     }
+
+    /// Refuses what this host cannot do.
+    fn check(&self, config: &VmConfig, holder: Holder) -> Result<(), CoreError> {
+        config.check()?;
+        let most = self.host.kvm.get_max_vcpus();
+        if config.vcpus as usize > most {
+            return Err(CoreError::Config(format!("{} vcpus; this kvm takes at most {most}", config.vcpus)));
+        }
+        let refusals = self.host.facts.refusals(config.policy, holder);
+        if !refusals.is_empty() {
+            return Err(CoreError::Config(format!("the policy cannot be fulfilled: {}", refusals.join("; "))));
+        }
+        Ok(())
+    }
+
+    /// For the vault: the launch of a VM that this process will hold on behalf of another, whose shared side is behind
+    /// `shared`. The configuration says by what transport.
+    pub(crate) fn launch_in_vault(&self, config: VmConfig, shared: Backing) -> Result<Launch<LocalLoader>, CoreError> {
+        self.check(&config, Holder::Vault)?;
+        // The VMM has found out what works, and nobody but the guest is worse off if that is not true.
+        let transport = config.transport.unwrap_or(Transport::Doorbell);
+        let loader = LocalLoader::new(&self.host, self.isolation, config.clone(), transport, Some(shared));
+        Launch::new(loader.map_err(create)?, config, transport)
+    }
+}
+
+fn create(source: cvm_core::BoxError) -> CoreError {
+    CoreError::Backend { step: "create the vm", range: None, source }
 }
 
 impl Platform for KvmPlatform {
@@ -85,35 +129,41 @@ impl Platform for KvmPlatform {
     }
 
     fn trust_model(&self) -> TrustModel {
-        match self.isolation {
-            // The files and registers are in the VMM's process, and nothing is encrypted.
-            Isolation::None => TrustModel::new(|party, _| match party {
-                Party::OtherVms => Powers::empty(),
+        match self.protection() {
+            // The VMM's process has neither memory nor registers, and the kernel keeps its user's other processes out of
+            // the vault. Both can keep interrupts from arriving, and no more.
+            Protection::Vault => TrustModel::new(|party, asset| match (party, asset) {
+                (Party::OtherVms | Party::VmmProcess | Party::SameUser, _) => Powers::empty(),
                 _ => Powers::all(),
             }),
             // The kernel gives no process a way to private memory, but who has the vCPUs can set their registers; and
             // other processes of the user can take over the VMM.
-            Isolation::GuestMemfd => TrustModel::new(|party, asset| match (party, asset) {
+            Protection::GuestMemfd => TrustModel::new(|party, asset| match (party, asset) {
                 (Party::OtherVms, _) => Powers::empty(),
                 (Party::VmmProcess | Party::SameUser, Asset::PrivateMemory) => Powers::STEER,
+                _ => Powers::all(),
+            }),
+            // The files and registers are in the VMM's process, and nothing is encrypted.
+            _ => TrustModel::new(|party, _| match party {
+                Party::OtherVms => Powers::empty(),
                 _ => Powers::all(),
             }),
         }
     }
 
     fn launch(&self, config: VmConfig) -> Result<Launch<KvmLoader>, CoreError> {
-        config.check()?;
-        let most = self.host.kvm.get_max_vcpus();
-        if config.vcpus as usize > most {
-            return Err(CoreError::Config(format!("{} vcpus; this kvm takes at most {most}", config.vcpus)));
-        }
-        let refusals = self.host.facts.refusals(config.policy, Holder::Vmm);
-        if !refusals.is_empty() {
-            return Err(CoreError::Config(format!("the policy cannot be fulfilled: {}", refusals.join("; "))));
-        }
         let transport = self.transport(config.transport)?;
-        let loader = LocalLoader::new(&self.host, self.isolation, config.clone(), transport)
-            .map_err(|source| CoreError::Backend { step: "create the vm", range: None, source })?;
-        Launch::new(KvmLoader(LoaderOf::Local(loader)), config, transport)
+        let loader = match &self.vault {
+            Some(program) => {
+                self.check(&config, Holder::Vault)?;
+                LoaderOf::Vault(vault::launch(program, &self.device, &config, transport).map_err(create)?)
+            }
+            None => {
+                self.check(&config, Holder::Vmm)?;
+                let loader = LocalLoader::new(&self.host, self.isolation, config.clone(), transport, None);
+                LoaderOf::Local(loader.map_err(create)?)
+            }
+        };
+        Launch::new(KvmLoader(loader), config, transport)
     }
 }

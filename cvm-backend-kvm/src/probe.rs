@@ -2,6 +2,7 @@
 
 use crate::host::{Host, setting};
 use crate::hypercall;
+use crate::vault::Program;
 use cvm_core::platform::{Missing, Offer, Protection};
 use kvm_ioctls::Cap;
 use std::fs;
@@ -44,6 +45,7 @@ pub(crate) fn offers(path: &Path) -> Vec<Offer> {
     ALL.map(|protection| match protection {
         Protection::None => none(&host),
         Protection::GuestMemfd => guest_memfd(&host),
+        Protection::Vault => vault(&host),
         Protection::Sev => sev(&host, protection, uapi::SEV_VM, "sev"),
         Protection::SevEs => sev(&host, protection, uapi::SEV_ES_VM, "sev_es"),
         Protection::SevSnp => sev(&host, protection, uapi::SNP_VM, "sev_snp"),
@@ -56,9 +58,10 @@ pub(crate) fn offers(path: &Path) -> Vec<Offer> {
     .into()
 }
 
-const ALL: [Protection; 7] = [
+const ALL: [Protection; 8] = [
     Protection::None,
     Protection::GuestMemfd,
+    Protection::Vault,
     Protection::Sev,
     Protection::SevEs,
     Protection::SevSnp,
@@ -105,6 +108,23 @@ pub(crate) fn guest_memfd(host: &Host) -> Offer {
         lacks.push(missing("kvm has no KVM_CAP_GUEST_MEMFD", "Linux 6.8 or later with CONFIG_KVM_PRIVATE_MEM"));
     }
     offer(Protection::GuestMemfd, lacks)
+}
+
+fn vault(host: &Host) -> Offer {
+    let mut lacks = none(host).missing;
+    if let Err(error) = Program::find() {
+        let what = match error {
+            crate::Error::NotOffered { what, .. } => what,
+            error => error.to_string(),
+        };
+        lacks.push(missing(what, "a program that can be a vault, or one beside it"));
+    }
+    let memory = if guest_memfd(host).missing.is_empty() {
+        "its private memory is a guest_memfd, which the vault itself cannot read"
+    } else {
+        "its private memory is a file of the vault"
+    };
+    Offer { protection: Protection::Vault, missing: lacks, notes: vec![memory.into()] }
 }
 
 /// Why a VM type is not there, as far as the parameter `name` of `module` tells.

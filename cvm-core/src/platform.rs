@@ -11,6 +11,8 @@ pub enum Protection {
     None,
     /// Plain KVM, private memory in a `guest_memfd` that no process can map.
     GuestMemfd,
+    /// Plain KVM, held by a process of its own that gives its VMM the shared side and what exits expose.
+    Vault,
     /// AMD Secure Encrypted Virtualization.
     Sev,
     /// AMD SEV with Encrypted State.
@@ -28,6 +30,7 @@ impl fmt::Display for Protection {
         f.write_str(match self {
             Self::None => "none",
             Self::GuestMemfd => "guest-memfd",
+            Self::Vault => "vault",
             Self::Sev => "sev",
             Self::SevEs => "sev-es",
             Self::SevSnp => "sev-snp",

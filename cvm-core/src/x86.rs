@@ -91,6 +91,35 @@ pub enum Register {
     Efer,
 }
 
+impl Register {
+    /// All of them.
+    pub const ALL: [Self; 23] = [
+        Self::Rax,
+        Self::Rbx,
+        Self::Rcx,
+        Self::Rdx,
+        Self::Rsi,
+        Self::Rdi,
+        Self::Rsp,
+        Self::Rbp,
+        Self::R8,
+        Self::R9,
+        Self::R10,
+        Self::R11,
+        Self::R12,
+        Self::R13,
+        Self::R14,
+        Self::R15,
+        Self::Rip,
+        Self::Rflags,
+        Self::Cr0,
+        Self::Cr2,
+        Self::Cr3,
+        Self::Cr4,
+        Self::Efer,
+    ];
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,4 +1,4 @@
-use super::memory::{FilesMemory, GmemMemory, GuestMemory, Layout};
+use super::memory::{Backing, FilesMemory, GmemMemory, GuestMemory, Layout};
 use super::staging::Staging;
 use super::vcpu::{self, LocalVcpu};
 use super::vm::{LocalVm, Shared};
@@ -38,17 +38,20 @@ pub(crate) struct LocalLoader {
 const SW_PROTECTED_VM: u64 = 1;
 
 impl LocalLoader {
+    /// A VM that uses `transport`. `shared` is behind the shared side; without it, a file of this process.
     pub(crate) fn new(
         host: &Host,
         isolation: Isolation,
         config: VmConfig,
         transport: Transport,
+        shared: Option<Backing>,
     ) -> Result<Self, BoxError> {
         let kvm = &host.kvm;
         let layout = Layout::new(&config.memory)?;
+        let shared = shared.map_or_else(|| Backing::new("cvm-shared", layout.bytes()), Ok)?;
         let (vm, memory) = match isolation {
             Isolation::None => {
-                let memory = FilesMemory::new(layout, host.most_runs)?;
+                let memory = FilesMemory::new(layout, shared, host.most_runs)?;
                 let vm = Arc::new(kvm.create_vm().map_err(Error::kvm("create a vm"))?);
                 memory.attach(&vm)?;
                 (vm, GuestMemory::Files(memory))
@@ -56,7 +59,7 @@ impl LocalLoader {
             Isolation::GuestMemfd => {
                 let vm = kvm.create_vm_with_type(SW_PROTECTED_VM).map_err(Error::kvm("create a protected vm"))?;
                 let vm = Arc::new(vm);
-                let memory = GmemMemory::new(Arc::clone(&vm), layout, host.most_runs)?;
+                let memory = GmemMemory::new(Arc::clone(&vm), layout, shared, host.most_runs)?;
                 (vm, GuestMemory::Gmem(memory))
             }
         };

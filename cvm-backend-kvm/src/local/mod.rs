@@ -12,4 +12,4 @@ pub(crate) use kick::Kicker;
 pub(crate) use loader::{Isolation, LocalLoader};
 pub(crate) use memory::{Backing, FilesMemory, Layout, shared_view};
 pub(crate) use vcpu::{LocalVcpu, is_amd, supported_cpuid};
-pub(crate) use vm::LocalVm;
+pub(crate) use vm::{LocalVm, lifecycle};

@@ -3,11 +3,13 @@
 #![allow(unsafe_code, reason = "an answer goes to the place in the vcpu's page that its exit showed")]
 
 use super::kick::Kicker;
+use super::memory::GuestMemory;
 use super::vcpu_fd::{self, PortAnswer};
 use super::vm::Shared;
 use crate::Error;
 use crate::host::HC_MAP_GPA_RANGE;
 use cvm_core::doorbell::{self, Access, Registers, Ring, Transport};
+use cvm_core::memory::ConversionEngine;
 use cvm_core::x86::{Register, VcpuState};
 use cvm_core::{
     Answer, BoxError, Conversion, ConversionRequest, Error as CoreError, Event, Exit, Gpa, InterruptGuard,
@@ -166,6 +168,35 @@ impl Raw {
     }
 }
 
+impl Raw {
+    /// What it shows of registers: its operands, and of a register that is wider no more than these.
+    fn expose(&self, exposed: &mut Vec<(Register, u64)>) {
+        exposed.clear();
+        // Ports above 255 can be named by DX alone (Intel SDM, volume 2, IN and OUT).
+        let by_register = |port: u16| (port > 0xff).then_some((Register::Rdx, port.into()));
+        match self {
+            Self::PortOut { port, value, .. } => {
+                exposed.push((Register::Rax, (*value).into()));
+                exposed.extend(by_register(*port));
+            }
+            Self::PortIn { port, .. } => exposed.extend(by_register(*port)),
+            Self::MsrWrite { index, value } => exposed.extend([
+                (Register::Rcx, (*index).into()),
+                (Register::Rax, value & u64::from(u32::MAX)),
+                (Register::Rdx, value >> 32),
+            ]),
+            Self::MsrRead { index } => exposed.push((Register::Rcx, (*index).into())),
+            Self::Hypercall { number, arguments: [gpa, pages, attributes, ..] } => exposed.extend([
+                (Register::Rax, *number),
+                (Register::Rbx, *gpa),
+                (Register::Rcx, *pages),
+                (Register::Rdx, *attributes),
+            ]),
+            _ => {}
+        }
+    }
+}
+
 /// A vCPU on plain KVM.
 pub(crate) struct LocalVcpu {
     index: u32,
@@ -182,6 +213,8 @@ pub(crate) struct LocalVcpu {
     failed: bool,
     /// Injected vectors that the guest has not taken yet, vector 0 first.
     interrupts: [u64; 4],
+    /// What the exit under way shows of registers.
+    exposed: Vec<(Register, u64)>,
 }
 
 impl LocalVcpu {
@@ -197,11 +230,22 @@ impl LocalVcpu {
             halted: false,
             failed: false,
             interrupts: [0; 4],
+            exposed: Vec::new(),
         })
     }
 
     fn protocol<T>(&self, problem: &'static str) -> Result<T, CoreError> {
         Err(CoreError::Protocol { vcpu: self.index, problem })
+    }
+
+    /// The engine of this vCPU's VM.
+    pub(crate) fn engine(&self) -> &ConversionEngine<GuestMemory> {
+        &self.shared.engine
+    }
+
+    /// What the exit under way shows of a register, or nothing.
+    pub(crate) fn exposed(&self, register: Register) -> Option<u64> {
+        self.exposed.iter().find(|(exposed, _)| *exposed == register).map(|(_, value)| *value)
     }
 
     /// Hands the highest waiting vector to the guest if it can take one now, and else asks KVM to say when.
@@ -279,6 +323,7 @@ impl LocalVcpu {
     /// Runs the guest until it exits in a way that the VMM must know of.
     fn run_on(&mut self) -> Result<Exit, CoreError> {
         loop {
+            self.exposed.clear();
             if self.kicker.take() {
                 return Ok(Exit::Kicked);
             }
@@ -294,7 +339,9 @@ impl LocalVcpu {
                 let _entered = self.kicker.enter();
                 Raw::from_kvm(self.fd.run())
             };
-            if let Some(exit) = self.translate(raw.map_err(failed("run a vcpu"))?)? {
+            let raw = raw.map_err(failed("run a vcpu"))?;
+            raw.expose(&mut self.exposed);
+            if let Some(exit) = self.translate(raw)? {
                 return Ok(exit);
             }
         }
@@ -520,7 +567,7 @@ mod tests {
 
         let mut vm = launch.seal().unwrap();
         let mut vcpu = vm.take_vcpus().remove(0);
-        let VcpuOf::Local(vcpu) = &mut vcpu.0;
+        let VcpuOf::Local(vcpu) = &mut vcpu.0 else { panic!("it is not of this process") };
         vcpu.shared.engine.converter().poison(GpaRange::from_pages(POISONED, 1).unwrap()).unwrap();
         let _watchdog = Watchdog::new(Duration::from_secs(10), vec![vcpu.kicker()]).unwrap();
         vcpu.run().unwrap_err()

@@ -68,19 +68,24 @@ impl Vm for LocalVm {
     }
 
     fn lifecycle(&self, what: Lifecycle) -> LifecycleAnswer {
-        match what {
-            // The kernel swaps the pages of both files as those of any other.
-            Lifecycle::Swap => LifecycleAnswer::Yes,
-            Lifecycle::Migrate | Lifecycle::Snapshot | Lifecycle::Dump => {
-                LifecycleAnswer::No("there is no protected export of private memory and registers")
-            }
-            Lifecycle::Reset => LifecycleAnswer::No("the launch is measured once: launch a new vm"),
-            Lifecycle::Hotplug => LifecycleAnswer::No("memory and vcpus are part of the measured launch"),
-            Lifecycle::AssignDevice => LifecycleAnswer::No("no iommu mapping follows the conversions"),
-        }
+        lifecycle(what)
     }
 
     fn guarding(&self) -> Guarding {
         Guarding::Library
+    }
+}
+
+/// What can be done with a VM on plain KVM, whoever holds it.
+pub(crate) fn lifecycle(what: Lifecycle) -> LifecycleAnswer {
+    match what {
+        // The kernel swaps the pages of both files as those of any other.
+        Lifecycle::Swap => LifecycleAnswer::Yes,
+        Lifecycle::Migrate | Lifecycle::Snapshot | Lifecycle::Dump => {
+            LifecycleAnswer::No("there is no protected export of private memory and registers")
+        }
+        Lifecycle::Reset => LifecycleAnswer::No("the launch is measured once: launch a new vm"),
+        Lifecycle::Hotplug => LifecycleAnswer::No("memory and vcpus are part of the measured launch"),
+        Lifecycle::AssignDevice => LifecycleAnswer::No("no iommu mapping follows the conversions"),
     }
 }

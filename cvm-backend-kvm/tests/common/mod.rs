@@ -2,12 +2,11 @@
 
 #![allow(dead_code, reason = "each test file uses its own part")]
 
-use cvm_backend_kvm::{KvmLoader, KvmPlatform, KvmVcpu, KvmVm};
+use cvm_backend_kvm::{KvmLoader, KvmPlatform, KvmVcpu, KvmVm, vault};
 use cvm_core::doorbell::{Doorbell, MSR_BASE, PORT_BASE, Transport, control, device_base};
-use cvm_core::x86::Register;
 use cvm_core::{
-    Answer, Error, Exit, Gpa, GpaRange, Launch, PAGE_SIZE, PageKind, Platform, Protection, RegisterRead, Side, Vcpu,
-    Vm, VmConfig, Watchdog,
+    Answer, Error, Exit, Gpa, GpaRange, Launch, PAGE_SIZE, PageKind, Platform, Protection, Side, Vcpu, Vm, VmConfig,
+    Watchdog,
 };
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -43,12 +42,15 @@ pub fn isolation() -> Protection {
     match std::env::var("CVM_ISOLATION").as_deref() {
         Err(_) | Ok("none") => Protection::None,
         Ok("guest-memfd") => Protection::GuestMemfd,
-        Ok(other) => panic!("$CVM_ISOLATION is {other}: it takes none or guest-memfd"),
+        Ok("vault") => Protection::Vault,
+        Ok(other) => panic!("$CVM_ISOLATION is {other}: it takes none, guest-memfd or vault"),
     }
 }
 
 /// This host's KVM. Without one a test has nothing to do, unless `CVM_REQUIRE_KVM` is set.
 pub fn kvm() -> Option<KvmPlatform> {
+    // A test's main is not its own.
+    vault::use_program(env!("CARGO_BIN_EXE_cvm-vault"));
     match KvmPlatform::open(Path::new("/dev/kvm"), Some(isolation())) {
         Ok(platform) => Some(platform),
         Err(error) if std::env::var_os("CVM_REQUIRE_KVM").is_some() => panic!("{error}"),
@@ -288,12 +290,5 @@ pub fn drive(vm: &KvmVm, vcpu: &mut KvmVcpu) -> Result<Exit, Error> {
             }
             exit => return Ok(exit),
         }
-    }
-}
-
-pub fn visible(vcpu: &KvmVcpu, register: Register) -> u64 {
-    match vcpu.register(register).unwrap() {
-        RegisterRead::Visible(value) => value,
-        other => panic!("{register:?} is {other:?} on plain kvm"),
     }
 }

@@ -1,10 +1,12 @@
 //! The files behind guest memory.
 
 use crate::Error;
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::fs::{
+    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create,
+};
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::fd::OwnedFd;
 
 /// One side of a VM's memory: an anonymous file of fixed size, sparse at first.
 #[derive(Debug)]
@@ -25,6 +27,23 @@ impl Backing {
         make().map_err(|error: rustix::io::Errno| Error::Backing { step: "create a file", bytes, source: error.into() })
     }
 
+    /// A file that somebody else has made, if it has `bytes` bytes and keeps them: so that nobody can make a mapping of it
+    /// fault.
+    pub(crate) fn adopt(file: OwnedFd, bytes: u64) -> Result<Self, Error> {
+        let fail = |source| Error::Backing { step: "take over a file", bytes, source };
+        let seals = fcntl_get_seals(&file).map_err(|error| fail(error.into()))?;
+        let file = File::from(file);
+        let len = fstat(&file).map_err(|error| fail(error.into()))?.st_size;
+        if u64::try_from(len) != Ok(bytes) || !seals.contains(SealFlags::SHRINK | SealFlags::GROW) {
+            return Err(fail(io::Error::other("it has another size, or its size is not fixed")));
+        }
+        Ok(Self { file })
+    }
+
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { file: self.file.try_clone()? })
+    }
+
     pub(crate) fn file(&self) -> &File {
         &self.file
     }
@@ -37,6 +56,6 @@ impl Backing {
     /// How many bytes of memory are behind the file now.
     pub(crate) fn allocated(&self) -> io::Result<u64> {
         // The unit of st_blocks is 512 bytes, whatever the block size (stat(2)).
-        Ok(self.file.metadata()?.blocks() * 512)
+        Ok(fstat(&self.file)?.st_blocks as u64 * 512)
     }
 }

@@ -39,11 +39,11 @@ pub(crate) struct FilesMemory {
 }
 
 impl FilesMemory {
-    /// Memory for all slots of `layout`, all of it private and zero.
-    pub(crate) fn new(layout: Layout, most_runs: u64) -> Result<Self, Error> {
+    /// Memory for all slots of `layout`, all of it private and zero; `shared` is behind the shared side.
+    pub(crate) fn new(layout: Layout, shared: Backing, most_runs: u64) -> Result<Self, Error> {
         let mut memory = Self {
             private: Backing::new("cvm-private", layout.bytes())?,
-            shared: Backing::new("cvm-shared", layout.bytes())?,
+            shared,
             slots: Vec::new(),
             layout,
             most_runs,
@@ -143,7 +143,9 @@ mod tests {
 
     fn memory() -> FilesMemory {
         let pages = |start, pages| GpaRange::from_pages(start * PAGE_SIZE, pages).unwrap();
-        FilesMemory::new(Layout::new(&[pages(0, 500), pages(1000, 100)]).unwrap(), 1000).unwrap()
+        let layout = Layout::new(&[pages(0, 500), pages(1000, 100)]).unwrap();
+        let shared = Backing::new("cvm-shared", layout.bytes()).unwrap();
+        FilesMemory::new(layout, shared, 1000).unwrap()
     }
 
     fn shared_view(memory: &FilesMemory) -> SharedMemory {
@@ -200,7 +202,10 @@ mod tests {
         let most_runs = crate::host::most_runs();
         let pages = 2 * most_runs + 4;
         let layout = Layout::new(&[GpaRange::from_pages(0, pages).unwrap()]).unwrap();
-        let memory = FilesMemory::new(layout, most_runs).unwrap();
+        let memory = {
+            let shared = Backing::new("cvm-shared", layout.bytes()).unwrap();
+            FilesMemory::new(layout, shared, most_runs).unwrap()
+        };
         let view = shared_view(&memory);
         let engine = ConversionEngine::new(memory, view);
         let refused = (0..pages).step_by(2).find_map(|page| {

@@ -42,9 +42,9 @@ pub(crate) struct GmemMemory {
 }
 
 impl GmemMemory {
-    /// Memory for all slots of `layout`, all of it private and zero, as the memory of `vm`.
-    pub(crate) fn new(vm: Arc<VmFd>, layout: Layout, most_runs: u64) -> Result<Self, Error> {
-        let shared = Backing::new("cvm-shared", layout.bytes())?;
+    /// Memory for all slots of `layout`, all of it private and zero, as the memory of `vm`; `shared` is behind
+    /// the shared side.
+    pub(crate) fn new(vm: Arc<VmFd>, layout: Layout, shared: Backing, most_runs: u64) -> Result<Self, Error> {
         let mut memory = Self { slots: Vec::new(), layout: layout.clone(), shared, vm, most_runs };
         for (number, (range, offset)) in (0..).zip(layout.iter()) {
             let window = Window::new(range).map_err(Error::memory("reserve address space for", range))?;
@@ -172,7 +172,9 @@ mod tests {
             }
         }
         let vm = Kvm::new().unwrap().create_vm_with_type(1).unwrap();
-        Some(GmemMemory::new(Arc::new(vm), Layout::new(slots).unwrap(), 1000).unwrap())
+        let layout = Layout::new(slots).unwrap();
+        let shared = Backing::new("cvm-shared", layout.bytes()).unwrap();
+        Some(GmemMemory::new(Arc::new(vm), layout, shared, 1000).unwrap())
     }
 
     fn range(start: u64, pages: u64) -> GpaRange {

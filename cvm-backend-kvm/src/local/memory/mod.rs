@@ -36,14 +36,6 @@ impl GuestMemory {
         }
     }
 
-    /// The file behind the shared side, and where the slots lie in it.
-    pub(crate) fn shared(&self) -> (&Backing, &Layout) {
-        match self {
-            Self::Files(memory) => (memory.shared(), memory.layout()),
-            Self::Gmem(memory) => (memory.shared(), memory.layout()),
-        }
-    }
-
     pub(crate) fn allocated(&self) -> io::Result<Allocated> {
         match self {
             Self::Files(memory) => memory.allocated(),

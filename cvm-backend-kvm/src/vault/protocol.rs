@@ -1,0 +1,556 @@
+//! What a VMM and its vault say to each other.
+//!
+//! Everything is a [`Message`]: a sequence number, a kind, six operands, and for some kinds a short text. Either end may
+//! be compromised, so that each checks all that it takes: a kind that it does not know, an operand that is out of range,
+//! one that should be zero, or a text where there is none makes a message [`Malformed`].
+//!
+//! | | on | from the VMM | from the vault |
+//! |---|---|---|---|
+//! | until the launch is sealed, and for what is not about a vCPU | a socket | [`Order`] | [`Report`] |
+//! | for each vCPU, after the seal | a shared page | [`Request`] | [`Reply`] |
+//!
+//! Each message from the VMM has one from the vault as its answer, with the same sequence number, before the next may
+//! come.
+
+use cvm_core::doorbell::{Access, Doorbell, SPACE, Transport, device_of};
+use cvm_core::interrupt::Refusal;
+use cvm_core::memory::LeftAs;
+use cvm_core::x86::{Register, VcpuState};
+use cvm_core::{Answer, ConversionRequest, Event, Exit, Gpa, GpaRange, Measurement, PAGE_SIZE, PageKind, Policy, Side};
+use std::num::NonZeroU32;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// The most bytes of text that a message has.
+pub const MOST_TEXT: usize = 256;
+
+/// The fixed part of every message, little endian as the processor that both ends run on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Message {
+    /// Counts the VMM's messages; an answer has that of its question.
+    pub sequence: u32,
+    /// What it is.
+    pub kind: u16,
+    /// How many bytes of text follow.
+    pub text: u16,
+    /// What the kind says; those that it does not use are zero.
+    pub operands: [u64; 6],
+}
+
+/// A message that means nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a message of kind {kind:#x} is malformed")]
+pub struct Malformed {
+    /// Its kind.
+    pub kind: u16,
+}
+
+/// A message and its text.
+pub type Encoded = (Message, String);
+
+fn encoded(kind: u16, operands: &[u64]) -> Encoded {
+    let mut message = Message { kind, ..Message::default() };
+    for (slot, operand) in message.operands.iter_mut().zip(operands) {
+        *slot = *operand;
+    }
+    (message, String::new())
+}
+
+fn with_text((mut message, _): Encoded, text: &str) -> Encoded {
+    let text: String = text.chars().filter(|letter| !letter.is_control()).collect();
+    let end = text.char_indices().map(|(at, letter)| at + letter.len_utf8()).take_while(|end| *end <= MOST_TEXT).last();
+    let text = text[..end.unwrap_or(0)].to_owned();
+    message.text = text.len() as u16;
+    (message, text)
+}
+
+/// Takes a message apart.
+struct Parts<'a> {
+    kind: u16,
+    operands: std::slice::Iter<'a, u64>,
+    text: Option<&'a [u8]>,
+}
+
+impl<'a> Parts<'a> {
+    fn of(message: &'a Message, text: &'a [u8]) -> Self {
+        Self { kind: message.kind, operands: message.operands.iter(), text: Some(text) }
+    }
+
+    fn malformed(&self) -> Malformed {
+        Malformed { kind: self.kind }
+    }
+
+    /// The next operand.
+    fn next<T: TryFrom<u64>>(&mut self) -> Result<T, Malformed> {
+        let operand = self.operands.next().copied().unwrap_or(0);
+        T::try_from(operand).map_err(|_| self.malformed())
+    }
+
+    /// The next operand as one of `choices`, by the number that `number` gives each.
+    fn choice<T: Copy>(&mut self, choices: &[T], number: impl Fn(T) -> u64) -> Result<T, Malformed> {
+        let operand = self.next::<u64>()?;
+        choices.iter().copied().find(|choice| number(*choice) == operand).ok_or(self.malformed())
+    }
+
+    fn flag(&mut self) -> Result<bool, Malformed> {
+        self.choice(&[false, true], u64::from)
+    }
+
+    fn side(&mut self) -> Result<Side, Malformed> {
+        self.choice(&[Side::Private, Side::Shared], |side| side as u64)
+    }
+
+    fn range(&mut self) -> Result<GpaRange, Malformed> {
+        let (start, len) = (self.next()?, self.next()?);
+        GpaRange::new(start, len).map_err(|_| self.malformed())
+    }
+
+    fn text(&mut self) -> Result<String, Malformed> {
+        let text = self.text.take().and_then(|text| str::from_utf8(text).ok());
+        let text = text.filter(|text| text.len() <= MOST_TEXT && !text.contains(char::is_control));
+        text.map(str::to_owned).ok_or(self.malformed())
+    }
+
+    /// What was made of the message, if nothing of it is left over.
+    fn end<T>(self, made: T) -> Result<T, Malformed> {
+        let empty = self.text.is_none_or(<[u8]>::is_empty);
+        if empty && self.operands.clone().all(|operand| *operand == 0) { Ok(made) } else { Err(self.malformed()) }
+    }
+}
+
+/// What the guest's last exit is answered with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Given {
+    /// Nothing: it asked for nothing.
+    Nothing,
+    /// The value that it reads.
+    Value(u64),
+    /// What became of its conversion.
+    Answer(Answer),
+}
+
+/// What a VMM asks for on a vCPU's page.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Request {
+    /// Answer the last exit, and run the guest up to the next.
+    Run(Given),
+    /// Carry out this part of what the guest has asked for.
+    Convert {
+        /// The pages.
+        range: GpaRange,
+        /// Where they go.
+        to: Side,
+    },
+    /// Take pages from the guest that a conversion has lost.
+    Poison(GpaRange),
+    /// Show a register.
+    Register(Register),
+    /// Inject an event.
+    Inject(Event),
+}
+
+const ANSWERS: [Answer; 3] = [Answer::Done, Answer::Invalid, Answer::Retry];
+
+impl Request {
+    /// As a message.
+    pub fn encode(&self) -> Encoded {
+        match *self {
+            Self::Run(Given::Nothing) => encoded(1, &[]),
+            Self::Run(Given::Value(value)) => encoded(2, &[value]),
+            Self::Run(Given::Answer(answer)) => encoded(3, &[answer as u64]),
+            Self::Convert { range, to } => encoded(4, &[range.start().0, range.len(), to as u64]),
+            Self::Poison(range) => encoded(5, &[range.start().0, range.len()]),
+            Self::Register(register) => encoded(6, &[register as u64]),
+            Self::Inject(event) => {
+                let (event, vector) = match event {
+                    Event::Interrupt(vector) => (0, vector),
+                    Event::Exception(vector) => (1, vector),
+                    Event::Nmi => (2, 0),
+                    Event::Smi => (3, 0),
+                    Event::Init => (4, 0),
+                    Event::Startup => (5, 0),
+                };
+                encoded(7, &[event, vector.into()])
+            }
+        }
+    }
+
+    /// From a message.
+    ///
+    /// # Errors
+    /// [`Malformed`].
+    pub fn decode(message: &Message, text: &[u8]) -> Result<Self, Malformed> {
+        let mut parts = Parts::of(message, text);
+        let request = match message.kind {
+            1 => Self::Run(Given::Nothing),
+            2 => Self::Run(Given::Value(parts.next()?)),
+            3 => Self::Run(Given::Answer(parts.choice(&ANSWERS, |answer| answer as u64)?)),
+            4 => Self::Convert { range: parts.range()?, to: parts.side()? },
+            5 => Self::Poison(parts.range()?),
+            6 => Self::Register(parts.choice(&Register::ALL, |register| register as u64)?),
+            7 => Self::Inject(match (parts.next()?, parts.next()?) {
+                (0u64, vector) => Event::Interrupt(vector),
+                (1, vector) => Event::Exception(vector),
+                (2, 0) => Event::Nmi,
+                (3, 0) => Event::Smi,
+                (4, 0) => Event::Init,
+                (5, 0) => Event::Startup,
+                _ => return Err(parts.malformed()),
+            }),
+            _ => return Err(parts.malformed()),
+        };
+        parts.end(request)
+    }
+}
+
+/// Why a vCPU cannot go on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Failure {
+    /// It accessed what is no memory.
+    Mmio {
+        /// Where.
+        gpa: Gpa,
+        /// Whether it wrote.
+        write: bool,
+    },
+    /// It touched a page without the conversion that this takes.
+    MissingConversion {
+        /// The address.
+        gpa: Gpa,
+    },
+    /// It rang a doorbell that is not there.
+    UnknownDoorbell {
+        /// The register.
+        register: u16,
+        /// What it tried.
+        access: Access,
+    },
+    /// It crashed, for this reason.
+    Crashed(String),
+    /// Pages are lost that a guest may still see.
+    Lost,
+    /// The vault's host failed it.
+    Host(String),
+}
+
+/// What a vault answers on a vCPU's page.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reply {
+    /// The guest has exited.
+    Exit(Exit),
+    /// The guest has failed.
+    Failed(Failure),
+    /// It is done.
+    Done,
+    /// The pages were not converted.
+    NotConverted {
+        /// How they are left.
+        left_as: LeftAs,
+        /// Why.
+        reason: String,
+    },
+    /// What the exit under way exposes of the register, or nothing.
+    Register(Option<u64>),
+    /// The guard does not allow the injection.
+    InjectionRefused(Refusal),
+    /// The vault does not do that, for this reason.
+    Refused(String),
+}
+
+impl Reply {
+    /// As a message. An exit that there is no message for becomes a crash.
+    pub fn encode(&self) -> Encoded {
+        match self {
+            Self::Exit(exit) => match *exit {
+                Exit::Conversion(request) => encoded(1, &[request.gpa().0, request.pages(), request.to() as u64]),
+                Exit::Console(byte) => encoded(2, &[byte.into()]),
+                Exit::DoorbellWrite { register, value } => encoded(3, &[register.into(), value.into()]),
+                Exit::DoorbellRead { register } => encoded(4, &[register.into()]),
+                Exit::PortWrite { port, width, value } => encoded(5, &[port.into(), width.into(), value.into()]),
+                Exit::PortRead { port, width } => encoded(6, &[port.into(), width.into()]),
+                Exit::MsrWrite { index, value } => encoded(7, &[index.into(), value]),
+                Exit::MsrRead { index } => encoded(8, &[index.into()]),
+                Exit::Halted => encoded(9, &[]),
+                Exit::Ended { code } => encoded(10, &[code.into()]),
+                Exit::Kicked => encoded(11, &[]),
+                _ => with_text(encoded(0x23, &[]), "it left by an exit that vaults do not pass on"),
+            },
+            Self::Failed(failure) => match failure {
+                Failure::Mmio { gpa, write } => encoded(0x20, &[gpa.0, (*write).into()]),
+                Failure::MissingConversion { gpa } => encoded(0x21, &[gpa.0]),
+                Failure::UnknownDoorbell { register, access } => {
+                    let (write, value) = match access {
+                        Access::Read => (0, 0),
+                        Access::Write(value) => (1, *value),
+                    };
+                    encoded(0x22, &[(*register).into(), write, value.into()])
+                }
+                Failure::Crashed(reason) => with_text(encoded(0x23, &[]), reason),
+                Failure::Lost => encoded(0x24, &[]),
+                Failure::Host(reason) => with_text(encoded(0x25, &[]), reason),
+            },
+            Self::Done => encoded(0x30, &[]),
+            Self::NotConverted { left_as, reason } => {
+                with_text(encoded(0x31, &[(*left_as == LeftAs::Unknown).into()]), reason)
+            }
+            Self::Register(exposed) => encoded(0x32, &[exposed.is_some().into(), exposed.unwrap_or(0)]),
+            Self::InjectionRefused(refusal) => match refusal {
+                Refusal::Reserved => encoded(0x40, &[]),
+                Refusal::NotAccepted => encoded(0x41, &[]),
+                Refusal::TooMany { most } => encoded(0x42, &[most.get().into()]),
+                Refusal::NotAnInterrupt => encoded(0x43, &[]),
+            },
+            Self::Refused(reason) => with_text(encoded(0x50, &[]), reason),
+        }
+    }
+
+    /// From a message about vCPU `vcpu`.
+    ///
+    /// # Errors
+    /// [`Malformed`].
+    pub fn decode(vcpu: u32, message: &Message, text: &[u8]) -> Result<Self, Malformed> {
+        let mut parts = Parts::of(message, text);
+        let reply = match message.kind {
+            1..=11 => Self::Exit(Self::decode_exit(vcpu, message.kind, &mut parts)?),
+            0x20 => Self::Failed(Failure::Mmio { gpa: Gpa(parts.next()?), write: parts.flag()? }),
+            0x21 => Self::Failed(Failure::MissingConversion { gpa: Gpa(parts.next()?) }),
+            0x22 => {
+                let register = parts.next()?;
+                let access = match (parts.flag()?, parts.next()?) {
+                    (false, 0) => Access::Read,
+                    (true, value) => Access::Write(value),
+                    _ => return Err(parts.malformed()),
+                };
+                Self::Failed(Failure::UnknownDoorbell { register, access })
+            }
+            0x23 => Self::Failed(Failure::Crashed(parts.text()?)),
+            0x24 => Self::Failed(Failure::Lost),
+            0x25 => Self::Failed(Failure::Host(parts.text()?)),
+            0x30 => Self::Done,
+            0x31 => {
+                let left_as = if parts.flag()? { LeftAs::Unknown } else { LeftAs::Before };
+                Self::NotConverted { left_as, reason: parts.text()? }
+            }
+            0x32 => Self::Register(match (parts.flag()?, parts.next()?) {
+                (true, value) => Some(value),
+                (false, 0) => None,
+                _ => return Err(parts.malformed()),
+            }),
+            0x40 => Self::InjectionRefused(Refusal::Reserved),
+            0x41 => Self::InjectionRefused(Refusal::NotAccepted),
+            0x42 => {
+                let most = NonZeroU32::new(parts.next()?).ok_or(parts.malformed())?;
+                Self::InjectionRefused(Refusal::TooMany { most })
+            }
+            0x43 => Self::InjectionRefused(Refusal::NotAnInterrupt),
+            0x50 => Self::Refused(parts.text()?),
+            _ => return Err(parts.malformed()),
+        };
+        parts.end(reply)
+    }
+
+    fn decode_exit(vcpu: u32, kind: u16, parts: &mut Parts<'_>) -> Result<Exit, Malformed> {
+        fn device(parts: &mut Parts<'_>) -> Result<u16, Malformed> {
+            let register: u16 = parts.next()?;
+            let is_one = register < SPACE && register.is_multiple_of(4) && device_of(register).is_some();
+            if is_one { Ok(register) } else { Err(parts.malformed()) }
+        }
+        Ok(match kind {
+            1 => Exit::Conversion(ConversionRequest::from_guest(vcpu, parts.next()?, parts.next()?, parts.side()?)),
+            2 => Exit::Console(parts.next()?),
+            3 => Exit::DoorbellWrite { register: device(parts)?, value: parts.next()? },
+            4 => Exit::DoorbellRead { register: device(parts)? },
+            5 => {
+                let (port, width) = (parts.next()?, parts.choice(&[1, 2, 4], u64::from)?);
+                let value: u32 = parts.next()?;
+                if u64::from(value) >> (8 * width) != 0 {
+                    return Err(parts.malformed());
+                }
+                Exit::PortWrite { port, width, value }
+            }
+            6 => Exit::PortRead { port: parts.next()?, width: parts.choice(&[1, 2, 4], u64::from)? },
+            7 => Exit::MsrWrite { index: parts.next()?, value: parts.next()? },
+            8 => Exit::MsrRead { index: parts.next()? },
+            9 => Exit::Halted,
+            10 => Exit::Ended { code: parts.next()? },
+            11 => Exit::Kicked,
+            _ => return Err(parts.malformed()),
+        })
+    }
+}
+
+/// What a VMM orders on the socket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Order {
+    /// The VM to be has memory here.
+    Slot(GpaRange),
+    /// It accepts these vectors, at most so many in a second.
+    Accept {
+        /// 256 bits, vector 0 first.
+        vectors: [u64; 4],
+        /// Nothing if there is no limit.
+        most_per_second: Option<NonZeroU32>,
+    },
+    /// Begin the launch. With it come the file of the shared side and that of the vCPUs' pages.
+    Create {
+        /// How many vCPUs.
+        vcpus: u32,
+        /// What the guest demands.
+        policy: Policy,
+        /// How it rings.
+        doorbell: Doorbell,
+        /// How it asks for conversions.
+        transport: Transport,
+    },
+    /// Load what the shared side has at these pages.
+    Load {
+        /// The pages.
+        range: GpaRange,
+        /// What they are to the measurement.
+        kind: PageKind,
+    },
+    /// The first state of a vCPU.
+    SetVcpu {
+        /// Which.
+        index: u32,
+        /// The state.
+        state: VcpuState,
+    },
+    /// End the launch.
+    Seal,
+    /// Say how much memory is in use.
+    Count,
+}
+
+impl Order {
+    /// As a message.
+    pub fn encode(&self) -> Encoded {
+        match *self {
+            Self::Slot(range) => encoded(0x101, &[range.start().0, range.len()]),
+            Self::Accept { vectors: [a, b, c, d], most_per_second } => {
+                encoded(0x102, &[a, b, c, d, most_per_second.map_or(0, NonZeroU32::get).into()])
+            }
+            Self::Create { vcpus, policy, doorbell, transport } => {
+                encoded(0x103, &[vcpus.into(), policy.bits(), doorbell as u64, transport as u64])
+            }
+            Self::Load { range, kind } => encoded(0x104, &[range.start().0, range.len(), kind as u64]),
+            Self::SetVcpu { index, state: VcpuState { rip, rsp, rdi, rsi, cr3 } } => {
+                encoded(0x105, &[index.into(), rip, rsp, rdi, rsi, cr3])
+            }
+            Self::Seal => encoded(0x106, &[]),
+            Self::Count => encoded(0x107, &[]),
+        }
+    }
+
+    /// From a message.
+    ///
+    /// # Errors
+    /// [`Malformed`].
+    pub fn decode(message: &Message, text: &[u8]) -> Result<Self, Malformed> {
+        let mut parts = Parts::of(message, text);
+        let order = match message.kind {
+            0x101 => Self::Slot(parts.range()?),
+            0x102 => Self::Accept {
+                vectors: [parts.next()?, parts.next()?, parts.next()?, parts.next()?],
+                most_per_second: NonZeroU32::new(parts.next()?),
+            },
+            0x103 => Self::Create {
+                vcpus: parts.next()?,
+                // Demands that are not known here are refused with a reason, not as malformed.
+                policy: Policy::from_bits_retain(parts.next()?),
+                doorbell: parts.choice(&[Doorbell::Port, Doorbell::Msr], |doorbell| doorbell as u64)?,
+                transport: parts.choice(&[Transport::Doorbell, Transport::Hypercall], |transport| transport as u64)?,
+            },
+            0x104 => {
+                const KINDS: [PageKind; 3] = [PageKind::Measured, PageKind::Zero, PageKind::Unmeasured];
+                Self::Load { range: parts.range()?, kind: parts.choice(&KINDS, |kind| kind as u64)? }
+            }
+            0x105 => Self::SetVcpu {
+                index: parts.next()?,
+                state: VcpuState {
+                    rip: parts.next()?,
+                    rsp: parts.next()?,
+                    rdi: parts.next()?,
+                    rsi: parts.next()?,
+                    cr3: parts.next()?,
+                },
+            },
+            0x106 => Self::Seal,
+            0x107 => Self::Count,
+            _ => return Err(parts.malformed()),
+        };
+        parts.end(order)
+    }
+}
+
+/// What a vault answers on the socket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Report {
+    /// It is done; of the launch's begin, with the descriptor that wakes the vault for kicks.
+    Done,
+    /// The launch has ended with this measurement.
+    Sealed(Measurement),
+    /// So much memory is in use, in bytes.
+    Memory {
+        /// On the private side, where the host can tell.
+        private: Option<u64>,
+        /// On the shared side.
+        shared: u64,
+    },
+    /// It is not done, for this reason.
+    Failed(String),
+}
+
+impl Report {
+    /// As a message.
+    pub fn encode(&self) -> Encoded {
+        match self {
+            Self::Done => encoded(0x201, &[]),
+            Self::Sealed(Measurement(digest)) => {
+                let (mut message, text) = encoded(0x202, &[]);
+                message.operands.as_mut_bytes().copy_from_slice(digest);
+                (message, text)
+            }
+            Self::Memory { private, shared } => {
+                encoded(0x203, &[private.is_some().into(), private.unwrap_or(0), *shared])
+            }
+            Self::Failed(reason) => with_text(encoded(0x204, &[]), reason),
+        }
+    }
+
+    /// From a message.
+    ///
+    /// # Errors
+    /// [`Malformed`].
+    pub fn decode(message: &Message, text: &[u8]) -> Result<Self, Malformed> {
+        let mut parts = Parts::of(message, text);
+        let report = match message.kind {
+            0x201 => Self::Done,
+            0x202 => {
+                let mut digest = [0; 48];
+                for word in digest.chunks_exact_mut(size_of::<u64>()) {
+                    word.copy_from_slice(&parts.next::<u64>()?.to_le_bytes());
+                }
+                Self::Sealed(Measurement(digest))
+            }
+            0x203 => Self::Memory {
+                private: match (parts.flag()?, parts.next()?) {
+                    (true, bytes) => Some(bytes),
+                    (false, 0) => None,
+                    _ => return Err(parts.malformed()),
+                },
+                shared: parts.next()?,
+            },
+            0x204 => Self::Failed(parts.text()?),
+            _ => return Err(parts.malformed()),
+        };
+        parts.end(report)
+    }
+}
+
+/// The size of [`Message`] in words of the page that carries it.
+pub(super) const WORDS: usize = size_of::<Message>() / size_of::<u64>();
+const _: () = assert!(size_of::<Message>() == 56 && PAGE_SIZE == 4096);
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,171 @@
+//! What a vault gives up, so that nobody gets into it and little gets out.
+
+#![allow(unsafe_code, reason = "descriptors are closed by number")]
+
+use crate::Error;
+use landlock::{ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, Scope};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, clear_ambient_capability_set, remove_capability_from_bounding_set, set_capabilities,
+    set_name, set_no_new_privs,
+};
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+
+/// For `map_err`: `step` was what could not be done.
+fn failed<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> Error {
+    move |error| Error::Vault { step, source: error.into() }
+}
+
+/// The first thing that a vault does: nobody looks into it from now on. `keep` is the only descriptor that it has kept.
+pub(super) fn close_the_doors(keep: u32) -> Result<(), Error> {
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(failed("refuse to be dumped"))?;
+    // Who had attached himself before that is still there.
+    let status = fs::read_to_string("/proc/self/status").map_err(failed("look for a tracer"))?;
+    if status.lines().filter_map(|line| line.strip_prefix("TracerPid:")).any(|tracer| tracer.trim() != "0") {
+        return Err(failed("be alone")(io::Error::other("another process traces it")));
+    }
+    // SAFETY: nothing of this process uses a descriptor above the standard ones yet.
+    let closed = unsafe { libc::syscall(libc::SYS_close_range, keep + 1, u32::MAX, 0) };
+    if closed != 0 {
+        return Err(failed("close descriptors")(io::Error::last_os_error()));
+    }
+    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) }).map_err(failed("forbid core dumps"))?;
+    set_no_new_privs(true).map_err(failed("give up new privileges"))?;
+    // Where it is not root, it has no say about what it could get, and cannot get it.
+    for capability in CapabilitySet::all().iter() {
+        let _ = remove_capability_from_bounding_set(capability);
+    }
+    let _ = clear_ambient_capability_set();
+    let none = CapabilitySet::empty();
+    set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
+        .map_err(failed("give up its capabilities"))?;
+    set_name(c"cvm-vault").map_err(failed("name itself"))?;
+    std::env::set_current_dir("/").map_err(failed("leave its directory"))
+}
+
+/// The last thing that a vault does before it takes orders: it can open nothing any more, and make no system call but
+/// those that running a VM takes.
+pub(super) fn lock_down() -> Result<(), Error> {
+    // The system-call filter allows nothing that landlock would judge; where the kernel has landlock, it holds even if
+    // the filter has a hole.
+    let landlock = || {
+        Ruleset::default()
+            .set_compatibility(CompatLevel::BestEffort)
+            .handle_access(AccessFs::from_all(ABI::V5))?
+            .handle_access(AccessNet::from_all(ABI::V5))?
+            .scope(Scope::from_all(ABI::V6))?
+            .create()?
+            .restrict_self()
+    };
+    landlock().map_err(|error| failed("restrict itself by landlock")(io::Error::other(error)))?;
+    let filters = filters().map_err(|error| failed("make a filter of system calls")(io::Error::other(error)))?;
+    // The list last: it does not have the call that sets a filter.
+    filters.iter().try_for_each(|filter| {
+        seccompiler::apply_filter(filter).map_err(|error| failed("filter its system calls")(io::Error::other(error)))
+    })
+}
+
+/// The one argument in which a call must be as said.
+fn only(argument: u8, width: SeccompCmpArgLen, is: SeccompCmpOp, value: u64) -> Result<SeccompRule, BackendError> {
+    SeccompRule::new(vec![SeccompCondition::new(argument, width, is, value)?])
+}
+
+/// The type of KVM's ioctls, in bits 8 to 15 of their numbers (Linux include/uapi/linux/kvm.h, KVMIO).
+const KVMIO: u64 = 0xae;
+
+/// Filters of which a call has to pass both.
+fn filters() -> Result<[BpfProgram; 2], BackendError> {
+    let any = [
+        // Memory: its own, and the guest's.
+        libc::SYS_brk,
+        libc::SYS_munmap,
+        libc::SYS_mremap,
+        libc::SYS_madvise,
+        libc::SYS_memfd_create,
+        libc::SYS_ftruncate,
+        libc::SYS_fallocate,
+        libc::SYS_pread64,
+        libc::SYS_pwrite64,
+        libc::SYS_lseek,
+        libc::SYS_fstat,
+        // The VMM: orders, kicks, and futexes in shared pages.
+        libc::SYS_recvmsg,
+        libc::SYS_sendmsg,
+        libc::SYS_poll,
+        libc::SYS_ppoll,
+        libc::SYS_read,
+        libc::SYS_write,
+        libc::SYS_close,
+        libc::SYS_eventfd2,
+        libc::SYS_futex,
+        // Threads, and the signal that kicks them.
+        libc::SYS_set_robust_list,
+        libc::SYS_rseq,
+        libc::SYS_sigaltstack,
+        libc::SYS_rt_sigprocmask,
+        libc::SYS_rt_sigaction,
+        libc::SYS_rt_sigreturn,
+        libc::SYS_restart_syscall,
+        libc::SYS_tgkill,
+        libc::SYS_getpid,
+        libc::SYS_gettid,
+        libc::SYS_sched_yield,
+        libc::SYS_sched_getaffinity,
+        libc::SYS_nanosleep,
+        libc::SYS_clock_nanosleep,
+        libc::SYS_clock_gettime,
+        libc::SYS_gettimeofday,
+        libc::SYS_getrandom,
+        libc::SYS_exit,
+        libc::SYS_exit_group,
+        libc::SYS_clone3,
+    ];
+    use SeccompCmpArgLen::{Dword, Qword};
+    use SeccompCmpOp::{Eq, MaskedEq};
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = any.into_iter().map(|call| (call, Vec::new())).collect();
+    let executable = libc::PROT_EXEC as u64;
+    let thread = (libc::CLONE_THREAD | libc::CLONE_VM) as u64;
+    rules.extend([
+        (libc::SYS_ioctl, vec![only(1, Dword, MaskedEq(0xff00), KVMIO << 8)?]),
+        // No new code.
+        (libc::SYS_mmap, vec![only(2, Dword, MaskedEq(executable), 0)?]),
+        (libc::SYS_mprotect, vec![only(2, Dword, MaskedEq(executable), 0)?]),
+        // Threads, not processes.
+        (libc::SYS_clone, vec![only(0, Qword, MaskedEq(thread), thread)?]),
+        (libc::SYS_prctl, vec![only(0, Dword, Eq, libc::PR_SET_NAME as u64)?]),
+        (
+            libc::SYS_fcntl,
+            [libc::F_DUPFD_CLOEXEC, libc::F_ADD_SEALS, libc::F_GET_SEALS, libc::F_GETFD]
+                .into_iter()
+                .map(|command| only(1, Dword, Eq, command as u64))
+                .collect::<Result<_, _>>()?,
+        ),
+    ]);
+    let list = SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?;
+    // The flags of `clone3` are in memory, where a filter cannot look. A C library that hears of no such call falls back
+    // to `clone`.
+    let no_clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    let no_clone3 = SeccompFilter::new(
+        no_clone3,
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::ENOSYS as u32),
+        TargetArch::x86_64,
+    )?;
+    Ok([no_clone3.try_into()?, list.try_into()?])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_filters_can_be_made() {
+        assert!(filters().unwrap().iter().all(|filter| !filter.is_empty()));
+    }
+}
