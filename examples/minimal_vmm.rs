@@ -9,6 +9,9 @@ use tiny_guest::{BOOT_PAGE, GREETING, IMAGE, PAGE_TABLES, REPORT, Task};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
+    // The strongest isolation is a process beside this one, which is this program again. Nothing may come before this.
+    cvm::kvm::vault::init();
+
     // What can this host do, and what lacks for the rest?
     for offer in KvmPlatform::probe() {
         let missing: Vec<_> = offer.missing.iter().map(|missing| missing.what.as_str()).collect();

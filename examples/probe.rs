@@ -17,6 +17,7 @@ struct Options {
 }
 
 fn main() {
+    cvm::kvm::vault::init();
     let options = Options::parse();
     let offers = KvmPlatform::probe();
     if options.json {

@@ -100,7 +100,9 @@ fn the_contract_gives_nothing_away_and_the_rest_is_what_the_trust_model_admits()
     }
     let register = "read a register";
     let memory = ["read every open file of this process", "read every mapping of this process"];
-    for (isolation, open) in [("none", [&[register][..], &memory[..]].concat()), ("guest-memfd", vec![register])] {
+    let isolations =
+        [("none", [&[register][..], &memory[..]].concat()), ("guest-memfd", vec![register]), ("vault", vec![])];
+    for (isolation, open) in isolations {
         if !offered(isolation) {
             eprintln!("SKIPPED: isolation {isolation}, which this kvm does not offer");
             continue;
@@ -125,10 +127,11 @@ fn a_policy_is_enforced_or_refused_with_a_reason() {
     if !kvm() {
         return;
     }
-    let output = run("boot_tiny_guest", &["--policy", "no-debug"]);
+    let output = run("boot_tiny_guest", &["--isolation", "none", "--policy", "no-debug"]);
     assert!(!output.status.success());
     assert!(stderr(&output).contains("the policy cannot be fulfilled: whoever holds the vcpus"), "{}", stderr(&output));
 
+    boot_well(&["--isolation", "vault", "--policy", "no-debug,no-mmio"]);
     for demand in ["no-smt", "no-performance-counters", "flush-l1d"] {
         let output = run("boot_tiny_guest", &["--json", "--policy", demand]);
         if !output.status.success() {
@@ -249,7 +252,7 @@ fn the_probe_names_every_kind_of_protection_and_a_remedy_for_what_lacks() {
     let output = run("probe", &["--json"]);
     let offers: Value = serde_json::from_str(&stdout(&output)).unwrap();
     let kinds: Vec<_> = offers.as_array().unwrap().iter().map(|offer| offer["protection"].as_str().unwrap()).collect();
-    assert_eq!(kinds, ["none", "guest-memfd", "sev", "sev-es", "sev-snp", "tdx", "secure-execution"]);
+    assert_eq!(kinds, ["none", "guest-memfd", "vault", "sev", "sev-es", "sev-snp", "tdx", "secure-execution"]);
     for offer in offers.as_array().unwrap() {
         let missing = offer["missing"].as_array().unwrap();
         assert_eq!(offer["offered"], missing.is_empty());
@@ -258,7 +261,7 @@ fn the_probe_names_every_kind_of_protection_and_a_remedy_for_what_lacks() {
         }
     }
     if kvm() {
-        assert_eq!(offers[0]["offered"], true);
+        assert_eq!((&offers[0]["offered"], &offers[2]["offered"]), (&true.into(), &true.into()));
     }
 }
 

@@ -86,6 +86,8 @@ enum IsolationChoice {
     None,
     /// Memory that no process can map, where KVM has it
     GuestMemfd,
+    /// A process beside this one that holds the VM, with such memory where KVM has it
+    Vault,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -98,6 +100,8 @@ enum Demand {
     FlushL1d,
     /// Nobody can single-step the guest
     NoDebug,
+    /// Nobody emulates an access to where there is no memory
+    NoMmio,
 }
 
 impl From<Demand> for Policy {
@@ -107,6 +111,7 @@ impl From<Demand> for Policy {
             Demand::NoPerformanceCounters => Self::NO_PERFORMANCE_COUNTERS,
             Demand::FlushL1d => Self::FLUSH_L1D,
             Demand::NoDebug => Self::NO_DEBUG,
+            Demand::NoMmio => Self::NO_MMIO,
         }
     }
 }
@@ -182,6 +187,7 @@ fn run(options: &Options) -> Result<Outcome, BoxError> {
     let protection = options.isolation.map(|isolation| match isolation {
         IsolationChoice::None => Protection::None,
         IsolationChoice::GuestMemfd => Protection::GuestMemfd,
+        IsolationChoice::Vault => Protection::Vault,
     });
     let platform = KvmPlatform::open(&options.kvm, protection)?;
     let mut config = VmConfig::new(options.memory * MIB, options.vcpus)?;
@@ -215,6 +221,7 @@ fn chain(error: &(dyn std::error::Error + 'static)) -> String {
 }
 
 fn main() -> ExitCode {
+    cvm::kvm::vault::init();
     let options = Options::parse();
     let outcome = match run(&options) {
         Ok(outcome) => outcome,

@@ -150,7 +150,7 @@ impl Outcome {
         let mmio = match (ends.first(), protection) {
             (Some(End::Failed(Error::MmioRefused { vcpu: 0, gpa: Gpa(MMIO), write: false })), _) => true,
             // KVM cannot see which instruction of private memory it is.
-            (Some(End::Failed(Error::Crashed { vcpu: 0, .. })), Protection::GuestMemfd) => true,
+            (Some(End::Failed(Error::Crashed { vcpu: 0, .. })), Protection::GuestMemfd | Protection::Vault) => true,
             _ => false,
         };
         check("the guest's mmio was refused", ends.first().map(describe).unwrap_or_default(), mmio);
