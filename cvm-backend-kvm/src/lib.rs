@@ -1,6 +1,6 @@
 //! Confidential VMs on plain Linux KVM.
 //!
-//! [`KvmPlatform`] launches VMs of either kind:
+//! [`KvmPlatform`] launches VMs of three kinds:
 //!
 //! - [`Protection::None`](cvm_core::Protection::None): private and shared memory are two files. The guest sees one window
 //!   in which each page comes from one of them: private at first, and from the other one after a conversion that the
@@ -9,6 +9,9 @@
 //! - [`Protection::GuestMemfd`](cvm_core::Protection::GuestMemfd): private memory is a `guest_memfd`, which no process can
 //!   map, read or write. Who holds the vCPUs can still steer the guest. It takes a kernel with
 //!   `KVM_X86_SW_PROTECTED_VM`.
+//!
+//! - [`Protection::Vault`](cvm_core::Protection::Vault): another process holds the VM, see [`vault`], with private memory of
+//!   the better kind that KVM has. It takes a program whose `main` begins with [`vault::init`].
 //!
 //! Who can do what is data: [`TrustModel`](cvm_core::TrustModel).
 

@@ -79,7 +79,7 @@ fn only(argument: u8, width: SeccompCmpArgLen, is: SeccompCmpOp, value: u64) -> 
 /// The type of KVM's ioctls, in bits 8 to 15 of their numbers (Linux include/uapi/linux/kvm.h, KVMIO).
 const KVMIO: u64 = 0xae;
 
-/// Filters of which a call has to pass both.
+/// Two filters, which act on each call together: the stricter one wins.
 fn filters() -> Result<[BpfProgram; 2], BackendError> {
     let any = [
         // Memory: its own, and the guest's.
@@ -124,7 +124,6 @@ fn filters() -> Result<[BpfProgram; 2], BackendError> {
         libc::SYS_getrandom,
         libc::SYS_exit,
         libc::SYS_exit_group,
-        libc::SYS_clone3,
     ];
     use SeccompCmpArgLen::{Dword, Qword};
     use SeccompCmpOp::{Eq, MaskedEq};
@@ -147,17 +146,15 @@ fn filters() -> Result<[BpfProgram; 2], BackendError> {
                 .collect::<Result<_, _>>()?,
         ),
     ]);
+    // What a C library tries and can do without: how many processors there are, how large a stack may be, and a call whose
+    // flags are in memory, where a filter cannot look, and for which it has `clone`.
+    let lacks =
+        [libc::SYS_openat, libc::SYS_sysinfo, libc::SYS_prlimit64, libc::SYS_clone3].map(|call| (call, Vec::new()));
+    rules.extend(lacks.clone());
     let list = SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?;
-    // The flags of `clone3` are in memory, where a filter cannot look. A C library that hears of no such call falls back
-    // to `clone`.
-    let no_clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
-    let no_clone3 = SeccompFilter::new(
-        no_clone3,
-        SeccompAction::Allow,
-        SeccompAction::Errno(libc::ENOSYS as u32),
-        TargetArch::x86_64,
-    )?;
-    Ok([no_clone3.try_into()?, list.try_into()?])
+    let lack = SeccompAction::Errno(libc::ENOSYS as u32);
+    let lacks = SeccompFilter::new(BTreeMap::from(lacks), SeccompAction::Allow, lack, TargetArch::x86_64)?;
+    Ok([lacks.try_into()?, list.try_into()?])
 }
 
 #[cfg(test)]
