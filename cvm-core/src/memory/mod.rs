@@ -23,7 +23,7 @@ pub use conversion::{
     Conversion, ConversionEngine, ConversionListener, ConversionRequest, ConversionTotals, Converter, ConverterError,
     LeftAs, Objection, Sides,
 };
-pub use map::{PageState, PageStateMap};
+pub use map::{PageState, PageStateMap, Snapshot};
 pub use slots::Slots;
 pub use view::{Pinned, SharedMemory, SharedView};
 

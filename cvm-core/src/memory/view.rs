@@ -126,7 +126,7 @@ mod tests {
     /// Two slots that touch, four pages each; pages 2..6 are shared, so the border of the slots is inside.
     fn shared_memory() -> SharedMemory {
         let slots = [GpaRange::from_pages(0, 4).unwrap(), GpaRange::from_pages(4 * PAGE_SIZE, 4).unwrap()];
-        let map = Arc::new(PageStateMap::new(Slots::new(&slots).unwrap()));
+        let map = Arc::new(PageStateMap::new(Slots::new(&slots).unwrap()).unwrap());
         map.set(GpaRange::from_pages(2 * PAGE_SIZE, 4).unwrap(), PageState::Shared);
         let regions = slots.map(|slot| (GuestAddress(slot.start().0), slot.len() as usize));
         SharedMemory::new(GuestMemoryMmap::from_ranges(&regions).unwrap(), map).unwrap()
@@ -168,7 +168,7 @@ mod tests {
 
     #[test]
     fn a_slot_without_backing_is_refused() {
-        let map = Arc::new(PageStateMap::new(Slots::new(&[GpaRange::from_pages(0, 4).unwrap()]).unwrap()));
+        let map = Arc::new(PageStateMap::new(Slots::new(&[GpaRange::from_pages(0, 4).unwrap()]).unwrap()).unwrap());
         let backing = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x3000)]).unwrap();
         assert!(matches!(SharedMemory::new(backing, map), Err(Error::Layout(_))));
     }

@@ -52,7 +52,7 @@ pub(crate) fn shared_view(backing: &Backing, layout: &Layout) -> Result<SharedMe
         Ok((GuestAddress(range.start().0), len, Some(file)))
     });
     let mapped = GuestMemoryMmap::from_ranges_with_files(regions.collect::<io::Result<Vec<_>>>()?)?;
-    Ok(SharedMemory::new(mapped, Arc::new(PageStateMap::new(layout.slots().clone())))?)
+    Ok(SharedMemory::new(mapped, Arc::new(PageStateMap::new(layout.slots().clone())?))?)
 }
 
 impl Sides for GuestMemory {

@@ -151,7 +151,7 @@ fn engine(fates: Vec<Fate>) -> ConversionEngine<Model> {
 }
 
 fn engine_of(model: Model) -> ConversionEngine<Model> {
-    let map = Arc::new(PageStateMap::new(Slots::new(&slots()).unwrap()));
+    let map = Arc::new(PageStateMap::new(Slots::new(&slots()).unwrap()).unwrap());
     let regions = slots().map(|slot| (GuestAddress(slot.start().0), slot.len() as usize));
     let memory = SharedMemory::new(GuestMemoryMmap::from_ranges(&regions).unwrap(), map).unwrap();
     ConversionEngine::new(model, memory)
@@ -313,7 +313,7 @@ fn alternating_pages_are_refused_before_the_host_runs_out_of_mappings() {
 #[test]
 fn a_request_over_many_runs_is_done_in_parts() {
     let slot = GpaRange::from_pages(0, 4 * RUNS_PER_REQUEST as u64).unwrap();
-    let map = Arc::new(PageStateMap::new(Slots::new(&[slot]).unwrap()));
+    let map = Arc::new(PageStateMap::new(Slots::new(&[slot]).unwrap()).unwrap());
     let backing = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), slot.len() as usize)]).unwrap();
     let mut model = Model::new(pages(slot), vec![]);
     model.most_runs = u64::MAX;
