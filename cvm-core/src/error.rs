@@ -99,12 +99,14 @@ pub enum Error {
         reason: String,
     },
     /// Somebody held the shared view for too long.
-    #[error("the shared view was still pinned {waited:?} after {range} was to become private")]
+    #[error("the shared view was still pinned by {} {waited:?} after {range} was to become private", holders.join(", "))]
     Pinned {
         /// The pages.
         range: GpaRange,
         /// How long the engine waited.
         waited: Duration,
+        /// The names of those who held it up, see [`SharedMemory::named`](crate::SharedMemory::named).
+        holders: Vec<String>,
     },
     /// A request for pages that an earlier conversion has lost.
     #[error("{range} is inaccessible since a conversion failed")]

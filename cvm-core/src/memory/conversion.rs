@@ -451,8 +451,10 @@ impl<C: Converter> ConversionEngine<C> {
         let run = Prepared { vcpu, range, from, to, listeners };
         self.map().set(range, PageState::Converting);
         // Pages on their way to the shared side were never in the view, so nobody can hold them.
-        if to == Side::Private && !self.memory.pins().drain(Instant::now() + PIN_PATIENCE) {
-            return Err(self.roll_back(&run, Error::Pinned { range, waited: PIN_PATIENCE }));
+        if to == Side::Private
+            && let Err(holders) = self.memory.pins().drain(Instant::now() + PIN_PATIENCE)
+        {
+            return Err(self.roll_back(&run, Error::Pinned { range, waited: PIN_PATIENCE, holders }));
         }
         if let Err(ConverterError { step, left_as, source }) = self.converter.convert(vcpu, range, to) {
             let error = Error::Backend { step, range: Some(range), source };

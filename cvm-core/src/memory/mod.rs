@@ -17,6 +17,7 @@ mod conversion;
 mod map;
 mod pins;
 mod slots;
+mod sync;
 mod view;
 
 pub use conversion::{

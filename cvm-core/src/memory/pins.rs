@@ -1,126 +1,268 @@
 //! Pins: how a conversion knows that nobody still looks at a page which it takes away.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use super::sync::{AtomicUsize, Mutex, Ordering, now, order, pause};
+use std::sync::{Arc, PoisonError, Weak};
+use std::time::Instant;
 
-/// Counts the holders of a shared view, by the phase that they came in.
+/// Those who may look at a shared view, and the phase that they come in.
 ///
-/// A holder takes its pin first and reads the page-state map after; the engine changes the map first and looks at the
-/// pins after. All of that is sequentially consistent, so one of the two sees the other.
+/// Each holder counts its pins by itself, so that holders do not wait for each other's memory. A holder takes its pin
+/// first and reads the page-state map after; the engine changes the map first and looks at the pins after. All of that
+/// is sequentially consistent, so one of the two sees the other.
 #[derive(Debug, Default)]
 pub(super) struct Pins {
     phase: AtomicUsize,
+    /// Whoever counts pins, as long as he or a pin of his is there.
+    holders: Mutex<Vec<Weak<Counts>>>,
+    /// Held while somebody drains.
+    draining: Mutex<()>,
+}
+
+/// The pins of one holder, alone in its cache lines (two, which processors fetch together).
+#[derive(Debug)]
+#[repr(align(128))]
+struct Counts {
+    name: String,
     /// How many came in an even and in an odd phase.
     held: [AtomicUsize; 2],
 }
 
-impl Pins {
-    /// A pin: as long as it lives, no page that its holder sees as shared leaves the shared side.
-    pub(super) fn pin(self: &Arc<Self>) -> Pin {
-        loop {
-            let phase = self.phase.load(Ordering::SeqCst);
-            self.held[phase % 2].fetch_add(1, Ordering::SeqCst);
-            if self.phase.load(Ordering::SeqCst) == phase {
-                return Pin { pins: Arc::clone(self), phase };
-            }
-            // The engine may have looked in between and missed this one.
-            self.held[phase % 2].fetch_sub(1, Ordering::SeqCst);
-        }
+/// Somebody who looks at `T`, and pins it for that.
+#[derive(Debug)]
+pub(super) struct Holder<T> {
+    inner: Arc<Held<T>>,
+}
+
+#[derive(Debug)]
+#[repr(align(128))]
+struct Held<T> {
+    value: T,
+    pins: Arc<Pins>,
+    counts: Arc<Counts>,
+}
+
+impl<T: Clone> Holder<T> {
+    /// A holder called `name`.
+    pub(super) fn new(pins: &Arc<Pins>, name: String, value: T) -> Self {
+        let counts = Arc::new(Counts { name, held: Default::default() });
+        let mut holders = pins.holders.lock().unwrap_or_else(PoisonError::into_inner);
+        holders.retain(|holder| holder.strong_count() > 0);
+        holders.push(Arc::downgrade(&counts));
+        drop(holders);
+        Self { inner: Arc::new(Held { value, pins: Arc::clone(pins), counts }) }
     }
 
-    /// Waits until the pins are gone that were taken before the call, at most until `deadline`; returns whether they
-    /// are. Pins that come later do not matter. Only one thread may drain at a time.
-    pub(super) fn drain(&self, deadline: Instant) -> bool {
+    pub(super) fn name(&self) -> &str {
+        &self.inner.counts.name
+    }
+
+    pub(super) fn value(&self) -> &T {
+        &self.inner.value
+    }
+
+    pub(super) fn pins(&self) -> &Arc<Pins> {
+        &self.inner.pins
+    }
+
+    /// A pin: as long as it lives, no page that its holder sees as shared leaves the shared side.
+    pub(super) fn pin(&self) -> Pin<T> {
+        let Held { pins, counts, .. } = &*self.inner;
+        loop {
+            let phase = pins.phase.load(Ordering::SeqCst);
+            counts.held[phase % 2].fetch_add(1, Ordering::SeqCst);
+            order();
+            if pins.phase.load(Ordering::SeqCst) == phase {
+                return Pin { held: Arc::clone(&self.inner), phase };
+            }
+            // The engine may have looked in between and missed this one.
+            counts.held[phase % 2].fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+}
+
+impl Pins {
+    /// Waits until the pins are gone that were taken before the call, at most until `deadline`. Pins that come later do
+    /// not matter.
+    ///
+    /// # Errors
+    /// The names of those who still have one.
+    pub(super) fn drain(&self, deadline: Instant) -> Result<(), Vec<String>> {
+        let _draining = self.draining.lock().unwrap_or_else(PoisonError::into_inner);
+        order();
         let phase = self.phase.load(Ordering::SeqCst);
         // What is left of the phase before, when an earlier call has given up.
-        if !self.wait(phase + 1, deadline) {
-            return false;
-        }
+        self.wait(phase.wrapping_add(1), deadline)?;
         self.phase.store(phase.wrapping_add(1), Ordering::SeqCst);
+        order();
         self.wait(phase, deadline)
     }
 
-    fn wait(&self, phase: usize, deadline: Instant) -> bool {
-        while self.held[phase % 2].load(Ordering::SeqCst) > 0 {
-            if Instant::now() >= deadline {
-                return false;
+    /// Waits for the pins of one phase. Who becomes a holder after this has looked takes its pins in a later one.
+    fn wait(&self, phase: usize, deadline: Instant) -> Result<(), Vec<String>> {
+        let holders = self.holders.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut left: Vec<_> = holders.iter().filter_map(Weak::upgrade).collect();
+        drop(holders);
+        loop {
+            left.retain(|counts| counts.held[phase % 2].load(Ordering::SeqCst) > 0);
+            if left.is_empty() {
+                return Ok(());
             }
-            std::thread::sleep(Duration::from_micros(20));
+            if now() >= deadline {
+                return Err(left.iter().map(|counts| counts.name.clone()).collect());
+            }
+            pause();
         }
-        true
     }
 }
 
-/// One holder of the shared view.
+/// A pin of one holder.
 #[derive(Debug)]
-pub(super) struct Pin {
-    pins: Arc<Pins>,
+pub(super) struct Pin<T> {
+    held: Arc<Held<T>>,
     phase: usize,
 }
 
-impl Clone for Pin {
+impl<T> Pin<T> {
+    pub(super) fn value(&self) -> &T {
+        &self.held.value
+    }
+}
+
+impl<T> Clone for Pin<T> {
     /// A pin that is as old as this one, so that who waits for this one waits for both.
     fn clone(&self) -> Self {
-        self.pins.held[self.phase % 2].fetch_add(1, Ordering::SeqCst);
-        Self { pins: Arc::clone(&self.pins), phase: self.phase }
+        self.held.counts.held[self.phase % 2].fetch_add(1, Ordering::SeqCst);
+        Self { held: Arc::clone(&self.held), phase: self.phase }
     }
 }
 
-impl Drop for Pin {
+impl<T> Drop for Pin<T> {
     fn drop(&mut self) {
-        self.pins.held[self.phase % 2].fetch_sub(1, Ordering::SeqCst);
+        self.held.counts.held[self.phase % 2].fetch_sub(1, Ordering::SeqCst);
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
+    use std::sync::atomic::AtomicBool;
+    use std::time::Duration;
 
     fn soon() -> Instant {
         Instant::now() + Duration::from_millis(30)
     }
 
+    fn holder(pins: &Arc<Pins>, name: &str) -> Holder<()> {
+        Holder::new(pins, name.into(), ())
+    }
+
     #[test]
     fn earlier_pins_and_their_clones_are_waited_for_and_later_ones_are_not() {
-        let pins = Arc::new(Pins::default());
-        assert!(pins.drain(soon()));
-        let early = pins.pin();
-        assert!(!pins.drain(soon()));
-        let late = pins.pin();
-        assert!(!pins.drain(soon()), "the early pin is still there");
+        let pins = Arc::<Pins>::default();
+        let (disk, net) = (holder(&pins, "disk"), holder(&pins, "net"));
+        pins.drain(soon()).unwrap();
+        let early = disk.pin();
+        assert_eq!(pins.drain(soon()), Err(vec!["disk".into()]));
+        let late = net.pin();
+        assert_eq!(pins.drain(soon()), Err(vec!["disk".into()]), "the early pin is still there");
         let clone = early.clone();
         drop(early);
-        assert!(!pins.drain(soon()), "its clone is still there");
+        drop(disk);
+        assert_eq!(
+            pins.drain(soon()),
+            Err(vec!["disk".into()]),
+            "its clone is still there, although its holder is not"
+        );
         drop(clone);
         drop(late);
-        assert!(pins.drain(soon()));
+        pins.drain(soon()).unwrap();
+    }
+
+    #[test]
+    fn holders_that_are_gone_are_forgotten() {
+        let pins = Arc::<Pins>::default();
+        for _ in 0..100 {
+            drop(holder(&pins, "passing"));
+        }
+        let _stays = holder(&pins, "stays");
+        assert_eq!(pins.holders.lock().unwrap().len(), 1);
     }
 
     #[test]
     fn holders_that_come_and_go_all_the_time_do_not_starve_a_conversion() {
-        let pins = Arc::new(Pins::default());
-        let stop = AtomicUsize::new(0);
+        let pins = Arc::<Pins>::default();
+        let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             for _ in 0..3 {
                 scope.spawn(|| {
+                    let holder = holder(&pins, "device");
                     // Each takes the next pin before it drops the one before, so that there is always one.
-                    let mut pin = pins.pin();
-                    while stop.load(Ordering::SeqCst) == 0 {
-                        pin = pins.pin();
+                    let mut pin = holder.pin();
+                    while !stop.load(Ordering::SeqCst) {
+                        pin = holder.pin();
                         std::hint::spin_loop();
                     }
                     drop(pin);
                 });
             }
-            for round in 0..20 {
-                let patient = Instant::now() + Duration::from_secs(20);
-                if !pins.drain(patient) {
-                    stop.store(1, Ordering::SeqCst);
-                    panic!("starved in round {round}");
-                }
-            }
-            stop.store(1, Ordering::SeqCst);
+            let drained = (0..20).all(|_| pins.drain(Instant::now() + Duration::from_secs(20)).is_ok());
+            stop.store(true, Ordering::SeqCst);
+            assert!(drained, "starved");
         });
+    }
+}
+
+/// Every interleaving of a holder and an engine, within loom's bounds.
+#[cfg(all(test, loom))]
+mod model {
+    use super::super::map::PageState;
+    use super::*;
+    use loom::sync::atomic::AtomicUsize as State;
+    use loom::thread;
+    use std::time::Duration;
+
+    /// A page-state map of one page, and the page: what the host may see there, or not any more.
+    struct Page {
+        state: State,
+        private: State,
+    }
+
+    fn model(holders: usize, conversions: usize) {
+        loom::model(move || {
+            let pins = Arc::<Pins>::default();
+            let page = Arc::new(Page { state: State::new(PageState::Shared as usize), private: State::new(0) });
+            let readers: Vec<_> = (0..holders)
+                .map(|_| {
+                    let holder = Holder::new(&pins, "reader".into(), Arc::clone(&page));
+                    thread::spawn(move || {
+                        let pin = holder.pin();
+                        let page = pin.value();
+                        if page.state.load(Ordering::SeqCst) == PageState::Shared as usize {
+                            assert_eq!(page.private.load(Ordering::SeqCst), 0, "a private page was seen");
+                        }
+                    })
+                })
+                .collect();
+            for _ in 0..conversions {
+                page.state.store(PageState::Converting as usize, Ordering::SeqCst);
+                pins.drain(now() + Duration::from_secs(1)).unwrap();
+                page.private.store(1, Ordering::SeqCst);
+                page.state.store(PageState::Private as usize, Ordering::SeqCst);
+                // And back, so that a later conversion finds it shared.
+                page.private.store(0, Ordering::SeqCst);
+                page.state.store(PageState::Shared as usize, Ordering::SeqCst);
+            }
+            readers.into_iter().for_each(|reader| reader.join().unwrap());
+        });
+    }
+
+    #[test]
+    fn no_holder_sees_a_page_that_has_become_private() {
+        model(2, 1);
+    }
+
+    #[test]
+    fn nor_when_the_page_comes_and_goes() {
+        model(1, 2);
     }
 }

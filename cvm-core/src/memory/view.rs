@@ -1,7 +1,7 @@
 //! The shared side, as device models see it.
 
 use super::map::{PageState, PageStateMap};
-use super::pins::{Pin, Pins};
+use super::pins::{Holder, Pin, Pins};
 use crate::{Error, GpaRange};
 use std::ops::Deref;
 use std::sync::Arc;
@@ -17,11 +17,19 @@ use vm_memory::{
 /// shared fails whole, with the first such address.
 ///
 /// Hold a pin for one batch of accesses, not longer: a conversion to private waits for it, and answers the guest with
-/// [`Answer::Retry`](crate::Answer::Retry) when it waits in vain.
-#[derive(Debug, Clone)]
+/// [`Answer::Retry`](crate::Answer::Retry) when it waits in vain, with an error that names who held it up.
+///
+/// Each handle counts its own pins, so that devices with a handle each do not slow down each other.
+#[derive(Debug)]
 pub struct SharedMemory {
-    view: Arc<SharedView>,
-    pins: Arc<Pins>,
+    holder: Holder<Arc<SharedView>>,
+}
+
+impl Clone for SharedMemory {
+    /// Another handle of the same name.
+    fn clone(&self) -> Self {
+        self.named(self.holder.name())
+    }
 }
 
 impl SharedMemory {
@@ -38,16 +46,21 @@ impl SharedMemory {
                 return Err(Error::Layout(format!("{slot} has no shared backing")));
             }
         }
-        Ok(Self { view: Arc::new(SharedView { backing, map }), pins: Arc::default() })
+        Ok(Self { holder: Holder::new(&Arc::default(), "vmm".into(), Arc::new(SharedView { backing, map })) })
+    }
+
+    /// A handle for somebody whom errors call `name`: a device, a thread.
+    pub fn named(&self, name: impl Into<String>) -> Self {
+        Self { holder: Holder::new(self.holder.pins(), name.into(), Arc::clone(self.holder.value())) }
     }
 
     /// The page-state map that this view obeys.
     pub fn map(&self) -> &Arc<PageStateMap> {
-        &self.view.map
+        &self.holder.value().map
     }
 
-    pub(super) fn pins(&self) -> &Arc<Pins> {
-        &self.pins
+    pub(super) fn pins(&self) -> &Pins {
+        self.holder.pins()
     }
 }
 
@@ -56,22 +69,21 @@ impl GuestAddressSpace for SharedMemory {
     type T = Pinned;
 
     fn memory(&self) -> Pinned {
-        Pinned { _pin: self.pins.pin(), view: Arc::clone(&self.view) }
+        Pinned { pin: self.holder.pin() }
     }
 }
 
 /// The shared view for as long as nothing in it can go private.
 #[derive(Debug, Clone)]
 pub struct Pinned {
-    view: Arc<SharedView>,
-    _pin: Pin,
+    pin: Pin<Arc<SharedView>>,
 }
 
 impl Deref for Pinned {
     type Target = SharedView;
 
     fn deref(&self) -> &SharedView {
-        &self.view
+        self.pin.value()
     }
 }
 
