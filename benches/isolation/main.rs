@@ -16,13 +16,14 @@
 //! | `raw/remap-P/N` | the system calls of both conversions without any guest |
 //! | `raw/convert-P/N` | these, and the guest's eight exits by ports |
 //! | `raw/convert-P-touched/N` | the same, and the guest writes to the first page each time |
-//! | `raw/boot` | create the VM, a file, a window, a slot; write the pages; create the vCPU, set CPUID and registers; one exit; drop |
+//! | `raw/boot` | make VM, file, window, slot; write the pages; make the vCPU, set CPUID and registers; one exit; drop |
 //!
 //! P is what private memory is. In a floor, a conversion is for
 //!
-//! - `file`: `mmap` of the other file in the window behind the memory slot, `fallocate` of a hole in the file that loses;
-//! - `guest-memfd`: `KVM_SET_MEMORY_ATTRIBUTES`, `mmap` in the window of the shared file or of nothing (so that KVM finds
-//!   no bytes of the host where the guest is private), `fallocate` of a hole in the one that loses.
+//! - `file`: `mmap` of the other file in the window behind the memory slot, and `fallocate` of a hole in the file that
+//!   loses;
+//! - `guest-memfd`: `KVM_SET_MEMORY_ATTRIBUTES`, `mmap` in the window of the shared file or of nothing (so that KVM
+//!   finds no bytes of the host where the guest is private), and `fallocate` of a hole in the one that loses.
 //!
 //! The floor of `boot` does not ask KVM for its CPUID leaves: a VMM can do that once.
 
@@ -83,7 +84,7 @@ struct Vmm {
 impl Vmm {
     fn new(platform: &KvmPlatform, guest: &Guest) -> Self {
         let (vm, vcpu) = launch(platform, guest);
-        // A kick is an exit that nothing here expects.
+        // Its only kick is an exit that nothing here expects, and so ends the benchmark.
         let _watchdog = Watchdog::new(LIMIT, vec![vcpu.kicker()]).unwrap();
         Self { vm, vcpu, _watchdog }
     }
