@@ -4,7 +4,7 @@ use crate::guest::{SECRET_LEN, is_secret};
 use crate::sys;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
@@ -83,12 +83,12 @@ pub fn descriptors(process: &Path) -> io::Result<Vec<(RawFd, String)>> {
 
 /// Whether a descriptor may lead to memory: reading the others could hold up the attacker.
 pub fn is_memory(name: &str) -> bool {
-    name.starts_with("/memfd:") || name.contains("guest_memfd") || name.contains("kvm-gmem")
+    !["pipe:", "socket:", "/dev/", "/proc/"].iter().any(|other| name.starts_with(other))
 }
 
-/// This process's descriptors whose names begin so, each once more.
-pub fn own(prefix: &str) -> Vec<std::os::fd::OwnedFd> {
-    let all = descriptors(Path::new("/proc/self")).unwrap_or_default();
-    let own = all.iter().filter(|(_, name)| name.starts_with(prefix));
-    own.filter_map(|(fd, _)| sys::duplicate(*fd).ok()).collect()
+/// A second descriptor for the first of this process's that has such a name.
+pub fn own(name: &str) -> Option<OwnedFd> {
+    let all = descriptors(Path::new("/proc/self")).ok()?;
+    let (fd, _) = all.iter().find(|(_, own)| own.contains(name))?;
+    sys::duplicate(*fd).ok()
 }

@@ -12,6 +12,7 @@ use std::fs::File;
 use std::io;
 use std::mem::offset_of;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
@@ -108,8 +109,7 @@ const VM: &str = "anon_inode:kvm-vm";
 
 /// Attacks the first descriptor whose name begins so.
 fn on(name: &str, attack: impl FnOnce(&OwnedFd) -> io::Result<Observed>) -> Observed {
-    let found = find::own(name);
-    match found.first().map(attack) {
+    match find::own(name).as_ref().map(attack) {
         Some(Ok(observed)) => observed,
         Some(Err(error)) => Observed::Refused(sys::name(&error)),
         None => Observed::Absent("there is no such descriptor".into()),
@@ -153,11 +153,12 @@ fn single_step(keeper: &mut Keeper, vcpu: &OwnedFd) -> io::Result<Observed> {
     let control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP;
     SET_GUEST_DEBUG.call(vcpu, &mut kvm_guest_debug { control, ..Default::default() })?;
     RUN.call(vcpu, &mut ())?;
-    let file = FileOffset::new(File::from(vcpu.try_clone()?), 0);
-    let page = MmapRegion::<()>::from_file(file, PAGE_SIZE as usize).map_err(io::Error::other)?;
-    let run = page.get_slice(0, page.size()).map_err(io::Error::other)?;
-    let reason: u32 = run.read_obj(offset_of!(kvm_run, exit_reason)).map_err(io::Error::other)?;
-    Ok(match reason {
+    // The library has mapped what the vCPU shares with KVM.
+    let page = find::mappings(Path::new("/proc/self"))?.into_iter().find(|mapping| mapping.name.starts_with(VCPU));
+    let page = page.ok_or(io::ErrorKind::NotFound)?.start;
+    let mut reason = [0; 4];
+    File::open("/proc/self/mem")?.read_exact_at(&mut reason, page + offset_of!(kvm_run, exit_reason) as u64)?;
+    Ok(match u32::from_ne_bytes(reason) {
         KVM_EXIT_DEBUG => Observed::Got("one instruction at a time".into()),
         other => Observed::Unable(format!("kvm stops for exit {other} instead")),
     })
@@ -211,14 +212,12 @@ enum Private {
 }
 
 fn private() -> io::Result<Private> {
-    if let Some(gmem) = ["anon_inode:[guest_memfd]", "anon_inode:kvm-gmem", "/kvm-gmem", "anon_inode:guest_memfd"]
-        .into_iter()
-        .find_map(|name| find::own(name).pop())
-    {
+    // The kernel has called it both.
+    if let Some(gmem) = ["kvm-gmem", "guest_memfd"].into_iter().find_map(find::own) {
         return Ok(Private::Gmem(gmem));
     }
-    let file = find::own("/memfd:cvm-private").pop();
-    Ok(Private::File(file.ok_or(io::ErrorKind::NotFound)?.into()))
+    let file = find::own("/memfd:cvm-private").ok_or(io::ErrorKind::NotFound)?;
+    Ok(Private::File(file.into()))
 }
 
 /// The guest's memory at a second address.

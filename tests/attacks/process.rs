@@ -91,9 +91,11 @@ pub const ATTACKS: &[(&str, Attack)] = &[
 
 /// All of them, by name.
 pub fn all(victim: Victim) -> impl Iterator<Item = (&'static str, Observed)> {
-    ATTACKS
-        .iter()
-        .map(move |(name, attack)| (*name, attack(victim).unwrap_or_else(|error| Observed::Refused(sys::name(&error)))))
+    let failed = |error: io::Error| match error.raw_os_error() {
+        Some(libc::ENOSYS) => Observed::Unable("the kernel has no such call".into()),
+        _ => Observed::Refused(sys::name(&error)),
+    };
+    ATTACKS.iter().map(move |(name, attack)| (*name, attack(victim).unwrap_or_else(failed)))
 }
 
 /// The victim's descriptors up to number 63, with the names that the kernel gives.

@@ -69,7 +69,7 @@ fn be_vmm(platform: &KvmPlatform) -> Result<(), BoxError> {
         }
         let mut observed = attack(platform, &mut keeper);
         if matches!(observed, Observed::Refused(_)) && !keeper.is_well() {
-            observed = Observed::Got("it was refused, and the guest is disturbed".into());
+            observed = Observed::Absent(format!("the guest is disturbed, although the attack was {observed}"));
         }
         tell(row, observed)?;
     }

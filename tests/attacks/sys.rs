@@ -39,9 +39,11 @@ impl<T> Ioctl<T> {
 
     /// Makes the call. Addresses in `argument` must be those of mappings that nothing in this process refers to.
     pub fn call(&self, fd: &impl AsRawFd, argument: &mut T) -> io::Result<i32> {
+        // KVM_RUN and its like refuse an argument.
+        let argument = if size_of::<T>() == 0 { null_mut() } else { std::ptr::from_mut(argument) };
         // SAFETY: KVM's ABI has a `T` for this request, which lives until the call returns. Of addresses in it the
         // caller promises that what happens there is nobody's business.
-        checked(unsafe { libc::ioctl(fd.as_raw_fd(), self.request as _, std::ptr::from_mut(argument)) })
+        checked(unsafe { libc::ioctl(fd.as_raw_fd(), self.request as _, argument) })
     }
 }
 
