@@ -199,7 +199,7 @@ const DEVICE: u32 = 0xde71_ce00;
 
 /// A device that reads and writes a page all the time, while the guest takes it away and gives it back.
 fn device_race(platform: &KvmPlatform, effort: Effort) -> Observed {
-    let rounds = effort.conversions.div_ceil(4).max(50);
+    let rounds = effort.conversions.div_ceil(4).clamp(50, 2000);
     let mut guest = Guest::new(platform, SOON + Duration::from_millis(20) * rounds, |a| {
         let (mut again, mut wait) = (a.create_label(), a.create_label());
         a.mov(rsi, u64::from(rounds))?;

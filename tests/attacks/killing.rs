@@ -4,7 +4,7 @@ use crate::guest::{Command, Keeper};
 use crate::outcome::Observed;
 use cvm::kvm::KvmPlatform;
 use cvm::x86::Register;
-use cvm::{Answer, ConversionRequest, Side, Vcpu, Vm};
+use cvm::{Answer, BoxError, ConversionRequest, Side, Vcpu, Vm};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs;
 use std::hash::{BuildHasher, RandomState};
@@ -67,11 +67,12 @@ pub fn moment() -> Duration {
 }
 
 /// Kills what holds the guest while the guest runs: every handle says so, and nothing is left.
-pub fn kill_vault(platform: &KvmPlatform) -> Observed {
+pub fn kill_vault(platform: impl Fn() -> Result<KvmPlatform, BoxError>) -> Observed {
     let descriptors = || fs::read_dir("/proc/self/fd").map(Iterator::count).unwrap_or_default();
     let mut before = None;
     for _ in 0..ROUNDS {
-        let keeper = match Keeper::new(platform, random(u64::MAX)) {
+        let launched = platform().and_then(|platform| Ok(Keeper::new(&platform, random(u64::MAX))?));
+        let keeper = match launched {
             Ok(keeper) => keeper,
             Err(error) => return Observed::Got(format!("no more vms: {error}")),
         };

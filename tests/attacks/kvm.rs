@@ -273,19 +273,17 @@ fn slot_read_only(keeper: &mut Keeper, vm: &OwnedFd) -> io::Result<Observed> {
             let alias = MmapRegion::from_file(FileOffset::new(file, 0), MEMORY as usize).map_err(io::Error::other)?;
             set_slot(vm, Slot::default())?;
             set_slot(vm, Slot { address: address(&alias), ..slot })?;
-            let stopped = keeper.command(Command::Count);
-            Ok(match stopped {
-                Err(_) => Observed::Got("the guest's writes come to the vmm instead".into()),
-                Ok(_) => Observed::Refused("the guest noticed nothing".into()),
-            })
+            if keeper.command(Command::Count).is_ok() {
+                return Ok(Observed::Refused("the guest noticed nothing".into()));
+            }
         }
         Private::Gmem(gmem) => {
-            let own = own_memory()?;
-            set_slot(vm, Slot { private: Some(gmem.as_raw_fd()), ..Slot::default() })?;
-            set_slot(vm, Slot { address: address(&own), private: Some(gmem.as_raw_fd()), ..slot })?;
-            Ok(Observed::Got("the guest's writes come to the vmm instead".into()))
+            // Elsewhere first, so that a refusal leaves the guest its memory.
+            let (own, private) = (own_memory()?, Some(gmem.as_raw_fd()));
+            set_slot(vm, Slot { number: 7, at: 1 << 32, address: address(&own), private, ..slot })?;
         }
     }
+    Ok(Observed::Got("the guest's writes come to the vmm instead".into()))
 }
 
 /// Which private pages the guest writes.

@@ -71,7 +71,7 @@ fn main() -> ExitCode {
         return roles::play(&arguments.collect::<Vec<_>>());
     }
     let Some(options) = Options::parse(arguments) else { return ExitCode::SUCCESS };
-    let stage = Stage::new();
+    let stage = Stage::new(options.effort);
     let mut report = Report::default();
     stage.lacks.iter().for_each(|lack| report.skip(lack));
     for (isolation, protection) in Isolation::offered() {

@@ -80,8 +80,8 @@ pub const ATTACKS: &[(&str, Attack)] = &[
         Ok(Observed::Got("which of its files are the same as others".into()))
     }),
     ("core", |victim| {
-        // Its directory belongs to root if it is not dumpable, and else to its user (proc_pid(5)).
-        let dumpable = fs::metadata(victim.directory())?.uid() != 0;
+        // What describes it belongs to root if it is not dumpable, and else to its user (proc_pid(5)).
+        let dumpable = fs::metadata(victim.directory().join("maps"))?.uid() != 0;
         Ok(match dumpable {
             true => Observed::Got("a core dump, when it crashes".into()),
             false => Observed::Refused("not dumpable".into()),

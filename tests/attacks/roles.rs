@@ -34,7 +34,7 @@ fn role(arguments: &[&str]) -> Result<(), BoxError> {
             let effort = Effort { conversions: conversions.parse()?, programs: programs.parse()? };
             be_guests_vmm(&platform(isolation, device)?, effort)
         }
-        ["kill-vault", isolation, device] => tell("kill-vault", killing::kill_vault(&platform(isolation, device)?)),
+        ["kill-vault", isolation, device] => tell("kill-vault", killing::kill_vault(|| platform(isolation, device))),
         ["convert", isolation, device] => convert(&platform(isolation, device)?),
         ["hold", isolation, device] => hold(&platform(isolation, device)?),
         ["attack", pid, nonce] => {

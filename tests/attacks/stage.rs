@@ -1,5 +1,6 @@
 //! Who plays: this program again, as another process and as another user.
 
+use crate::hostile_guest::Effort;
 use crate::outcome::Finding;
 use rustix::fs::{FileType, Mode, mknodat};
 use std::fs;
@@ -15,8 +16,9 @@ use tempfile::TempDir;
 /// Nobody, who owns nothing.
 const UNPRIVILEGED: u32 = 65534;
 
-/// How long a role may take, where processors are emulated twice over.
-const LIMIT: Duration = Duration::from_secs(150);
+/// How long a role may take, where processors are emulated twice over, and how much longer for each conversion.
+const LIMIT: Duration = Duration::from_secs(120);
+const EACH: Duration = Duration::from_millis(10);
 
 /// Whom a role is played as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +33,8 @@ pub enum As {
 pub struct Stage {
     /// The user of the VMMs, if it is not this process's.
     user: Option<u32>,
+    /// How long a role may take.
+    limit: Duration,
     /// What the VMMs open.
     device: PathBuf,
     /// What holds the device while this lives.
@@ -43,8 +47,9 @@ const KVM: &str = "/dev/kvm";
 
 impl Stage {
     /// As root, VMMs run as an unprivileged user with a KVM device of its own; otherwise as this user.
-    pub fn new() -> Self {
-        let mut stage = Self { user: None, device: KVM.into(), _directory: None, lacks: Vec::new() };
+    pub fn new(effort: Effort) -> Self {
+        let limit = LIMIT + EACH * effort.conversions;
+        let mut stage = Self { user: None, limit, device: KVM.into(), _directory: None, lacks: Vec::new() };
         if !rustix::process::geteuid().is_root() {
             stage.lacks.push("attacks by root: this is not root".into());
             return stage;
@@ -86,8 +91,9 @@ impl Stage {
         let pid = child.id().cast_signed();
         let output = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
         let (over, wait) = mpsc::channel::<()>();
+        let limit = self.limit;
         std::thread::spawn(move || {
-            if wait.recv_timeout(LIMIT) == Err(mpsc::RecvTimeoutError::Timeout) {
+            if wait.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
                 crate::killing::kill(pid);
             }
         });
