@@ -42,22 +42,29 @@ pub const ATTACKS: &[(&str, Attack)] = &[
         ring(platform, &[(RING, 16, next, 1), (RING, 16, next, 0)], RING)
     }),
     ("spin", |platform, _| {
-        ends(platform, |a| {
+        ends(platform, SPIN, |a| {
             let mut again = a.create_label();
             a.set_label(&mut again)?;
             a.jmp(again)
         })
     }),
-    ("triple-fault", |platform, _| ends(platform, |a| a.ud2())),
-    ("halt", |platform, _| ends(platform, |a| a.hlt())),
-    ("outside-memory", |platform, _| ends(platform, |a| a.store(MEMORY + PAGE_SIZE, 1))),
+    ("triple-fault", |platform, _| ends(platform, SOON, |a| a.ud2())),
+    ("halt", |platform, _| ends(platform, SOON, |a| a.hlt())),
+    ("outside-memory", |platform, _| ends(platform, SOON, |a| a.store(MEMORY + PAGE_SIZE, 1))),
 ];
 
+/// How long a guest may take that comes to an end, how long one that does not, and how long a device.
 const SOON: Duration = Duration::from_secs(20);
+const SPIN: Duration = Duration::from_millis(500);
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// How a guest ends that does just this.
-fn ends(platform: &KvmPlatform, write: impl FnOnce(&mut Assembler) -> Result<(), IcedError>) -> Observed {
-    let mut guest = Guest::new(platform, Duration::from_secs(2), write);
+fn ends(
+    platform: &KvmPlatform,
+    limit: Duration,
+    write: impl FnOnce(&mut Assembler) -> Result<(), IcedError>,
+) -> Observed {
+    let mut guest = Guest::new(platform, limit, write);
     match guest.run() {
         Ok(exit) => Observed::Refused(format!("{exit:?}")),
         Err(error) => Observed::Refused(kind(&error)),
@@ -206,6 +213,7 @@ fn device_race(platform: &KvmPlatform, effort: Effort) -> Observed {
         a.set_label(&mut again)?;
         a.convert(DATA, 1, Side::Shared)?;
         a.store(DATA, SHARED)?;
+        a.mov(eax, Side::Shared as u32)?;
         a.report()?;
         // A retry is no failure: the device holds the page.
         let mut retry = a.create_label();
@@ -217,6 +225,8 @@ fn device_race(platform: &KvmPlatform, effort: Effort) -> Observed {
         a.cmp(eax, 0)?;
         fail_unless_equal(a)?;
         a.store(DATA, PRIVATE)?;
+        a.mov(eax, Side::Private as u32)?;
+        a.report()?;
         a.mov(ecx, 2000u32)?;
         a.set_label(&mut wait)?;
         a.dec(ecx)?;
@@ -230,6 +240,7 @@ fn device_race(platform: &KvmPlatform, effort: Effort) -> Observed {
     });
     let (over, leaked) = (AtomicBool::new(false), AtomicBool::new(false));
     let (shown, refused) = (AtomicU64::new(0), AtomicU64::new(0));
+    let saw = |counter: &AtomicU64| counter.load(Ordering::Relaxed) > 0;
     let memory = guest.vm.memory().clone();
     let end = std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -246,14 +257,20 @@ fn device_race(platform: &KvmPlatform, effort: Effort) -> Observed {
         });
         let end = loop {
             match guest.run() {
-                Ok(Exit::DoorbellWrite { register: REPORT, .. }) => {}
+                Ok(Exit::DoorbellWrite { register: REPORT, value }) => {
+                    // The device's thread may not have come so far yet.
+                    let seen = if value == Side::Shared as u32 { &shown } else { &refused };
+                    let begin = Instant::now();
+                    while !saw(seen) && begin.elapsed() < PATIENCE {
+                        std::thread::yield_now();
+                    }
+                }
                 end => break end,
             }
         };
         over.store(true, Ordering::Relaxed);
         end
     });
-    let saw = |counter: &AtomicU64| counter.load(Ordering::Relaxed) > 0;
     match end {
         _ if leaked.load(Ordering::Relaxed) => Observed::Got("private bytes".into()),
         Ok(Exit::Ended { code: 0 }) if saw(&shown) && saw(&refused) => {

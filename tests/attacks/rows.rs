@@ -64,7 +64,7 @@ pub const TABLES: &[Table] = &[
             row("answer-foreign", "answer with another VM's conversion, of the same pages", MEMORY_STEER, FALSE_ANSWER),
             row(
                 "answer-stale",
-                "answer with the VM's own conversion from an earlier request for the same pages, which it was told was refused",
+                "answer with the VM's own conversion from an earlier request, of which the guest was told that it is refused",
                 MEMORY_STEER,
                 FALSE_ANSWER,
             ),
@@ -362,8 +362,8 @@ pub const TABLES: &[Table] = &[
 const VIEW: Outcome = Refused("InvalidGuestAddress", "a private page is no part of the view");
 const NOT_ASKED: Outcome = Refused("NotAsked", "a request is good once, for the vCPU and the pages that it names");
 const FALSE_ANSWER: [Outcome; 3] = [
-    Beyond("the guest hears `Done`, and the pages are where they were"),
-    Beyond("the guest hears `Done`, and the pages are where they were"),
+    Beyond("the guest believes that a shared page is private"),
+    Beyond("the guest believes that a shared page is private"),
     Refused("Protocol", "the vault knows which pages it has converted"),
 ];
 const REGISTERS: [Outcome; 3] = [Open("the guest's"), Open("the guest's"), NO_KVM];

@@ -67,7 +67,8 @@ pub const ATTACKS: &[(&str, Attack)] = &[
     ("answer-foreign", |platform, keeper| {
         // The guest of another VM asks for the same, gets it, and its answer goes to this one.
         let foreign = Keeper::new(platform, keeper.nonce ^ 1).and_then(|mut other| {
-            let request = other.ask(Command::Share)?;
+            other.command(Command::Share)?;
+            let request = other.ask(Command::Unshare)?;
             Ok(other.vm.convert(&request))
         });
         foreign.and_then(|foreign| false_answer(keeper, foreign)).unwrap_or_else(failed)
@@ -143,17 +144,18 @@ fn view_straddle(_: &KvmPlatform, keeper: &mut Keeper) -> Observed {
 
 /// A conversion that was carried out, and whose answer the guest did not hear: it was told that it is refused.
 fn stale(keeper: &mut Keeper) -> Result<Conversion, Error> {
-    let request = keeper.ask(Command::Share)?;
+    keeper.command(Command::Share)?;
+    let request = keeper.ask(Command::Unshare)?;
     let stale = keeper.vm.convert(&request);
     keeper.vcpu.refuse_conversion()?;
     keeper.finish()?;
-    keeper.command(Command::Unshare)?;
     Ok(stale)
 }
 
 /// Gives the guest an answer for a conversion that does not take place now.
 fn false_answer(keeper: &mut Keeper, answer: Conversion) -> Result<Observed, Error> {
-    let request = keeper.ask(Command::Share)?;
+    keeper.command(Command::Share)?;
+    let request = keeper.ask(Command::Unshare)?;
     if let Err(error) = keeper.vcpu.answer_conversion(answer) {
         keeper.vcpu.refuse_conversion()?;
         keeper.finish()?;
@@ -162,8 +164,8 @@ fn false_answer(keeper: &mut Keeper, answer: Conversion) -> Result<Observed, Err
     let heard = keeper.finish()?.answer;
     let state = keeper.vm.memory().map().get(request.gpa());
     Ok(match (heard, state) {
-        (Some(answer), Some(PageState::Private)) if answer == Answer::Done as u32 => {
-            Observed::Got("the guest believes that a private page is shared".into())
+        (Some(answer), Some(PageState::Shared)) if answer == Answer::Done as u32 => {
+            Observed::Got("the guest believes that a shared page is private".into())
         }
         other => Observed::Refused(format!("{other:?}")),
     })
