@@ -6,7 +6,11 @@ use common::*;
 use cvm_backend_kvm::KvmPlatform;
 use cvm_core::doorbell::{Access, Doorbell, PORT_BASE, SPACE, control, device_base};
 use cvm_core::interrupt::Refusal;
-use cvm_core::{Error, Event, Exit, Gpa, InterruptController, InterruptPolicy, PageKind, Platform, Vcpu, Vm, VmConfig};
+use cvm_core::launch::APIC_PAGE;
+use cvm_core::{
+    Error, Event, Exit, Gpa, InterruptController, InterruptPolicy, PAGE_SIZE, PageKind, Platform, Protection, Vcpu, Vm,
+    VmConfig,
+};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use std::fs::{self, File};
@@ -689,6 +693,24 @@ fn a_guest_finds_its_apic_on_and_cannot_turn_to_another_mode() {
         assert_eq!([report(), report(), report()], [base, index, 0x1ff]);
         // There is no handler for general-protection faults.
         assert!(matches!(vcpu.run(), Err(Error::Crashed { .. })));
+    }
+}
+
+#[test]
+fn nothing_is_emulated_where_an_apics_page_would_be() {
+    let Some(platform) = kvm() else { return };
+    let Some(config) = with_apic(&platform, 1) else { return };
+    // Page tables reach as far as memory does.
+    let memory = vec![range(0, MEMORY / PAGE_SIZE), range(APIC_PAGE.0 + PAGE_SIZE, 1)];
+    let mut guest = Guest::new(&platform, VmConfig { memory, ..config }, |a| {
+        a.load(APIC_PAGE.0 + 0x30)?;
+        a.report()
+    });
+    match guest.vcpus[0].run() {
+        Err(Error::MmioRefused { gpa, write: false, .. }) => assert_eq!(gpa, Gpa(APIC_PAGE.0 + 0x30)),
+        // KVM cannot find the instruction if it is private, and so does not say what it accesses.
+        Err(Error::Crashed { .. }) if isolation() != Protection::None => {}
+        other => panic!("{other:?}"),
     }
 }
 

@@ -193,9 +193,12 @@ impl Gates {
                 }
             }
             take(wake);
-            for source in &sources {
+            // Only those that are ready: who else holds an eventfd may have made it one that blocks.
+            let signalled = ready.iter().skip(1).map(|eventfd| eventfd.revents().contains(PollFlags::IN));
+            for (source, signalled) in sources.iter().zip(signalled) {
                 let event = Event::Interrupt(source.vector);
-                if take(&source.eventfd)
+                if signalled
+                    && take(&source.eventfd)
                     && self.admit(source.vcpu, event).and_then(|()| self.raise(source.vcpu, source.vector)).is_err()
                 {
                     self.dropped.fetch_add(1, Ordering::Relaxed);

@@ -242,6 +242,25 @@ fn the_measurement_is_the_documented_chain() {
 }
 
 #[test]
+fn what_interrupts_the_guest_how_is_measured() {
+    let none = InterruptPolicy::default();
+    let (edge, level) = (none.accept(0x41).unwrap(), none.accept_level(0x41).unwrap());
+    let most = NonZeroU32::new(1).unwrap();
+    let measured = [
+        (none, InterruptController::None),
+        (edge, InterruptController::None),
+        (level, InterruptController::None),
+        (edge.limit(most), InterruptController::None),
+        (edge, InterruptController::Apic),
+    ]
+    .map(|(interrupts, interrupt_controller)| {
+        let config = VmConfig { interrupts, interrupt_controller, ..VmConfig::new(PAGE_SIZE, 1).unwrap() };
+        Launch::new(Keeper::default(), config, Transport::Doorbell).unwrap().transcript.measurement().0
+    });
+    assert_eq!(std::collections::BTreeSet::from(measured).len(), measured.len());
+}
+
+#[test]
 fn pages_outside_memory_and_pages_loaded_twice_are_refused_and_nothing_is_loaded() {
     let mut launch = launch();
     launch.load(Gpa(4 * PAGE_SIZE), &[1; 2 * PAGE_SIZE as usize], PageKind::Measured).unwrap();
