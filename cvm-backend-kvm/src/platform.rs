@@ -1,13 +1,13 @@
 use crate::handles::{KvmLoader, LoaderOf};
 use crate::host::Host;
-use crate::local::{Backing, Isolation, LocalLoader};
+use crate::local::{Backing, Isolation, LocalLoader, apic_lacks};
 use crate::policy::Holder;
 use crate::vault::Program;
 use crate::{Error, hypercall, probe, vault};
 use cvm_core::doorbell::Transport;
 use cvm_core::launch::VmConfig;
 use cvm_core::platform::{Asset, Offer, Party, Platform, Powers, TrustModel};
-use cvm_core::{Error as CoreError, Launch, Protection};
+use cvm_core::{Error as CoreError, InterruptController, Launch, Protection};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -102,6 +102,11 @@ impl KvmPlatform {
         let refusals = self.host.facts.refusals(config.policy, holder);
         if !refusals.is_empty() {
             return Err(CoreError::Config(format!("the policy cannot be fulfilled: {}", refusals.join("; "))));
+        }
+        if config.interrupt_controller == InterruptController::Apic
+            && let Some(what) = apic_lacks(&self.host)
+        {
+            return Err(CoreError::Config(format!("this kvm has no {what}: launch without interrupt controller")));
         }
         Ok(())
     }

@@ -13,10 +13,12 @@
 //! come.
 
 use cvm_core::doorbell::{Access, Doorbell, SPACE, Transport, device_of};
-use cvm_core::interrupt::Refusal;
+use cvm_core::interrupt::{InterruptController, Refusal};
 use cvm_core::memory::LeftAs;
 use cvm_core::x86::{Register, VcpuState};
-use cvm_core::{Answer, ConversionRequest, Event, Exit, Gpa, GpaRange, Measurement, PAGE_SIZE, PageKind, Policy, Side};
+use cvm_core::{
+    Answer, ConversionRequest, Event, Exit, Gpa, GpaRange, Measurement, PAGE_SIZE, PageKind, Policy, Side, Trigger,
+};
 use std::num::NonZeroU32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -64,6 +66,18 @@ fn with_text((mut message, _): Encoded, text: &str) -> Encoded {
     (message, text)
 }
 
+/// What a refusal is in a message.
+fn refusal_operands(refusal: Refusal) -> [u64; 2] {
+    match refusal {
+        Refusal::Reserved => [0, 0],
+        Refusal::NotAccepted => [1, 0],
+        Refusal::TooMany { most } => [2, most.get().into()],
+        Refusal::NotAnInterrupt => [3, 0],
+        Refusal::WrongTrigger => [4, 0],
+        Refusal::EdgesOnly => [5, 0],
+    }
+}
+
 /// Takes a message apart.
 struct Parts<'a> {
     kind: u16,
@@ -103,6 +117,18 @@ impl<'a> Parts<'a> {
     fn range(&mut self) -> Result<GpaRange, Malformed> {
         let (start, len) = (self.next()?, self.next()?);
         GpaRange::new(start, len).map_err(|_| self.malformed())
+    }
+
+    fn refusal(&mut self) -> Result<Refusal, Malformed> {
+        Ok(match (self.next()?, self.next()?) {
+            (0u64, 0u32) => Refusal::Reserved,
+            (1, 0) => Refusal::NotAccepted,
+            (2, most) => Refusal::TooMany { most: NonZeroU32::new(most).ok_or(self.malformed())? },
+            (3, 0) => Refusal::NotAnInterrupt,
+            (4, 0) => Refusal::WrongTrigger,
+            (5, 0) => Refusal::EdgesOnly,
+            _ => return Err(self.malformed()),
+        })
     }
 
     fn text(&mut self) -> Result<String, Malformed> {
@@ -163,6 +189,8 @@ impl Request {
             Self::Register(register) => encoded(6, &[register as u64]),
             Self::Inject(event) => {
                 let (event, vector) = match event {
+                    Event::Line { vector, asserted: true } => (6, vector),
+                    Event::Line { vector, asserted: false } => (7, vector),
                     Event::Interrupt(vector) => (0, vector),
                     Event::Exception(vector) => (1, vector),
                     Event::Nmi => (2, 0),
@@ -195,6 +223,8 @@ impl Request {
                 (3, 0) => Event::Smi,
                 (4, 0) => Event::Init,
                 (5, 0) => Event::Startup,
+                (6, vector) => Event::Line { vector, asserted: true },
+                (7, vector) => Event::Line { vector, asserted: false },
                 _ => return Err(parts.malformed()),
             }),
             _ => return Err(parts.malformed()),
@@ -294,12 +324,7 @@ impl Reply {
                 with_text(encoded(0x31, &[(*left_as == LeftAs::Unknown).into()]), reason)
             }
             Self::Register(exposed) => encoded(0x32, &[exposed.is_some().into(), exposed.unwrap_or(0)]),
-            Self::InjectionRefused(refusal) => match refusal {
-                Refusal::Reserved => encoded(0x40, &[]),
-                Refusal::NotAccepted => encoded(0x41, &[]),
-                Refusal::TooMany { most } => encoded(0x42, &[most.get().into()]),
-                Refusal::NotAnInterrupt => encoded(0x43, &[]),
-            },
+            Self::InjectionRefused(refusal) => encoded(0x40, &refusal_operands(*refusal)),
             Self::Refused(reason) => with_text(encoded(0x50, &[]), reason),
         }
     }
@@ -336,13 +361,7 @@ impl Reply {
                 (false, 0) => None,
                 _ => return Err(parts.malformed()),
             }),
-            0x40 => Self::InjectionRefused(Refusal::Reserved),
-            0x41 => Self::InjectionRefused(Refusal::NotAccepted),
-            0x42 => {
-                let most = NonZeroU32::new(parts.next()?).ok_or(parts.malformed())?;
-                Self::InjectionRefused(Refusal::TooMany { most })
-            }
-            0x43 => Self::InjectionRefused(Refusal::NotAnInterrupt),
+            0x40 => Self::InjectionRefused(parts.refusal()?),
             0x50 => Self::Refused(parts.text()?),
             _ => return Err(parts.malformed()),
         };
@@ -384,10 +403,12 @@ impl Reply {
 pub enum Order {
     /// The VM to be has memory here.
     Slot(GpaRange),
-    /// It accepts these vectors, at most so many in a second.
+    /// It also accepts these vectors, at most so many in a second.
     Accept {
         /// 256 bits, vector 0 first.
         vectors: [u64; 4],
+        /// What makes them pending.
+        trigger: Trigger,
         /// Nothing if there is no limit.
         most_per_second: Option<NonZeroU32>,
     },
@@ -401,6 +422,8 @@ pub enum Order {
         doorbell: Doorbell,
         /// How it asks for conversions.
         transport: Transport,
+        /// Who hands it interrupts.
+        interrupt_controller: InterruptController,
     },
     /// Load what the shared side has at these pages.
     Load {
@@ -420,6 +443,17 @@ pub enum Order {
     Seal,
     /// Say how much memory is in use.
     Count,
+    /// Give a descriptor that is signalled when the guest writes this doorbell register.
+    DoorbellFd(u16),
+    /// Give a descriptor that raises an interrupt.
+    InterruptFd {
+        /// On which vCPU.
+        vcpu: u32,
+        /// Its vector.
+        vector: u8,
+    },
+    /// Say how many interrupts were dropped.
+    CountDropped,
 }
 
 impl Order {
@@ -427,11 +461,13 @@ impl Order {
     pub fn encode(&self) -> Encoded {
         match *self {
             Self::Slot(range) => encoded(0x101, &[range.start().0, range.len()]),
-            Self::Accept { vectors: [a, b, c, d], most_per_second } => {
-                encoded(0x102, &[a, b, c, d, most_per_second.map_or(0, NonZeroU32::get).into()])
+            Self::Accept { vectors: [a, b, c, d], trigger, most_per_second } => {
+                let most = most_per_second.map_or(0, NonZeroU32::get).into();
+                encoded(0x102, &[a, b, c, d, most, (trigger == Trigger::Level).into()])
             }
-            Self::Create { vcpus, policy, doorbell, transport } => {
-                encoded(0x103, &[vcpus.into(), policy.bits(), doorbell as u64, transport as u64])
+            Self::Create { vcpus, policy, doorbell, transport, interrupt_controller } => {
+                let (doorbell, controller) = (doorbell as u64, interrupt_controller as u64);
+                encoded(0x103, &[vcpus.into(), policy.bits(), doorbell, transport as u64, controller])
             }
             Self::Load { range, kind } => encoded(0x104, &[range.start().0, range.len(), kind as u64]),
             Self::SetVcpu { index, state: VcpuState { rip, rsp, rdi, rsi, cr3 } } => {
@@ -439,6 +475,9 @@ impl Order {
             }
             Self::Seal => encoded(0x106, &[]),
             Self::Count => encoded(0x107, &[]),
+            Self::DoorbellFd(register) => encoded(0x108, &[register.into()]),
+            Self::InterruptFd { vcpu, vector } => encoded(0x109, &[vcpu.into(), vector.into()]),
+            Self::CountDropped => encoded(0x10a, &[]),
         }
     }
 
@@ -453,6 +492,7 @@ impl Order {
             0x102 => Self::Accept {
                 vectors: [parts.next()?, parts.next()?, parts.next()?, parts.next()?],
                 most_per_second: NonZeroU32::new(parts.next()?),
+                trigger: if parts.flag()? { Trigger::Level } else { Trigger::Edge },
             },
             0x103 => Self::Create {
                 vcpus: parts.next()?,
@@ -460,6 +500,8 @@ impl Order {
                 policy: Policy::from_bits_retain(parts.next()?),
                 doorbell: parts.choice(&[Doorbell::Port, Doorbell::Msr], |doorbell| doorbell as u64)?,
                 transport: parts.choice(&[Transport::Doorbell, Transport::Hypercall], |transport| transport as u64)?,
+                interrupt_controller: parts
+                    .choice(&[InterruptController::None, InterruptController::Apic], |controller| controller as u64)?,
             },
             0x104 => {
                 const KINDS: [PageKind; 3] = [PageKind::Measured, PageKind::Zero, PageKind::Unmeasured];
@@ -477,6 +519,9 @@ impl Order {
             },
             0x106 => Self::Seal,
             0x107 => Self::Count,
+            0x108 => Self::DoorbellFd(parts.next()?),
+            0x109 => Self::InterruptFd { vcpu: parts.next()?, vector: parts.next()? },
+            0x10a => Self::CountDropped,
             _ => return Err(parts.malformed()),
         };
         parts.end(order)
@@ -499,6 +544,14 @@ pub enum Report {
     },
     /// It is not done, for this reason.
     Failed(String),
+    /// The descriptor that was asked for comes with this.
+    Descriptor,
+    /// There is no such descriptor, for this reason.
+    NoDescriptor(String),
+    /// The guard does not allow that descriptor.
+    InjectionRefused(Refusal),
+    /// So many interrupts were dropped.
+    Dropped(u64),
 }
 
 impl Report {
@@ -515,6 +568,10 @@ impl Report {
                 encoded(0x203, &[private.is_some().into(), private.unwrap_or(0), *shared])
             }
             Self::Failed(reason) => with_text(encoded(0x204, &[]), reason),
+            Self::Descriptor => encoded(0x205, &[]),
+            Self::NoDescriptor(reason) => with_text(encoded(0x206, &[]), reason),
+            Self::InjectionRefused(refusal) => encoded(0x207, &refusal_operands(*refusal)),
+            Self::Dropped(count) => encoded(0x208, &[*count]),
         }
     }
 
@@ -542,6 +599,10 @@ impl Report {
                 shared: parts.next()?,
             },
             0x204 => Self::Failed(parts.text()?),
+            0x205 => Self::Descriptor,
+            0x206 => Self::NoDescriptor(parts.text()?),
+            0x207 => Self::InjectionRefused(parts.refusal()?),
+            0x208 => Self::Dropped(parts.next()?),
             _ => return Err(parts.malformed()),
         };
         parts.end(report)
