@@ -141,11 +141,11 @@ impl Platform for KvmPlatform {
                 (Party::OtherVms | Party::VmmProcess | Party::SameUser, _) => Powers::empty(),
                 _ => Powers::all(),
             }),
-            // The kernel gives no process a way to private memory, but who has the vCPUs can set their registers; and
-            // other processes of the user can take over the VMM.
+            // The kernel gives no process a way to private memory, but who has the vCPUs can set their registers, and who
+            // has the VM can have the guest see something else; and other processes of the user can take over the VMM.
             Protection::GuestMemfd => TrustModel::new(|party, asset| match (party, asset) {
                 (Party::OtherVms, _) => Powers::empty(),
-                (Party::VmmProcess | Party::SameUser, Asset::PrivateMemory) => Powers::STEER,
+                (Party::VmmProcess | Party::SameUser, Asset::PrivateMemory) => Powers::STEER | Powers::REMAP,
                 _ => Powers::all(),
             }),
             // The files and registers are in the VMM's process, and nothing is encrypted.

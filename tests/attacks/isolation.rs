@@ -19,7 +19,7 @@ impl Isolation {
         match self {
             Self::None => Some(Protection::None),
             Self::GuestMemfd => Some(Protection::GuestMemfd),
-            Self::Vault => None,
+            Self::Vault => Some(Protection::Vault),
         }
     }
 
@@ -37,7 +37,9 @@ impl Isolation {
     pub fn powers(self, party: Party, asset: Asset) -> Powers {
         match (self, party, asset) {
             (_, Party::OtherVms, _) => Powers::empty(),
-            (Self::GuestMemfd, Party::VmmProcess | Party::SameUser, Asset::PrivateMemory) => Powers::STEER,
+            (Self::GuestMemfd, Party::VmmProcess | Party::SameUser, Asset::PrivateMemory) => {
+                Powers::STEER | Powers::REMAP
+            }
             (Self::Vault, Party::VmmProcess | Party::SameUser, _) => Powers::empty(),
             _ => Powers::all(),
         }

@@ -66,6 +66,7 @@ impl Options {
 }
 
 fn main() -> ExitCode {
+    cvm::kvm::vault::init();
     let mut arguments = std::env::args().skip(1).peekable();
     if arguments.next_if(|first| first == "--role").is_some() {
         return roles::play(&arguments.collect::<Vec<_>>());

@@ -1,7 +1,9 @@
 //! What an attack is expected to give, and what it gave.
 
 use crate::isolation::Isolation;
+use cvm::kvm::KvmPlatform;
 use cvm::platform::{Asset, Party, Powers};
+use cvm::{Platform, Protection};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -10,9 +12,9 @@ use std::fmt;
 pub enum Outcome {
     /// It succeeds, as the trust model admits.
     Open(&'static str),
-    /// It succeeds, although the trust model or the contract does not admit it.
-    Beyond(&'static str),
-    /// It ends with this, because of that.
+    /// It succeeds, as the trust model admits, where private memory is a file; in a `guest_memfd` nothing is found.
+    OpenInFile(&'static str),
+    /// It ends with this (or, where "or" is written, with one of these), because of that.
     Refused(&'static str, &'static str),
     /// There is nothing to make it on.
     Absent(&'static str),
@@ -22,7 +24,7 @@ impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Open(what) => write!(f, "**open**: {what}"),
-            Self::Beyond(what) => write!(f, "**open, and should not be**: {what}"),
+            Self::OpenInFile(what) => write!(f, "**open**: {what}, unless it is in a guest_memfd"),
             Self::Refused(with, why) => write!(f, "{with}: {why}"),
             Self::Absent(why) => write!(f, "-: {why}"),
         }
@@ -84,19 +86,27 @@ impl Row {
         let admitted =
             party.zip(self.power).map(|(party, (asset, power))| isolation.powers(party, asset).contains(power));
         match (expected, observed) {
-            (Outcome::Open(_), Observed::Got(_)) if admitted == Some(false) => {
+            (Outcome::Open(_) | Outcome::OpenInFile(_), Observed::Got(_)) if admitted == Some(false) => {
                 Err("it is open, and the trust model does not admit it".into())
             }
-            (Outcome::Open(_) | Outcome::Beyond(_), Observed::Got(_)) | (Outcome::Absent(_), Observed::Absent(_)) => {
+            (Outcome::Open(_), Observed::Got(_) | Observed::Unable(_)) => Ok(()),
+            (Outcome::Absent(_), Observed::Absent(_)) => Ok(()),
+            (Outcome::OpenInFile(_), Observed::Got(_)) if !guest_memfd() => Ok(()),
+            (Outcome::OpenInFile(_), Observed::Refused(seen)) if guest_memfd() && seen == "not found" => Ok(()),
+            (Outcome::Refused(with, _), Observed::Refused(seen)) if with.split(" or ").any(|with| with == seen) => {
                 Ok(())
             }
-            (Outcome::Open(_), Observed::Unable(_)) => Ok(()),
-            (Outcome::Refused(with, _), Observed::Refused(seen)) if with == seen => Ok(()),
             // A machine may be stricter than others with processes of the same user.
             (Outcome::Open(_), Observed::Refused(_)) if party == Some(Party::SameUser) && yama() => Ok(()),
             _ => Err(format!("expected {expected}; {observed}")),
         }
     }
+}
+
+/// Whether private memory is in a `guest_memfd`, wherever it can be.
+fn guest_memfd() -> bool {
+    let offers = KvmPlatform::probe();
+    offers.iter().any(|offer| offer.protection == Protection::GuestMemfd && offer.missing.is_empty())
 }
 
 /// Whether the kernel restricts what a process may do to others of its user (Linux Documentation/admin-guide/LSM/Yama.rst).

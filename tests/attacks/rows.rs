@@ -1,6 +1,6 @@
 //! Every attack with what is expected of it.
 
-use crate::outcome::Outcome::{self, Absent, Beyond, Open, Refused};
+use crate::outcome::Outcome::{self, Absent, Open, OpenInFile, Refused};
 use crate::outcome::Row;
 use cvm::platform::{Asset, Party, Powers};
 
@@ -55,18 +55,18 @@ pub const TABLES: &[Table] = &[
             ),
             row("convert-vcpu", "convert what a vCPU asks for on behalf of another vCPU", MEMORY_STEER, [NOT_ASKED; 3]),
             row("convert-again", "convert a second time what was asked for once", MEMORY_STEER, [NOT_ASKED; 3]),
+            row("answer-other", "answer with another VM's conversion, of something else", MEMORY_STEER, [PROTOCOL; 3]),
             row(
-                "answer-other",
-                "answer with another VM's conversion, of something else",
+                "answer-foreign",
+                "answer with another VM's conversion, of the same pages",
                 MEMORY_STEER,
-                [Refused("Protocol", "an answer fits its request only"); 3],
+                [PROTOCOL; 3],
             ),
-            row("answer-foreign", "answer with another VM's conversion, of the same pages", MEMORY_STEER, FALSE_ANSWER),
             row(
                 "answer-stale",
                 "answer with the VM's own conversion from an earlier request, of which the guest was told that it is refused",
                 MEMORY_STEER,
-                FALSE_ANSWER,
+                [PROTOCOL; 3],
             ),
             row(
                 "run-unanswered",
@@ -162,7 +162,7 @@ pub const TABLES: &[Table] = &[
                 "slot-remap",
                 "delete the guest's slot and make one that has the VMM's bytes in place of the secret",
                 MEMORY_REMAP,
-                [Open("the guest computes with them"), Beyond("the guest computes with them"), NO_KVM],
+                [Open("the guest computes with them"), Open("the guest computes with them"), NO_KVM],
             ),
             row(
                 "slot-read-only",
@@ -241,8 +241,18 @@ pub const TABLES: &[Table] = &[
         text: "The same by a process with all privileges. Beyond these rows, root can change the kernel, and so do everything.",
         party: Some(Party::Root),
         rows: &[
-            row("root/proc-mem", "read every mapping through `/proc/<pid>/mem`", MEMORY_READ, [READ, UNMAPPABLE, READ]),
-            row("root/vm-readv", "read every mapping by `process_vm_readv`", MEMORY_READ, [READ, UNMAPPABLE, READ]),
+            row(
+                "root/proc-mem",
+                "read every mapping through `/proc/<pid>/mem`",
+                MEMORY_READ,
+                [READ, UNMAPPABLE, OpenInFile("the secret")],
+            ),
+            row(
+                "root/vm-readv",
+                "read every mapping by `process_vm_readv`",
+                MEMORY_READ,
+                [READ, UNMAPPABLE, OpenInFile("the secret")],
+            ),
             row(
                 "root/ptrace",
                 "attach as a debugger, and so take the process over",
@@ -253,7 +263,7 @@ pub const TABLES: &[Table] = &[
                 "root/getfd",
                 "duplicate every descriptor by `pidfd_getfd`, and read and map what is memory",
                 MEMORY_READ,
-                [READ, UNMAPPABLE, READ],
+                [READ, UNMAPPABLE, OpenInFile("the secret")],
             ),
             row(
                 "root/getfd-vcpu",
@@ -265,7 +275,7 @@ pub const TABLES: &[Table] = &[
                 "root/proc-fd",
                 "reopen every file of memory in `/proc/<pid>/fd`",
                 MEMORY_READ,
-                [READ, UNMAPPABLE, READ],
+                [READ, UNMAPPABLE, OpenInFile("the secret")],
             ),
             row("root/proc-maps", "read `/proc/<pid>/maps`", None, [LAYOUT; 3]),
             row("root/proc-root", "follow `/proc/<pid>/root`", None, [ROOT; 3]),
@@ -333,7 +343,7 @@ pub const TABLES: &[Table] = &[
                 [
                     Refused("MmioRefused", "with the address"),
                     Refused("Crashed", "KVM fetches the instruction from the shared side, and cannot say where it was"),
-                    Refused("MmioRefused", "with the address"),
+                    Refused("MmioRefused or Crashed", "as without a vault, by where private memory is"),
                 ],
             ),
         ],
@@ -361,11 +371,7 @@ pub const TABLES: &[Table] = &[
 
 const VIEW: Outcome = Refused("InvalidGuestAddress", "a private page is no part of the view");
 const NOT_ASKED: Outcome = Refused("NotAsked", "a request is good once, for the vCPU and the pages that it names");
-const FALSE_ANSWER: [Outcome; 3] = [
-    Beyond("the guest believes that a shared page is private"),
-    Beyond("the guest believes that a shared page is private"),
-    Refused("Protocol", "the vault knows which pages it has converted"),
-];
+const PROTOCOL: Outcome = Refused("Protocol", "a conversion answers the one request that it was made for");
 const REGISTERS: [Outcome; 3] = [Open("the guest's"), Open("the guest's"), NO_KVM];
 const NO_APIC: Outcome = Refused("EINVAL", "the guest has none in the kernel");
 const STEERED: Outcome = Open("the guest tells all of it");

@@ -10,7 +10,7 @@ use super::vm::Shared;
 use crate::Error;
 use crate::host::HC_MAP_GPA_RANGE;
 use cvm_core::doorbell::{self, Access, Registers, Ring, Transport};
-use cvm_core::memory::ConversionEngine;
+use cvm_core::memory::{ConversionEngine, Ticket};
 use cvm_core::x86::{Register, VcpuState};
 use cvm_core::{
     Answer, Conversion, ConversionRequest, Error as CoreError, Event, Exit, Gpa, InterruptController, Kick, Policy,
@@ -110,7 +110,7 @@ enum Question {
     Msr {
         mask: u64,
     },
-    Conversion(ConversionRequest, Transport),
+    Conversion(Ticket, Transport),
 }
 
 fn string_io(port: u16) -> String {
@@ -312,8 +312,7 @@ impl LocalVcpu {
 
     /// Remembers what the guest asks for, and allows it to be carried out.
     fn ask(&mut self, request: ConversionRequest, transport: Transport) {
-        self.question = Some(Question::Conversion(request, transport));
-        self.shared.engine.ask(request);
+        self.question = Some(Question::Conversion(self.shared.engine.ask(request), transport));
     }
 
     fn answer_request(&mut self, transport: Transport, answer: Answer) {
@@ -488,7 +487,7 @@ impl Vcpu for LocalVcpu {
 
     fn answer_conversion(&mut self, conversion: Conversion) -> Result<(), CoreError> {
         match &self.question {
-            Some(Question::Conversion(request, transport)) if request == conversion.request() => {
+            Some(Question::Conversion(ticket, transport)) if conversion.answers(*ticket) => {
                 self.answer_request(*transport, conversion.answer());
                 self.question = None;
                 Ok(())

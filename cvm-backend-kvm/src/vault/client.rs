@@ -9,7 +9,7 @@ use crate::local::{Backing, Layout, shared_view};
 use cvm_core::doorbell::Transport;
 use cvm_core::interrupt::{Guarding, Refusal};
 use cvm_core::launch::{Loader, Transcript, VmConfig};
-use cvm_core::memory::{Allocated, ConversionEngine, ConversionTotals, Converter, ConverterError, LeftAs};
+use cvm_core::memory::{Allocated, ConversionEngine, ConversionTotals, Converter, ConverterError, LeftAs, Ticket};
 use cvm_core::x86::{Register, VcpuState};
 use cvm_core::{
     Answer, BoxError, Conversion, ConversionListener, ConversionRequest, Error as CoreError, Event, Exit, GpaRange,
@@ -443,7 +443,7 @@ impl Vm for VaultVm {
 enum Question {
     None,
     Read,
-    Conversion(ConversionRequest),
+    Conversion(Ticket),
 }
 
 /// A vCPU that a vault holds.
@@ -524,10 +524,7 @@ impl Vcpu for VaultVcpu {
         let exit = self.run_on();
         self.failed = exit.is_err();
         self.question = match &exit {
-            Ok(Exit::Conversion(request)) => {
-                self.shared.engine.ask(*request);
-                Question::Conversion(*request)
-            }
+            Ok(Exit::Conversion(request)) => Question::Conversion(self.shared.engine.ask(*request)),
             Ok(Exit::DoorbellRead { .. } | Exit::PortRead { .. } | Exit::MsrRead { .. }) => Question::Read,
             _ => Question::None,
         };
@@ -548,7 +545,7 @@ impl Vcpu for VaultVcpu {
 
     fn answer_conversion(&mut self, conversion: Conversion) -> Result<(), CoreError> {
         match self.question {
-            Question::Conversion(request) if request == *conversion.request() => {
+            Question::Conversion(ticket) if conversion.answers(ticket) => {
                 self.given = Given::Answer(conversion.answer());
                 self.question = Question::None;
                 Ok(())
