@@ -86,6 +86,12 @@ pub fn is_memory(name: &str) -> bool {
     !["pipe:", "socket:", "/dev/", "/proc/"].iter().any(|other| name.starts_with(other))
 }
 
+/// Copies of the descriptors of this process whose names have `name` in them.
+pub fn all_own(name: &str) -> Vec<OwnedFd> {
+    let all = descriptors(Path::new("/proc/self")).unwrap_or_default();
+    all.iter().filter(|(_, own)| own.contains(name)).filter_map(|(fd, _)| sys::duplicate(*fd).ok()).collect()
+}
+
 /// A second descriptor for the first of this process's that has such a name.
 pub fn own(name: &str) -> Option<OwnedFd> {
     let all = descriptors(Path::new("/proc/self")).ok()?;

@@ -5,7 +5,8 @@ use crate::find;
 use crate::guest::{COUNT, Command, KERNEL_GS_BASE, Keeper, Registers, SECRET, SECRET_LEN, is_secret};
 use crate::outcome::Observed;
 use crate::sys::{self, Ioctl};
-use crate::vmm::Attack;
+use crate::vmm::{Attack, failed, with_apic};
+use cvm::kvm::KvmPlatform;
 use cvm::{PAGE_SIZE, Vcpu};
 use kvm_bindings::*;
 use std::fs::File;
@@ -32,9 +33,23 @@ const GET_VCPU_EVENTS: Ioctl<kvm_vcpu_events> = Ioctl::read(0x9f);
 const GET_DEBUGREGS: Ioctl<kvm_debugregs> = Ioctl::read(0xa1);
 const GET_XSAVE: Ioctl<[u8; 4096]> = Ioctl::read(0xa4);
 const GET_DIRTY_LOG: Ioctl<kvm_dirty_log> = Ioctl::write(0x42);
+const SIGNAL_MSI: Ioctl<kvm_msi> = Ioctl::write(0xa5);
+const SET_GSI_ROUTING: Ioctl<Routes> = Ioctl::write_header(0x6a, 8);
 const SET_USER_MEMORY_REGION: Ioctl<kvm_userspace_memory_region> = Ioctl::write(0x46);
 const SET_USER_MEMORY_REGION2: Ioctl<kvm_userspace_memory_region2> = Ioctl::write(0x49);
 const SET_MEMORY_ATTRIBUTES: Ioctl<kvm_memory_attributes> = Ioctl::write(0xd2);
+
+/// Where an MSI for the first vCPU goes (Intel SDM, volume 3, section 12.11.1).
+const MSI_ADDRESS: u32 = 0xfee0_0000;
+
+/// `kvm_irq_routing` with one entry.
+#[derive(Default)]
+#[repr(C)]
+struct Routes {
+    count: u32,
+    flags: u32,
+    entry: kvm_irq_routing_entry,
+}
 
 /// `kvm_msrs` with one entry.
 #[derive(Default)]
@@ -91,6 +106,19 @@ pub const ATTACKS: &[(&str, Attack)] = &[
             })
         })
     }),
+    ("raw-msi", |platform, _| {
+        with_apic_vm(platform, |vm| {
+            SIGNAL_MSI.call(vm, &mut kvm_msi { address_lo: MSI_ADDRESS, data: 0x42, ..Default::default() })
+        })
+    }),
+    ("gsi-routing", |platform, _| {
+        with_apic_vm(platform, |vm| {
+            let mut routes = Routes { count: 1, ..Default::default() };
+            routes.entry.type_ = KVM_IRQ_ROUTING_MSI;
+            routes.entry.u.msi = kvm_irq_routing_msi { address_lo: MSI_ADDRESS, data: 0x42, ..Default::default() };
+            SET_GSI_ROUTING.call(vm, &mut routes)
+        })
+    }),
     ("slot-overlap", |_, _| {
         on(VM, |vm| {
             let own = own_memory()?;
@@ -103,6 +131,22 @@ pub const ATTACKS: &[(&str, Attack)] = &[
     ("slot-read-only", |_, keeper| on(VM, |vm| slot_read_only(keeper, vm))),
     ("dirty-log", |_, keeper| on(VM, |vm| dirty_log(keeper, vm))),
 ];
+
+/// Makes a VM whose vCPU has an APIC, and a call on each descriptor of a VM until one succeeds.
+fn with_apic_vm(platform: &KvmPlatform, call: impl Fn(&OwnedFd) -> io::Result<i32>) -> Observed {
+    let vm = match with_apic(platform) {
+        Ok(vm) => vm,
+        Err(error) => return failed(error),
+    };
+    let descriptors = find::all_own(VM);
+    let observed = match descriptors.iter().map(call).collect::<Vec<_>>() {
+        results if results.is_empty() => Observed::Absent("there is no such descriptor".into()),
+        results if results.iter().any(Result::is_ok) => Observed::Got("a vector that the guest does not accept".into()),
+        results => Observed::Refused(results.iter().flat_map(|result| result.as_ref().err()).map(sys::name).collect()),
+    };
+    drop(vm);
+    observed
+}
 
 const VCPU: &str = "anon_inode:kvm-vcpu";
 const VM: &str = "anon_inode:kvm-vm";

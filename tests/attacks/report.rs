@@ -1,7 +1,7 @@
 //! What came of a run: on standard output, and as a document.
 
 use crate::isolation::{self, ASSETS, Isolation};
-use crate::outcome::{Finding, Observed, Outcome, Row};
+use crate::outcome::{Finding, Observed, Row};
 use crate::rows::{TABLES, Table};
 use crate::stage::Stage;
 use cvm::platform::Party;

@@ -81,6 +81,12 @@ pub const TABLES: &[Table] = &[
                 [Refused("InjectionRefused", "only vectors from 32 on that the guest accepts pass"); 3],
             ),
             row(
+                "interrupt-fd",
+                "ask for a descriptor that interrupts, for every vector, of a guest that accepts one",
+                None,
+                [Open("just that one is given"); 3],
+            ),
+            row(
                 "inject-accepted",
                 "inject every vector into a guest that accepts three",
                 None,
@@ -141,6 +147,8 @@ pub const TABLES: &[Table] = &[
             ),
             row("raw-interrupt", "`KVM_INTERRUPT` with a vector that the guest does not accept", INTERRUPTS_WRITE, RAW),
             row("raw-nmi", "`KVM_NMI`", INTERRUPTS_WRITE, RAW),
+            row("raw-msi", "`KVM_SIGNAL_MSI` with a vector that the guest does not accept", INTERRUPTS_WRITE, RAW),
+            row("gsi-routing", "`KVM_SET_GSI_ROUTING` to such a vector", INTERRUPTS_WRITE, RAW),
             row("raw-smi", "`KVM_SMI`", INTERRUPTS_WRITE, RAW),
             row(
                 "slot-overlap",

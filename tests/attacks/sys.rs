@@ -37,6 +37,11 @@ impl<T> Ioctl<T> {
         Self::new(3, number, size)
     }
 
+    /// The same for one that is only written.
+    pub const fn write_header(number: u64, size: usize) -> Self {
+        Self::new(1, number, size)
+    }
+
     /// Makes the call. Addresses in `argument` must be those of mappings that nothing in this process refers to.
     pub fn call(&self, fd: &impl AsRawFd, argument: &mut T) -> io::Result<i32> {
         // KVM_RUN and its like refuse an argument.

@@ -4,7 +4,8 @@ use crate::find;
 use crate::guest::{Command, Keeper, SECRET, SECRET_LEN, SIDE_PAGE};
 use crate::outcome::Observed;
 use crate::sys;
-use cvm::kvm::KvmPlatform;
+use cvm::interrupt::InterruptController;
+use cvm::kvm::{KvmPlatform, KvmVm};
 use cvm::memory::PageState;
 use cvm::{Answer, Conversion, ConversionRequest, Error, Event, PAGE_SIZE, Side, Vcpu, Vm};
 use std::fs::{self, File};
@@ -82,6 +83,7 @@ pub const ATTACKS: &[(&str, Attack)] = &[
         Err(error) => Observed::Refused(kind(&error)),
     }),
     ("inject", inject),
+    ("interrupt-fd", |platform, _| interrupt_fd(platform).unwrap_or_else(failed)),
     ("inject-accepted", |platform, keeper| inject_accepted(platform, keeper).unwrap_or_else(failed)),
     ("own-files", |_, keeper| {
         let Ok(open) = find::descriptors(Path::new("/proc/self")) else {
@@ -173,7 +175,8 @@ fn false_answer(keeper: &mut Keeper, answer: Conversion) -> Result<Observed, Err
 
 /// Every event that the guest does not accept.
 fn inject(_: &KvmPlatform, keeper: &mut Keeper) -> Observed {
-    let vectors = (0..=255).flat_map(|vector| [Event::Interrupt(vector), Event::Exception(vector)]);
+    let line = |vector| Event::Line { vector, asserted: true };
+    let vectors = (0..=255).flat_map(|vector| [Event::Interrupt(vector), line(vector), Event::Exception(vector)]);
     for event in vectors.chain([Event::Nmi, Event::Smi, Event::Init, Event::Startup]) {
         match keeper.vcpu.inject(event) {
             Err(Error::InjectionRefused { .. }) => {}
@@ -200,6 +203,28 @@ fn inject_accepted(platform: &KvmPlatform, _: &mut Keeper) -> Result<Observed, E
         true => Observed::Got("just these".into()),
         false => Observed::Refused(format!("{passed:?}")),
     })
+}
+
+/// A descriptor for every vector, of a guest that accepts one.
+fn interrupt_fd(platform: &KvmPlatform) -> Result<Observed, Error> {
+    let vm = with_apic(platform)?;
+    let passed: Vec<u8> = (0..=255).filter(|vector| vm.interrupt_fd(0, *vector).is_ok()).collect();
+    Ok(match passed == [ACCEPTED] {
+        true => Observed::Got("just that".into()),
+        false => Observed::Refused(format!("{passed:?}")),
+    })
+}
+
+/// The vector that a guest with an APIC accepts.
+const ACCEPTED: u8 = 0x41;
+
+/// A VM whose vCPUs have APICs.
+pub fn with_apic(platform: &KvmPlatform) -> Result<KvmVm, Error> {
+    use crate::common::{config, load};
+    let interrupts = cvm::InterruptPolicy::default().accept(ACCEPTED);
+    let interrupts = interrupts.map_err(|source| Error::Config(source.to_string()))?;
+    let interrupt_controller = InterruptController::Apic;
+    load(platform, cvm::VmConfig { interrupts, interrupt_controller, ..config(1) }, |a| a.end(0)).seal()
 }
 
 fn in_own_memory(keeper: &Keeper, which: impl Fn(&find::Mapping) -> bool) -> Observed {
