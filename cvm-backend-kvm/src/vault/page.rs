@@ -4,10 +4,10 @@
 //! |---|---|---|
 //! | 0 | sequence number of the last request | VMM |
 //! | 64 | its message | VMM |
-//! | 128 | whether the vault sleeps until there is another | vault; the VMM clears it |
+//! | 128 | whether the vault may sleep until there is another | vault |
 //! | 192 | sequence number of the last reply; [`DEAD`] when there will be none | vault; [`DEAD`] the VMM's own watcher |
 //! | 256 | its message | vault |
-//! | 320 | whether the VMM sleeps until there is another | VMM; the vault clears it |
+//! | 320 | whether the VMM may sleep until there is another | VMM |
 //! | 384 | whether the vCPU is to be kicked | VMM; the vault clears it |
 //! | 512 | the text of the request | VMM |
 //! | 1024 | the text of the reply | vault |
@@ -60,6 +60,8 @@ pub(super) fn spins() -> u32 {
 #[derive(Debug)]
 pub(super) struct Pages {
     region: MmapRegion,
+    /// How often to look for a message before sleeping.
+    spins: u32,
 }
 
 impl Pages {
@@ -75,12 +77,12 @@ impl Pages {
             MmapRegion::from_file(file, Self::bytes(vcpus) as usize).map_err(io::Error::other)
         };
         let region = map().map_err(|source| Error::Vault { step: "map the pages of its vcpus", source })?;
-        Ok(Self { region })
+        Ok(Self { region, spins: spins() })
     }
 
     /// The page of vCPU `index`, which must exist.
     pub(super) fn page(&self, index: u32) -> Page<'_> {
-        Page { region: &self.region, base: index as usize * PAGE_SIZE as usize }
+        Page { region: &self.region, base: index as usize * PAGE_SIZE as usize, spins: self.spins }
     }
 
     /// How many there are.
@@ -94,6 +96,7 @@ impl Pages {
 pub(super) struct Page<'a> {
     region: &'a MmapRegion,
     base: usize,
+    spins: u32,
 }
 
 impl<'a> Page<'a> {
@@ -119,9 +122,8 @@ impl<'a> Page<'a> {
             texts.expect("every text lies in the page");
         }
         self.word(to.sequence).store(sequence, Ordering::SeqCst);
-        let sleeps = self.word(to.sleeps);
-        if sleeps.load(Ordering::SeqCst) != 0 {
-            sleeps.store(0, Ordering::SeqCst);
+        // Only who sleeps takes this back: he may have set it for the next message already, and not sleep yet.
+        if self.word(to.sleeps).load(Ordering::SeqCst) != 0 {
             // It can fail only for arguments that make no sense.
             let _ = futex::wake(self.word(to.sequence), futex::Flags::empty(), 1);
         }
@@ -146,7 +148,7 @@ impl<'a> Page<'a> {
     /// Waits for a sequence number other than `last`.
     fn wait(&self, on: Direction, last: u32) -> u32 {
         let (sequence, sleeps) = (self.word(on.sequence), self.word(on.sleeps));
-        for _ in 0..spins() {
+        for _ in 0..self.spins {
             let now = sequence.load(Ordering::Acquire);
             if now != last {
                 return now;
@@ -268,6 +270,35 @@ mod tests {
                 }
             }
         });
+    }
+
+    #[test]
+    fn no_message_is_slept_through_however_late_who_waits_falls_asleep() {
+        for spins in [0, 1, 20, 300] {
+            let pages = Pages { spins, ..pages(1) };
+            let (done, finished) = std::sync::mpsc::channel();
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let mut answering = Answering::default();
+                    while let Some((message, _)) = answering.next(pages.page(0)) {
+                        answering.answer(pages.page(0), (message, String::new()));
+                    }
+                });
+                scope.spawn(|| {
+                    let mut asking = Asking::default();
+                    for _ in 0..20_000 {
+                        asking.ask(pages.page(0), Request::Run(Given::Nothing).encode()).unwrap();
+                    }
+                    done.send(()).unwrap();
+                });
+                let finished = finished.recv_timeout(std::time::Duration::from_secs(60));
+                // Ends both, whoever sleeps.
+                pages.page(0).bury();
+                pages.page(0).write(REQUESTS, DEAD, Request::Run(Given::Nothing).encode());
+                let _ = futex::wake(pages.page(0).word(REQUESTS.sequence), futex::Flags::empty(), u32::MAX);
+                assert!(finished.is_ok(), "somebody sleeps, having looked {spins} times");
+            });
+        }
     }
 
     #[test]
