@@ -10,8 +10,9 @@ use cvm_core::launch::VmConfig;
 use cvm_core::memory::LeftAs;
 use cvm_core::{BoxError, Error as CoreError, GpaRange, InterruptPolicy, Kick, Launch, PageKind, PageState, Vcpu, Vm};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use rustix::net::RecvFlags;
+use std::io::IoSliceMut;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -133,7 +134,9 @@ impl Server {
 
     fn pass_kicks_on(&self) {
         // First the counter, then the pages: what is asked for meanwhile counts again.
-        let _ = self.kicks.as_ref().map(|kicks| rustix::io::read(kicks, &mut [0; 8]));
+        // The VMM may have read the counter, and cleared the flag by which an empty one is not waited for.
+        let take = |kicks| preadv2(kicks, &mut [IoSliceMut::new(&mut [0; 8])], u64::MAX, ReadWriteFlags::NOWAIT);
+        let _ = self.kicks.as_ref().map(take);
         if let Stage::Running { pages, kickers, .. } = &self.stage {
             for (index, kicker) in (0..).zip(&**kickers) {
                 if pages.page(index).take_kick() {
