@@ -854,11 +854,11 @@ fn garbage_on_its_page_does_not_touch_a_guest() {
         let mut noise = Noise(seed);
         let mut kinds = [0; 4];
         for round in 0..ROUNDS / 2 {
-            if noise.next() % 2 == 0 {
+            if noise.next().is_multiple_of(2) {
                 guest.fill(FIRST, at::REQUEST_MESSAGE, &noise.bytes(at::REPLY - at::REQUEST_MESSAGE));
                 guest.fill(FIRST, at::REPLY + 4, &noise.bytes(PAGE_SIZE as usize - at::REPLY - 4));
             }
-            if noise.next() % 8 == 0 {
+            if noise.next().is_multiple_of(8) {
                 guest.word(FIRST, at::KICK).store(noise.next() as u32, Ordering::SeqCst);
                 rustix::io::write(&guest.kicks, &(1 + noise.next() % 2).to_ne_bytes()).unwrap();
             }
@@ -866,7 +866,7 @@ fn garbage_on_its_page_does_not_touch_a_guest() {
             let mut message = noise.message();
             message.sequence = sequence;
             guest.post(FIRST, sequence, &message, &[]);
-            if noise.next() % 4 == 0 {
+            if noise.next().is_multiple_of(4) {
                 // While it is being looked at, or the guest runs.
                 for _ in 0..4 {
                     guest.fill(FIRST, at::REQUEST_MESSAGE, &noise.bytes(at::REPLY - at::REQUEST_MESSAGE));
@@ -1134,16 +1134,16 @@ fn every_vcpu_hears_that_the_vault_dies_while_they_spin() {
 fn a_vault_that_dies_between_exits_is_noticed_by_whatever_comes_next() {
     let Some((_alone, platform)) = vaults() else { return };
     let files = open_files();
-    let next: [(&str, fn(&mut Guest)); 3] = [
-        ("run", |guest| assert_dead(guest.vcpus[0].run(), "run")),
-        ("register", |guest| assert_dead(guest.vcpus[0].register(Register::Rax), "register")),
-        ("count", |guest| assert_dead(guest.vm.allocated(), "allocated")),
+    let next: [fn(&mut Guest); 3] = [
+        |guest| assert_dead(guest.vcpus[0].run(), "run"),
+        |guest| assert_dead(guest.vcpus[0].register(Register::Rax), "register"),
+        |guest| assert_dead(guest.vm.allocated(), "allocated"),
     ];
-    for (what, next) in next {
+    for next in next {
         let mut guest = Guest::from_launch(load(&platform, config(2), witness));
         assert_eq!(guest.run(), SAYS_SECRET);
         kill_vault();
-        in_time(what, || next(&mut guest));
+        in_time("what comes next", || next(&mut guest));
         assert_all_dead(&mut guest);
         in_time("run", || assert_dead(guest.vcpus[1].run(), "run"));
         assert_leaves_nothing(guest, files);

@@ -315,7 +315,7 @@ fn operands_out_of_range_are_malformed() {
         (4, vec![1, PAGE_SIZE, 0]),
         (4, vec![0, PAGE_SIZE, 2]),
         (4, vec![0, PAGE_SIZE, 0, 1]),
-        (5, vec![u64::MAX & !0xfff, 2 * PAGE_SIZE]),
+        (5, vec![!0xfff, 2 * PAGE_SIZE]),
         (5, vec![1 << 52, PAGE_SIZE]),
         (6, vec![Register::ALL.len() as u64]),
         (7, vec![0, 256]),
