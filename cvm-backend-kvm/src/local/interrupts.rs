@@ -6,8 +6,8 @@ use cvm_core::{Error as CoreError, Event, InterruptController, InterruptGuard, I
 use kvm_bindings::{KVM_MAX_IRQ_ROUTES, KvmIrqRouting};
 use kvm_ioctls::VmFd;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::io::Errno;
-use std::io;
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
+use std::io::{self, IoSliceMut};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,9 +19,10 @@ pub(crate) fn new_eventfd() -> io::Result<OwnedFd> {
     Ok(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)
 }
 
-/// Takes what was written to an eventfd; whether there was anything.
-fn take(eventfd: &OwnedFd) -> bool {
-    rustix::io::read(eventfd, &mut [0; 8]).is_ok()
+/// Takes what was written to an eventfd; whether there was anything. It never waits: who else holds the eventfd may have
+/// emptied it, and cleared the flag by which an empty one is not waited for.
+pub(crate) fn take(eventfd: &OwnedFd) -> bool {
+    preadv2(eventfd, &mut [IoSliceMut::new(&mut [0; 8])], u64::MAX, ReadWriteFlags::NOWAIT).is_ok()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -12,6 +12,7 @@ mod vm;
 mod vm_fd;
 
 pub(crate) use apic::lacks as apic_lacks;
+pub(crate) use interrupts::take as take_signal;
 pub(crate) use kick::Kicker;
 pub(crate) use loader::{Isolation, LocalLoader};
 pub(crate) use memory::{Backing, FilesMemory, Layout, shared_view};

@@ -121,7 +121,8 @@ impl Vault {
 
     /// What is to be said of a vault that does not answer.
     fn dead(&self) -> Error {
-        // It closes its socket before it is done with dying.
+        // It closes its socket before it is done with dying; what is no vault may close it and live on.
+        self.kill();
         let status = self.end.wait().clone();
         Error::VaultDied { status }
     }

@@ -15,11 +15,11 @@
 //! Either end may change anything at any time. So a message is copied before it is looked at, and all that is in the
 //! page is read and written by atomic or volatile accesses.
 
+use super::bell::{Bell, Word};
 use super::protocol::{Encoded, MOST_TEXT, Message, WORDS};
 use crate::Error;
 use crate::local::Backing;
 use cvm_core::PAGE_SIZE;
-use rustix::thread::futex;
 use std::io;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -121,12 +121,11 @@ impl<'a> Page<'a> {
             let texts = self.region.as_volatile_slice().write_slice(text.as_bytes(), self.base + to.text);
             texts.expect("every text lies in the page");
         }
-        self.word(to.sequence).store(sequence, Ordering::SeqCst);
-        // Only who sleeps takes this back: he may have set it for the next message already, and not sleep yet.
-        if self.word(to.sleeps).load(Ordering::SeqCst) != 0 {
-            // It can fail only for arguments that make no sense.
-            let _ = futex::wake(self.word(to.sequence), futex::Flags::empty(), 1);
-        }
+        self.bell(to).ring(sequence);
+    }
+
+    fn bell(&self, of: Direction) -> Bell<'a, AtomicU32> {
+        Bell { number: self.word(of.sequence), sleeps: self.word(of.sleeps) }
     }
 
     fn read(&self, from: Direction) -> (Message, Vec<u8>) {
@@ -145,33 +144,11 @@ impl<'a> Page<'a> {
         (message, text)
     }
 
-    /// Waits for a sequence number other than `last`.
-    fn wait(&self, on: Direction, last: u32) -> u32 {
-        let (sequence, sleeps) = (self.word(on.sequence), self.word(on.sleeps));
-        for _ in 0..self.spins {
-            let now = sequence.load(Ordering::Acquire);
-            if now != last {
-                return now;
-            }
-            std::hint::spin_loop();
-        }
-        loop {
-            sleeps.store(1, Ordering::SeqCst);
-            let now = sequence.load(Ordering::SeqCst);
-            if now != last {
-                sleeps.store(0, Ordering::SeqCst);
-                return now;
-            }
-            // Whatever ends it, the loop looks again.
-            let _ = futex::wait(sequence, futex::Flags::empty(), last, None);
-        }
-    }
-
     /// For the VMM's watcher: there will be no more replies.
     pub(super) fn bury(&self) {
         let sequence = self.word(REPLIES.sequence);
         sequence.fetch_or(DEAD, Ordering::SeqCst);
-        let _ = futex::wake(sequence, futex::Flags::empty(), u32::MAX);
+        sequence.wake();
     }
 
     /// For the VMM: the vCPU shall be kicked when the vault looks.
@@ -204,7 +181,7 @@ impl Asking {
         let before = self.last;
         self.last = Page::after(before);
         page.write(REQUESTS, self.last, request);
-        let now = page.wait(REPLIES, before);
+        let now = page.bell(REPLIES).wait(before, page.spins);
         if now & DEAD != 0 {
             return Err(NoReply::Dead);
         }
@@ -226,7 +203,7 @@ impl Answering {
     /// Waits for a request; nothing if what came is out of order. Either has to be [answered](Answering::answer).
     pub(super) fn next(&mut self, page: Page<'_>) -> Option<(Message, Vec<u8>)> {
         let before = self.last;
-        self.last = page.wait(REQUESTS, before);
+        self.last = page.bell(REQUESTS).wait(before, page.spins);
         let (message, text) = page.read(REQUESTS);
         (self.last == Page::after(before) && message.sequence == self.last).then_some((message, text))
     }
@@ -270,35 +247,6 @@ mod tests {
                 }
             }
         });
-    }
-
-    #[test]
-    fn no_message_is_slept_through_however_late_who_waits_falls_asleep() {
-        for spins in [0, 1, 20, 300] {
-            let pages = Pages { spins, ..pages(1) };
-            let (done, finished) = std::sync::mpsc::channel();
-            std::thread::scope(|scope| {
-                scope.spawn(|| {
-                    let mut answering = Answering::default();
-                    while let Some((message, _)) = answering.next(pages.page(0)) {
-                        answering.answer(pages.page(0), (message, String::new()));
-                    }
-                });
-                scope.spawn(|| {
-                    let mut asking = Asking::default();
-                    for _ in 0..20_000 {
-                        asking.ask(pages.page(0), Request::Run(Given::Nothing).encode()).unwrap();
-                    }
-                    done.send(()).unwrap();
-                });
-                let finished = finished.recv_timeout(std::time::Duration::from_secs(60));
-                // Ends both, whoever sleeps.
-                pages.page(0).bury();
-                pages.page(0).write(REQUESTS, DEAD, Request::Run(Given::Nothing).encode());
-                let _ = futex::wake(pages.page(0).word(REQUESTS.sequence), futex::Flags::empty(), u32::MAX);
-                assert!(finished.is_ok(), "somebody sleeps, having looked {spins} times");
-            });
-        }
     }
 
     #[test]

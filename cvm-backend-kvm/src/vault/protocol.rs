@@ -2,12 +2,14 @@
 //!
 //! Everything is a [`Message`]: a sequence number, a kind, six operands, and for some kinds a short text. Either end may
 //! be compromised, so that each checks all that it takes: a kind that it does not know, an operand that is out of range,
-//! one that should be zero, or a text where there is none makes a message [`Malformed`].
+//! one that should be zero, or a text where there is none or of another length makes a message [`Malformed`].
 //!
 //! | | on | from the VMM | from the vault |
 //! |---|---|---|---|
 //! | until the launch is sealed, and for what is not about a vCPU | a socket | [`Order`] | [`Report`] |
 //! | for each vCPU, after the seal | a shared page | [`Request`] | [`Reply`] |
+//!
+//! No two kinds have the same number, so that none of the four is ever taken for another.
 //!
 //! Each message from the VMM has one from the vault as its answer, with the same sequence number, before the next may
 //! come.
@@ -86,8 +88,9 @@ struct Parts<'a> {
 }
 
 impl<'a> Parts<'a> {
-    fn of(message: &'a Message, text: &'a [u8]) -> Self {
-        Self { kind: message.kind, operands: message.operands.iter(), text: Some(text) }
+    fn of(message: &'a Message, text: &'a [u8]) -> Result<Self, Malformed> {
+        let parts = Self { kind: message.kind, operands: message.operands.iter(), text: Some(text) };
+        if text.len() == usize::from(message.text) { Ok(parts) } else { Err(parts.malformed()) }
     }
 
     fn malformed(&self) -> Malformed {
@@ -208,7 +211,7 @@ impl Request {
     /// # Errors
     /// [`Malformed`].
     pub fn decode(message: &Message, text: &[u8]) -> Result<Self, Malformed> {
-        let mut parts = Parts::of(message, text);
+        let mut parts = Parts::of(message, text)?;
         let request = match message.kind {
             1 => Self::Run(Given::Nothing),
             2 => Self::Run(Given::Value(parts.next()?)),
@@ -292,17 +295,17 @@ impl Reply {
     pub fn encode(&self) -> Encoded {
         match self {
             Self::Exit(exit) => match *exit {
-                Exit::Conversion(request) => encoded(1, &[request.gpa().0, request.pages(), request.to() as u64]),
-                Exit::Console(byte) => encoded(2, &[byte.into()]),
-                Exit::DoorbellWrite { register, value } => encoded(3, &[register.into(), value.into()]),
-                Exit::DoorbellRead { register } => encoded(4, &[register.into()]),
-                Exit::PortWrite { port, width, value } => encoded(5, &[port.into(), width.into(), value.into()]),
-                Exit::PortRead { port, width } => encoded(6, &[port.into(), width.into()]),
-                Exit::MsrWrite { index, value } => encoded(7, &[index.into(), value]),
-                Exit::MsrRead { index } => encoded(8, &[index.into()]),
-                Exit::Halted => encoded(9, &[]),
-                Exit::Ended { code } => encoded(10, &[code.into()]),
-                Exit::Kicked => encoded(11, &[]),
+                Exit::Conversion(request) => encoded(0x11, &[request.gpa().0, request.pages(), request.to() as u64]),
+                Exit::Console(byte) => encoded(0x12, &[byte.into()]),
+                Exit::DoorbellWrite { register, value } => encoded(0x13, &[register.into(), value.into()]),
+                Exit::DoorbellRead { register } => encoded(0x14, &[register.into()]),
+                Exit::PortWrite { port, width, value } => encoded(0x15, &[port.into(), width.into(), value.into()]),
+                Exit::PortRead { port, width } => encoded(0x16, &[port.into(), width.into()]),
+                Exit::MsrWrite { index, value } => encoded(0x17, &[index.into(), value]),
+                Exit::MsrRead { index } => encoded(0x18, &[index.into()]),
+                Exit::Halted => encoded(0x19, &[]),
+                Exit::Ended { code } => encoded(0x1a, &[code.into()]),
+                Exit::Kicked => encoded(0x1b, &[]),
                 _ => with_text(encoded(0x23, &[]), "it left by an exit that vaults do not pass on"),
             },
             Self::Failed(failure) => match failure {
@@ -334,9 +337,9 @@ impl Reply {
     /// # Errors
     /// [`Malformed`].
     pub fn decode(vcpu: u32, message: &Message, text: &[u8]) -> Result<Self, Malformed> {
-        let mut parts = Parts::of(message, text);
+        let mut parts = Parts::of(message, text)?;
         let reply = match message.kind {
-            1..=11 => Self::Exit(Self::decode_exit(vcpu, message.kind, &mut parts)?),
+            0x11..=0x1b => Self::Exit(Self::decode_exit(vcpu, message.kind, &mut parts)?),
             0x20 => Self::Failed(Failure::Mmio { gpa: Gpa(parts.next()?), write: parts.flag()? }),
             0x21 => Self::Failed(Failure::MissingConversion { gpa: Gpa(parts.next()?) }),
             0x22 => {
@@ -375,11 +378,11 @@ impl Reply {
             if is_one { Ok(register) } else { Err(parts.malformed()) }
         }
         Ok(match kind {
-            1 => Exit::Conversion(ConversionRequest::from_guest(vcpu, parts.next()?, parts.next()?, parts.side()?)),
-            2 => Exit::Console(parts.next()?),
-            3 => Exit::DoorbellWrite { register: device(parts)?, value: parts.next()? },
-            4 => Exit::DoorbellRead { register: device(parts)? },
-            5 => {
+            0x11 => Exit::Conversion(ConversionRequest::from_guest(vcpu, parts.next()?, parts.next()?, parts.side()?)),
+            0x12 => Exit::Console(parts.next()?),
+            0x13 => Exit::DoorbellWrite { register: device(parts)?, value: parts.next()? },
+            0x14 => Exit::DoorbellRead { register: device(parts)? },
+            0x15 => {
                 let (port, width) = (parts.next()?, parts.choice(&[1, 2, 4], u64::from)?);
                 let value: u32 = parts.next()?;
                 if u64::from(value) >> (8 * width) != 0 {
@@ -387,12 +390,12 @@ impl Reply {
                 }
                 Exit::PortWrite { port, width, value }
             }
-            6 => Exit::PortRead { port: parts.next()?, width: parts.choice(&[1, 2, 4], u64::from)? },
-            7 => Exit::MsrWrite { index: parts.next()?, value: parts.next()? },
-            8 => Exit::MsrRead { index: parts.next()? },
-            9 => Exit::Halted,
-            10 => Exit::Ended { code: parts.next()? },
-            11 => Exit::Kicked,
+            0x16 => Exit::PortRead { port: parts.next()?, width: parts.choice(&[1, 2, 4], u64::from)? },
+            0x17 => Exit::MsrWrite { index: parts.next()?, value: parts.next()? },
+            0x18 => Exit::MsrRead { index: parts.next()? },
+            0x19 => Exit::Halted,
+            0x1a => Exit::Ended { code: parts.next()? },
+            0x1b => Exit::Kicked,
             _ => return Err(parts.malformed()),
         })
     }
@@ -486,7 +489,7 @@ impl Order {
     /// # Errors
     /// [`Malformed`].
     pub fn decode(message: &Message, text: &[u8]) -> Result<Self, Malformed> {
-        let mut parts = Parts::of(message, text);
+        let mut parts = Parts::of(message, text)?;
         let order = match message.kind {
             0x101 => Self::Slot(parts.range()?),
             0x102 => Self::Accept {
@@ -580,7 +583,7 @@ impl Report {
     /// # Errors
     /// [`Malformed`].
     pub fn decode(message: &Message, text: &[u8]) -> Result<Self, Malformed> {
-        let mut parts = Parts::of(message, text);
+        let mut parts = Parts::of(message, text)?;
         let report = match message.kind {
             0x201 => Self::Done,
             0x202 => {

@@ -4,7 +4,7 @@ use super::page::{self, Answering, Page, Pages};
 use super::protocol::{Failure, Given, Malformed, Order, Reply, Report, Request};
 use super::socket::{self, Received};
 use super::{MOST_LOADED, sandbox};
-use crate::local::{Backing, LocalLoader, LocalVcpu, LocalVm};
+use crate::local::{Backing, LocalLoader, LocalVcpu, LocalVm, take_signal};
 use crate::{Error, KvmPlatform};
 use cvm_core::launch::VmConfig;
 use cvm_core::memory::LeftAs;
@@ -138,7 +138,7 @@ impl Server {
 
     fn pass_kicks_on(&self) {
         // First the counter, then the pages: what is asked for meanwhile counts again.
-        let _ = self.kicks.as_ref().map(|kicks| rustix::io::read(kicks, &mut [0; 8]));
+        self.kicks.as_ref().map(take_signal);
         if let Stage::Running { pages, kickers, .. } = &self.stage {
             for (index, kicker) in (0..).zip(&**kickers) {
                 if pages.page(index).take_kick() {
@@ -162,10 +162,9 @@ impl Server {
             lose_patience(&self.patience);
             Report::Failed(chain(&*error))
         });
-        let kicks = self.kicks.iter().map(AsFd::as_fd).filter(|_| matches!(self.stage, Stage::Loading { .. }));
         let handed_over = self.handed_over.take();
-        let descriptors = kicks.chain(handed_over.iter().map(AsFd::as_fd));
-        socket::send(self.socket, sequence, report.encode(), &descriptors.collect::<Vec<_>>())
+        let descriptors: Vec<_> = handed_over.iter().map(AsFd::as_fd).collect();
+        socket::send(self.socket, sequence, report.encode(), &descriptors)
     }
 
     fn carry_out(&mut self, order: Order, descriptors: Vec<OwnedFd>) -> Result<Report, BoxError> {
@@ -263,6 +262,7 @@ impl Server {
         let pages = Pages::map(&Backing::adopt(pages, Pages::bytes(config.vcpus))?, config.vcpus)?;
         let kicks = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let launch = self.platform.launch_in_vault(config, shared.try_clone()?)?;
+        self.handed_over = Some(kicks.try_clone()?);
         self.kicks = Some(kicks);
         self.stage = Stage::Loading { launch: Box::new(launch), pages: Arc::new(pages), shared };
         Ok(())
