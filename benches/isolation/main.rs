@@ -6,6 +6,7 @@
 //! | `I/exit` | one exit to the VMM by the doorbell, and back into the guest |
 //! | `I/convert/N` | the guest shares N bytes and takes them back: two conversions, eight exits, no page touched |
 //! | `I/convert-touched/N` | the same, and the guest writes to the first page each time |
+//! | `I/io` | a device interrupts the guest by descriptor, and the guest's handler rings for the device by descriptor |
 //! | `I/boot` | launch a VM of 16 MiB with eight pages, seal it, run it to its first exit, drop it |
 //!
 //! I is an isolation. The floors run the same guests, by `kvm-ioctls` and nothing else:
@@ -32,11 +33,15 @@ mod raw;
 
 use criterion::Criterion;
 use cvm::doorbell::Transport;
-use cvm::kvm::{KvmPlatform, KvmVcpu, KvmVm};
-use cvm::{Answer, Exit, PageKind, Platform, Protection, Vcpu, Vm, VmConfig, Watchdog};
-use guest::{DOORBELL, Guest, range};
+use cvm::interrupt::{InterruptController, InterruptPolicy};
+use cvm::kvm::{KvmLoader, KvmPlatform, KvmVcpu, KvmVm};
+use cvm::{Answer, Exit, Launch, PageKind, Platform, Protection, Vcpu, Vm, VmConfig, Watchdog};
+use guest::{DOORBELL, Guest, VECTOR, range};
 use raw::{Converting, Host, Machine, Private};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{read, write};
 use std::path::Path;
+use std::thread;
 use std::time::Duration;
 
 /// What is compared, as far as this host offers it.
@@ -59,7 +64,10 @@ fn private(isolation: Protection) -> Private {
 
 fn launch(platform: &KvmPlatform, guest: &Guest) -> (KvmVm, KvmVcpu) {
     let config = VmConfig { transport: Some(Transport::Doorbell), ..VmConfig::new(guest.memory, 1).unwrap() };
-    let mut launch = platform.launch(config).unwrap();
+    seal(platform.launch(config).unwrap(), guest)
+}
+
+fn seal(mut launch: Launch<KvmLoader>, guest: &Guest) -> (KvmVm, KvmVcpu) {
     for (gpa, contents) in &guest.pages {
         launch.load(*gpa, contents, PageKind::Measured).unwrap();
     }
@@ -136,6 +144,39 @@ fn convert(criterion: &mut Criterion, host: &Host, platforms: &[KvmPlatform]) {
     }
 }
 
+fn io(criterion: &mut Criterion, platforms: &[KvmPlatform]) {
+    let guest = Guest::echoing();
+    for platform in platforms {
+        let config = VmConfig {
+            transport: Some(Transport::Doorbell),
+            interrupts: InterruptPolicy::default().accept(VECTOR).unwrap(),
+            interrupt_controller: InterruptController::Apic,
+            ..VmConfig::new(guest.memory, 1).unwrap()
+        };
+        let (vm, mut vcpu) = match platform.launch(config) {
+            Ok(launch) => seal(launch, &guest),
+            Err(error) => {
+                eprintln!("{}/io: {error}", platform.protection());
+                continue;
+            }
+        };
+        let (interrupt, doorbell) = (vm.interrupt_fd(0, VECTOR).unwrap(), vm.doorbell_fd(DOORBELL).unwrap());
+        let kicker = vcpu.kicker();
+        let running = thread::spawn(move || vcpu.run().unwrap());
+        let name = format!("{}/io", platform.protection());
+        criterion.bench_function(&name, |bencher| {
+            bencher.iter(|| {
+                write(&interrupt, &1u64.to_ne_bytes()).unwrap();
+                let limit = Timespec { tv_sec: LIMIT.as_secs() as i64, tv_nsec: 0 };
+                assert_eq!(poll(&mut [PollFd::new(&doorbell, PollFlags::IN)], Some(&limit)), Ok(1), "no answer");
+                read(&doorbell, &mut [0; 8]).unwrap();
+            });
+        });
+        kicker.kick();
+        assert_eq!(running.join().unwrap(), Exit::Kicked);
+    }
+}
+
 fn boot(criterion: &mut Criterion, host: &Host, platforms: &[KvmPlatform]) {
     let guest = Guest::ringing();
     criterion.bench_function("raw/boot", |bencher| bencher.iter(|| Machine::new(host, &guest).ring()));
@@ -166,6 +207,7 @@ fn main() {
     // Floor and isolations by turns, so that they find the machine in much the same state.
     exit(&mut criterion, &host, &platforms);
     convert(&mut criterion, &host, &platforms);
+    io(&mut criterion, &platforms);
     boot(&mut criterion, &host, &platforms);
     criterion.final_summary();
 }

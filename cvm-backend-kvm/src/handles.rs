@@ -10,6 +10,7 @@ use cvm_core::{
     BoxError, Conversion, ConversionListener, ConversionRequest, Error, Event, Exit, GpaRange, Kick, Lifecycle,
     LifecycleAnswer, PageKind, RegisterRead, SharedMemory, Vcpu, Vm,
 };
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// Calls the same on whichever it is.
@@ -99,6 +100,18 @@ impl Vm for KvmVm {
 
     fn guarding(&self) -> Guarding {
         either!(&self.0, VmOf, vm => vm.guarding())
+    }
+
+    fn doorbell_fd(&self, register: u16) -> Result<OwnedFd, Error> {
+        either!(&self.0, VmOf, vm => vm.doorbell_fd(register))
+    }
+
+    fn interrupt_fd(&self, vcpu: u32, vector: u8) -> Result<OwnedFd, Error> {
+        either!(&self.0, VmOf, vm => vm.interrupt_fd(vcpu, vector))
+    }
+
+    fn dropped_interrupts(&self) -> Result<u64, Error> {
+        either!(&self.0, VmOf, vm => vm.dropped_interrupts())
     }
 }
 

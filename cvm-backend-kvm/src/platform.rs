@@ -1,13 +1,13 @@
 use crate::handles::{KvmLoader, LoaderOf};
 use crate::host::Host;
-use crate::local::{Backing, Isolation, LocalLoader};
+use crate::local::{Backing, Isolation, LocalLoader, apic_lacks};
 use crate::policy::Holder;
 use crate::vault::Program;
 use crate::{Error, hypercall, probe, vault};
 use cvm_core::doorbell::Transport;
 use cvm_core::launch::VmConfig;
 use cvm_core::platform::{Asset, Offer, Party, Platform, Powers, TrustModel};
-use cvm_core::{Error as CoreError, Launch, Protection};
+use cvm_core::{Error as CoreError, InterruptController, Launch, Protection};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -103,6 +103,11 @@ impl KvmPlatform {
         if !refusals.is_empty() {
             return Err(CoreError::Config(format!("the policy cannot be fulfilled: {}", refusals.join("; "))));
         }
+        if config.interrupt_controller == InterruptController::Apic
+            && let Some(what) = apic_lacks(&self.host)
+        {
+            return Err(CoreError::Config(format!("this kvm has no {what}: launch without interrupt controller")));
+        }
         Ok(())
     }
 
@@ -136,11 +141,11 @@ impl Platform for KvmPlatform {
                 (Party::OtherVms | Party::VmmProcess | Party::SameUser, _) => Powers::empty(),
                 _ => Powers::all(),
             }),
-            // The kernel gives no process a way to private memory, but who has the vCPUs can set their registers; and
-            // other processes of the user can take over the VMM.
+            // The kernel gives no process a way to private memory, but who has the vCPUs can set their registers, and who
+            // has the VM can have the guest see something else; and other processes of the user can take over the VMM.
             Protection::GuestMemfd => TrustModel::new(|party, asset| match (party, asset) {
                 (Party::OtherVms, _) => Powers::empty(),
-                (Party::VmmProcess | Party::SameUser, Asset::PrivateMemory) => Powers::STEER,
+                (Party::VmmProcess | Party::SameUser, Asset::PrivateMemory) => Powers::STEER | Powers::REMAP,
                 _ => Powers::all(),
             }),
             // The files and registers are in the VMM's process, and nothing is encrypted.

@@ -53,7 +53,7 @@ impl Facts {
 
     fn refusal(&self, demand: Policy, holder: Holder) -> Option<String> {
         match demand {
-            // Neither this library nor KVM without an interrupt controller emulates an access outside memory.
+            // Neither this library nor KVM emulates an access outside memory: local APICs never leave x2APIC mode.
             Policy::NO_MMIO => None,
             Policy::NO_SMT => match self.smt_active.as_deref() {
                 Some("0") => None,

@@ -48,8 +48,11 @@ pub mod control {
     pub const CONSOLE: u16 = 0x00;
     /// Write: the guest ends, with this code; 0 is success.
     pub const END: u16 = 0x04;
-    /// Write: this vCPU accepts the interrupt with this vector (32 to 255) from now on.
+    /// Write: this vCPU accepts the interrupt with the vector in bits 0 to 7 (32 to 255) from now on: as an edge, or
+    /// with [`ACCEPT_LEVEL`] as a level. A vector keeps the trigger that it was first accepted with.
     pub const ACCEPT: u16 = 0x08;
+    /// The bit of [`ACCEPT`] that makes the vector level-triggered.
+    pub const ACCEPT_LEVEL: u32 = 1 << 8;
     /// Write: bits 12 to 43 of the GPA that the next conversion starts at.
     pub const CONVERT_FRAME: u16 = 0x10;
     /// Write: how many pages the next conversion has.
@@ -66,6 +69,15 @@ pub enum Doorbell {
     Port = 0,
     /// `rdmsr` and `wrmsr`.
     Msr = 1,
+}
+
+/// What makes an interrupt pending.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Trigger {
+    /// An event, once.
+    Edge,
+    /// A line, for as long as it is asserted.
+    Level,
 }
 
 /// How a guest asks for conversions.
@@ -96,8 +108,8 @@ pub enum Ring {
     Latched,
     /// The guest reads this value: hand it over and go on.
     Value(u32),
-    /// The vCPU accepts the interrupt with this vector, which is no exception's.
-    Accept(u8),
+    /// The vCPU accepts the interrupt with this vector, which is no exception's, and this trigger.
+    Accept(u8, Trigger),
     /// The VMM must see this.
     Exit(crate::Exit),
 }
@@ -141,7 +153,11 @@ impl Registers {
             (control::CONSOLE, Access::Write(byte)) => {
                 Ring::Exit(Exit::Console(u8::try_from(byte).map_err(|_| unknown)?))
             }
-            (control::ACCEPT, Access::Write(vector @ 32..=255)) => Ring::Accept(vector as u8),
+            (control::ACCEPT, Access::Write(accepted)) => {
+                let level = accepted & control::ACCEPT_LEVEL != 0;
+                let vector = u8::try_from(accepted & !control::ACCEPT_LEVEL).ok().filter(|vector| *vector >= 32);
+                Ring::Accept(vector.ok_or(unknown)?, if level { Trigger::Level } else { Trigger::Edge })
+            }
             (control::END, Access::Write(code)) => Ring::Exit(Exit::Ended { code }),
             (control::CONVERT_FRAME, Access::Write(frame)) => {
                 self.frame = frame;
@@ -190,10 +206,16 @@ mod tests {
     #[test]
     fn a_guest_can_accept_interrupts_and_no_exceptions() {
         let mut registers = Registers::new(0);
-        assert_eq!(registers.access(control::ACCEPT, Access::Write(0x41)).unwrap(), Ring::Accept(0x41));
-        for vector in [0, 31, 256, u32::MAX] {
-            assert!(registers.access(control::ACCEPT, Access::Write(vector)).is_err());
+        let mut accept = |value| registers.access(control::ACCEPT, Access::Write(value));
+        for vector in 32..=255u8 {
+            assert_eq!(accept(vector.into()).unwrap(), Ring::Accept(vector, Trigger::Edge));
+            let level = u32::from(vector) | control::ACCEPT_LEVEL;
+            assert_eq!(accept(level).unwrap(), Ring::Accept(vector, Trigger::Level));
         }
+        for refused in [0, 31, 0x100, 0x11f, 0x241, 0x8000_0041, u32::MAX] {
+            assert!(accept(refused).is_err(), "{refused:#x}");
+        }
+        assert!(registers.access(control::ACCEPT, Access::Read).is_err());
     }
 
     #[test]

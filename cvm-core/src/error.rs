@@ -160,6 +160,10 @@ pub enum Error {
         /// What was out of order.
         problem: &'static str,
     },
+    /// There is no descriptor for a notification, see [`Vm::doorbell_fd`](crate::Vm::doorbell_fd) and
+    /// [`Vm::interrupt_fd`](crate::Vm::interrupt_fd).
+    #[error("there is no descriptor for this: {0}")]
+    NoDescriptor(String),
     /// The interrupt guard refuses an injection.
     #[error("vcpu {vcpu}: {event} is refused")]
     InjectionRefused {

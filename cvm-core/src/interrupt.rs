@@ -1,5 +1,6 @@
 //! The interrupt guard: what the host may inject into a guest.
 
+use crate::doorbell::Trigger;
 use std::fmt;
 use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
@@ -7,8 +8,17 @@ use std::time::{Duration, Instant};
 /// Something that a host may want to inject into a vCPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Event {
-    /// A maskable interrupt with its vector.
+    /// An edge: a maskable interrupt with this vector, once.
     Interrupt(u8),
+    /// The line of a level-triggered vector. While it is asserted, the vector is injected whenever the guest can take
+    /// an interrupt, so its handler must make the host lower the line before it returns. A limit counts it when it is
+    /// raised.
+    Line {
+        /// The vector.
+        vector: u8,
+        /// Whether the line is asserted from now on, or lowered.
+        asserted: bool,
+    },
     /// A non-maskable interrupt.
     Nmi,
     /// An exception with its vector.
@@ -25,6 +35,8 @@ impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Interrupt(vector) => write!(f, "interrupt {vector:#x}"),
+            Self::Line { vector, asserted: true } => write!(f, "raising the line of interrupt {vector:#x}"),
+            Self::Line { vector, asserted: false } => write!(f, "lowering the line of interrupt {vector:#x}"),
             Self::Nmi => f.write_str("an nmi"),
             Self::Exception(vector) => write!(f, "exception {vector:#x}"),
             Self::Smi => f.write_str("an smi"),
@@ -34,7 +46,25 @@ impl fmt::Display for Event {
     }
 }
 
+/// Who hands interrupts to the guest. Part of the measured launch configuration.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[repr(u64)]
+pub enum InterruptController {
+    /// Nobody but the vCPU's own thread, by [`Vcpu::inject`](crate::Vcpu::inject). The guest acknowledges nothing, and
+    /// its halts are exits.
+    #[default]
+    None = 0,
+    /// A local APIC in each vCPU, which the kernel emulates. It starts software-enabled and in x2APIC mode, which the
+    /// guest cannot leave; the APIC's id is the vCPU's index. The guest ends each interrupt by writing 0 to the MSR
+    /// `0x80b`, EOI (Intel SDM, volume 3, section 12.12). There is no I/O APIC, PIC or timer chip, and no
+    /// level-triggered vector. Halts stay in the kernel.
+    Apic = 1,
+}
+
 /// Who keeps a host from injecting what a guest does not expect.
+///
+/// Either guard holds against whoever has no descriptor of the VM itself: with that, the kernel routes anything to any
+/// vector. The descriptors of [`Vm::interrupt_fd`](crate::Vm::interrupt_fd) are good for their own interrupt only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Guarding {
     /// This library, in the VMM's process: it keeps an honest VMM from mistakes, and nobody else from anything.
@@ -52,6 +82,12 @@ pub enum Refusal {
     /// The guest's policy does not list this vector.
     #[error("the guest does not accept this vector")]
     NotAccepted,
+    /// The guest accepts this vector as an edge and not as a level, or the reverse.
+    #[error("the guest accepts this vector with the other trigger")]
+    WrongTrigger,
+    /// The interrupt controller takes messages, which are edges.
+    #[error("the local apic takes edges only: a level needs a vm without interrupt controller")]
+    EdgesOnly,
     /// The guest has had as many interrupts as it accepts in a second.
     #[error("the guest accepts {most} interrupts in a second")]
     TooMany {
@@ -68,19 +104,37 @@ pub enum Refusal {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct InterruptPolicy {
     accepted: [u64; 4],
+    /// Those of them that are levels.
+    level: [u64; 4],
     most_per_second: Option<NonZeroU32>,
 }
 
 impl InterruptPolicy {
-    /// Also accepts `vector`.
+    /// Also accepts `vector` as an edge.
     ///
     /// # Errors
-    /// [`Refusal::Reserved`] below 32.
-    pub fn accept(mut self, vector: u8) -> Result<Self, Refusal> {
-        if vector < 32 {
-            return Err(Refusal::Reserved);
+    /// [`Refusal::Reserved`] below 32, [`Refusal::WrongTrigger`] for a vector that is accepted as a level.
+    pub fn accept(self, vector: u8) -> Result<Self, Refusal> {
+        self.accept_as(vector, Trigger::Edge)
+    }
+
+    /// Also accepts `vector` as a level.
+    ///
+    /// # Errors
+    /// [`Refusal::Reserved`] below 32, [`Refusal::WrongTrigger`] for a vector that is accepted as an edge.
+    pub fn accept_level(self, vector: u8) -> Result<Self, Refusal> {
+        self.accept_as(vector, Trigger::Level)
+    }
+
+    fn accept_as(mut self, vector: u8, trigger: Trigger) -> Result<Self, Refusal> {
+        match self.trigger(vector) {
+            _ if vector < 32 => return Err(Refusal::Reserved),
+            Some(accepted) if accepted != trigger => return Err(Refusal::WrongTrigger),
+            _ => set(&mut self.accepted, vector),
         }
-        self.accepted[usize::from(vector / 64)] |= 1 << (vector % 64);
+        if trigger == Trigger::Level {
+            set(&mut self.level, vector);
+        }
         Ok(self)
     }
 
@@ -95,48 +149,82 @@ impl InterruptPolicy {
         self.accepted
     }
 
+    /// Those of the accepted vectors that are levels, as 256 bits, vector 0 first.
+    pub fn level_bits(&self) -> [u64; 4] {
+        self.level
+    }
+
     /// How many interrupts it accepts on each vCPU in a second; nothing if there is no limit.
     pub fn most_per_second(&self) -> Option<NonZeroU32> {
         self.most_per_second
     }
 
-    fn accepts(&self, vector: u8) -> bool {
-        self.accepted[usize::from(vector / 64)] >> (vector % 64) & 1 == 1
+    /// The trigger that it accepts `vector` with; nothing if it does not.
+    pub fn trigger(&self, vector: u8) -> Option<Trigger> {
+        let level = if has(&self.level, vector) { Trigger::Level } else { Trigger::Edge };
+        has(&self.accepted, vector).then_some(level)
     }
+}
+
+fn set(bits: &mut [u64; 4], vector: u8) {
+    bits[usize::from(vector / 64)] |= 1 << (vector % 64);
+}
+
+fn has(bits: &[u64; 4], vector: u8) -> bool {
+    bits[usize::from(vector / 64)] >> (vector % 64) & 1 == 1
 }
 
 /// Decides about injections into one vCPU.
 #[derive(Debug, Clone)]
 pub struct InterruptGuard {
     policy: InterruptPolicy,
+    controller: InterruptController,
     /// When the second began in which interrupts are being counted, and how many there were.
     second: Option<(Instant, u32)>,
 }
 
 impl InterruptGuard {
-    /// A guard that lets pass what `policy` accepts.
-    pub fn new(policy: InterruptPolicy) -> Self {
-        Self { policy, second: None }
+    /// A guard that lets pass what `policy` accepts and `controller` can carry.
+    pub fn new(policy: InterruptPolicy, controller: InterruptController) -> Self {
+        Self { policy, controller, second: None }
     }
 
-    /// For backends: the guest accepts `vector` from now on.
+    /// For backends: the guest accepts `vector` with this trigger from now on.
     ///
     /// # Errors
-    /// [`Refusal::Reserved`] below 32.
-    pub fn accept(&mut self, vector: u8) -> Result<(), Refusal> {
-        self.policy = self.policy.accept(vector)?;
+    /// [`Refusal::Reserved`] below 32, [`Refusal::WrongTrigger`] for a vector that it has accepted with the other one,
+    /// [`Refusal::EdgesOnly`] for a level where there is an [`InterruptController::Apic`].
+    pub fn accept(&mut self, vector: u8, trigger: Trigger) -> Result<(), Refusal> {
+        if (self.controller, trigger) == (InterruptController::Apic, Trigger::Level) {
+            return Err(Refusal::EdgesOnly);
+        }
+        self.policy = self.policy.accept_as(vector, trigger)?;
         Ok(())
     }
 
-    /// Lets `event` pass, and counts it, or not. `now` is the time.
+    /// Whether the guest accepts `vector` with this trigger now, however many there were in this second.
+    ///
+    /// # Errors
+    /// Why the host must not inject it.
+    pub fn accepts(&self, vector: u8, trigger: Trigger) -> Result<(), Refusal> {
+        match self.policy.trigger(vector) {
+            _ if vector < 32 => Err(Refusal::Reserved),
+            _ if (self.controller, trigger) == (InterruptController::Apic, Trigger::Level) => Err(Refusal::EdgesOnly),
+            Some(accepted) if accepted == trigger => Ok(()),
+            Some(_) => Err(Refusal::WrongTrigger),
+            None => Err(Refusal::NotAccepted),
+        }
+    }
+
+    /// Lets `event` pass, and counts it, or not. `now` is the time. A line that is lowered does not count.
     ///
     /// # Errors
     /// Why the host must not inject it.
     pub fn admit(&mut self, event: Event, now: Instant) -> Result<(), Refusal> {
         match event {
-            Event::Interrupt(0..32) => return Err(Refusal::Reserved),
-            Event::Interrupt(vector) if self.policy.accepts(vector) => {}
-            Event::Interrupt(_) => return Err(Refusal::NotAccepted),
+            Event::Interrupt(vector) => self.accepts(vector, Trigger::Edge)?,
+            Event::Line { vector, asserted: true } => self.accepts(vector, Trigger::Level)?,
+            Event::Line { vector, asserted: false } => return self.accepts(vector, Trigger::Level),
             _ => return Err(Refusal::NotAnInterrupt),
         }
         let Some(most) = self.policy.most_per_second else { return Ok(()) };
@@ -153,11 +241,17 @@ impl InterruptGuard {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    /// A guard without interrupt controller.
+    fn guard(policy: InterruptPolicy) -> InterruptGuard {
+        InterruptGuard::new(policy, InterruptController::None)
+    }
 
     #[test]
     fn only_accepted_vectors_pass() {
-        let mut guard = InterruptGuard::new(InterruptPolicy::default().accept(0x41).unwrap());
-        guard.accept(0xff).unwrap();
+        let mut guard = guard(InterruptPolicy::default().accept(0x41).unwrap());
+        guard.accept(0xff, Trigger::Edge).unwrap();
         let now = Instant::now();
         for vector in 0..=255 {
             let expected = match vector {
@@ -175,14 +269,64 @@ mod tests {
 
     #[test]
     fn neither_a_policy_nor_a_guest_can_accept_exceptions() {
-        assert_eq!(InterruptPolicy::default().accept(31), Err(Refusal::Reserved));
-        assert_eq!(InterruptGuard::new(InterruptPolicy::default()).accept(31), Err(Refusal::Reserved));
+        for vector in 0..32 {
+            assert_eq!(InterruptPolicy::default().accept(vector), Err(Refusal::Reserved));
+            assert_eq!(InterruptPolicy::default().accept_level(vector), Err(Refusal::Reserved));
+            for trigger in [Trigger::Edge, Trigger::Level] {
+                let refused = guard(InterruptPolicy::default()).accept(vector, trigger);
+                assert_eq!(refused, Err(Refusal::Reserved));
+            }
+        }
+    }
+
+    #[test]
+    fn a_vector_keeps_its_trigger() {
+        let policy = InterruptPolicy::default().accept(0x41).unwrap().accept_level(0x42).unwrap();
+        assert_eq!(policy.accept_level(0x41), Err(Refusal::WrongTrigger));
+        assert_eq!(policy.accept(0x42), Err(Refusal::WrongTrigger));
+        assert_eq!(policy.accept(0x41).unwrap().accept_level(0x42), Ok(policy));
+        assert_eq!((policy.bits(), policy.level_bits()), ([0, 6, 0, 0], [0, 4, 0, 0]));
+        assert_eq!(guard(policy).accept(0x41, Trigger::Level), Err(Refusal::WrongTrigger));
+    }
+
+    #[test]
+    fn an_edge_on_a_level_vector_and_a_line_of_an_edge_vector_are_refused() {
+        let mut guard = guard(InterruptPolicy::default().accept(0x41).unwrap().accept_level(0x42).unwrap());
+        let now = Instant::now();
+        assert_eq!(guard.admit(Event::Interrupt(0x42), now), Err(Refusal::WrongTrigger));
+        for asserted in [true, false] {
+            assert_eq!(guard.admit(Event::Line { vector: 0x41, asserted }, now), Err(Refusal::WrongTrigger));
+            assert_eq!(guard.admit(Event::Line { vector: 0x42, asserted }, now), Ok(()));
+            assert_eq!(guard.admit(Event::Line { vector: 0x43, asserted }, now), Err(Refusal::NotAccepted));
+            assert_eq!(guard.admit(Event::Line { vector: 31, asserted }, now), Err(Refusal::Reserved));
+        }
+    }
+
+    #[test]
+    fn a_line_counts_when_it_is_raised_and_can_be_lowered_whatever_the_limit() {
+        let most = NonZeroU32::new(1).unwrap();
+        let mut guard = guard(InterruptPolicy::default().accept_level(0x42).unwrap().limit(most));
+        let now = Instant::now();
+        let mut line = |asserted| guard.admit(Event::Line { vector: 0x42, asserted }, now);
+        assert_eq!([line(false), line(true), line(false)], [Ok(()); 3]);
+        assert_eq!(line(true), Err(Refusal::TooMany { most }));
+        assert_eq!(line(false), Ok(()));
+    }
+
+    #[test]
+    fn an_apic_takes_no_levels() {
+        let policy = InterruptPolicy::default().accept(0x41).unwrap().accept_level(0x42).unwrap();
+        let mut guard = InterruptGuard::new(policy, InterruptController::Apic);
+        let now = Instant::now();
+        assert_eq!(guard.accept(0x43, Trigger::Level), Err(Refusal::EdgesOnly));
+        assert_eq!(guard.admit(Event::Line { vector: 0x42, asserted: true }, now), Err(Refusal::EdgesOnly));
+        assert_eq!(guard.admit(Event::Interrupt(0x41), now), Ok(()));
     }
 
     #[test]
     fn no_second_has_more_interrupts_than_the_guest_accepts() {
         let most = NonZeroU32::new(3).unwrap();
-        let mut guard = InterruptGuard::new(InterruptPolicy::default().accept(0x41).unwrap().limit(most));
+        let mut guard = guard(InterruptPolicy::default().accept(0x41).unwrap().limit(most));
         let begin = Instant::now();
         let mut admitted = |millis| guard.admit(Event::Interrupt(0x41), begin + Duration::from_millis(millis));
         assert_eq!([0, 10, 999].map(&mut admitted), [Ok(()); 3]);
@@ -191,5 +335,27 @@ mod tests {
         assert_eq!(admitted(1999), Err(Refusal::TooMany { most }));
         assert_eq!(admitted(5000), Ok(()));
         assert_eq!(admitted(0), Ok(()), "a clock that goes back is no way out of the limit, but no refusal either");
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_passes_was_accepted_with_its_trigger(
+            accepted: Vec<(u8, bool)>, apic: bool, events: Vec<(u8, Option<bool>)>,
+        ) {
+            let controller = if apic { InterruptController::Apic } else { InterruptController::None };
+            let mut guard = InterruptGuard::new(InterruptPolicy::default(), controller);
+            let mut model = std::collections::BTreeMap::new();
+            for (vector, level) in accepted {
+                let trigger = if level { Trigger::Level } else { Trigger::Edge };
+                let possible = vector >= 32 && !(apic && level);
+                let fits = possible && *model.entry(vector).or_insert(level) == level;
+                prop_assert_eq!(guard.accept(vector, trigger).is_ok(), fits);
+            }
+            for (vector, line) in events {
+                let event = line.map_or(Event::Interrupt(vector), |asserted| Event::Line { vector, asserted });
+                let passes = guard.admit(event, Instant::now()).is_ok();
+                prop_assert_eq!(passes, model.get(&vector) == Some(&line.is_some()));
+            }
+        }
     }
 }

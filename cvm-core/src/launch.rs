@@ -12,7 +12,7 @@
 use crate::boot::{self, BootPage, MemoryRange};
 use crate::doorbell::{Doorbell, Transport};
 use crate::image::Image;
-use crate::interrupt::InterruptPolicy;
+use crate::interrupt::{InterruptController, InterruptPolicy, Refusal};
 use crate::memory::Slots;
 use crate::x86::{self, VcpuState};
 use crate::{BoxError, Error, Gpa, GpaRange, PAGE_SIZE, Policy};
@@ -28,6 +28,9 @@ pub const MAX_VCPUS: u32 = 1024;
 /// The most memory that a VM can have, in bytes: what the doorbell's 32-bit page frame number can name.
 pub const MAX_MEMORY: u64 = PAGE_SIZE << 32;
 
+/// The page of the local APIC (Intel SDM, volume 3, section 12.4.1). No access to it is emulated, but KVM may use it.
+pub const APIC_PAGE: Gpa = Gpa(0xfee0_0000);
+
 /// What a VM shall be.
 #[derive(Debug, Clone)]
 pub struct VmConfig {
@@ -37,6 +40,8 @@ pub struct VmConfig {
     pub vcpus: u32,
     /// Which interrupts the guest accepts.
     pub interrupts: InterruptPolicy,
+    /// Who hands them to it.
+    pub interrupt_controller: InterruptController,
     /// What it demands of its host besides isolation.
     pub policy: Policy,
     /// Which instructions ring the doorbell.
@@ -56,6 +61,7 @@ impl VmConfig {
             memory: vec![memory],
             vcpus,
             interrupts: InterruptPolicy::default(),
+            interrupt_controller: InterruptController::None,
             policy: Policy::empty(),
             doorbell: Doorbell::Port,
             transport: None,
@@ -68,7 +74,9 @@ impl VmConfig {
     ///
     /// # Errors
     /// [`Error::Config`] for a number of vCPUs that is 0 or above [`MAX_VCPUS`]; [`Error::Layout`] for no memory, more
-    /// than [`MAX_MEMORY`] or [`boot::MAX_RANGES`] slots of it, or slots that overlap.
+    /// than [`MAX_MEMORY`] or [`boot::MAX_RANGES`] slots of it, or slots that overlap. With an
+    /// [`InterruptController::Apic`] also [`Error::Config`] for level-triggered vectors, and [`Error::Layout`] for memory
+    /// at [`APIC_PAGE`].
     pub fn check(&self) -> Result<(), Error> {
         if !(1..=MAX_VCPUS).contains(&self.vcpus) {
             return Err(Error::Config(format!("{} vcpus; it takes 1 to {MAX_VCPUS}", self.vcpus)));
@@ -79,7 +87,15 @@ impl VmConfig {
         if let Some(range) = self.memory.iter().find(|range| range.end().0 > MAX_MEMORY) {
             return Err(Error::Layout(format!("{range} ends above {MAX_MEMORY:#x}")));
         }
-        Slots::new(&self.memory)?;
+        let slots = Slots::new(&self.memory)?;
+        if self.interrupt_controller == InterruptController::Apic {
+            if self.interrupts.level_bits() != [0; 4] {
+                return Err(Error::Config(Refusal::EdgesOnly.to_string()));
+            }
+            if slots.find(APIC_PAGE).is_some() {
+                return Err(Error::Layout(format!("there is memory at {APIC_PAGE}, where the local apic is")));
+            }
+        }
         Ok(())
     }
 }
@@ -105,10 +121,14 @@ pub enum Entry {
         vcpus: u32,
         /// The accepted vectors as 256 bits.
         interrupts: [u64; 4],
+        /// Those of them that are levels, as 256 bits.
+        levels: [u64; 4],
         /// The most interrupts in a second; 0 for no limit.
         most_interrupts: u32,
         /// The policy.
         policy: Policy,
+        /// The interrupt controller.
+        interrupt_controller: InterruptController,
     },
     /// One page with contents.
     Page {
@@ -150,8 +170,9 @@ impl Transcript {
     /// It starts as SHA-384 of the ASCII text `cvm software launch 1`. Each page, vCPU and configuration makes it
     /// SHA-384 of: the measurement so far (48 bytes), a kind (8 bytes, little endian: the [`PageKind`], 16 for a
     /// configuration, 17 for a vCPU), a place (8 bytes, little endian: the GPA, the number of vCPUs, the vCPU's index),
-    /// and a digest (48 bytes: the entry's; of a configuration, SHA-384 of three things, little endian: 32 bytes of
-    /// accepted vectors, 8 of the most interrupts in a second, 8 of the policy; of a zero page, zeros).
+    /// and a digest (48 bytes: the entry's; of a configuration, SHA-384 of five things, little endian: 32 bytes of
+    /// accepted vectors, 32 of those that are levels, 8 of the most interrupts in a second, 8 of the policy, 8 of the
+    /// [`InterruptController`]; of a zero page, zeros).
     pub fn measurement(&self) -> Measurement {
         let mut chain = digest(b"cvm software launch 1");
         let mut extend = |kind: u64, place: u64, contents: &[u8; 48]| {
@@ -160,10 +181,11 @@ impl Transcript {
         };
         for entry in &self.entries {
             match entry {
-                Entry::Config { vcpus, interrupts, most_interrupts, policy } => {
-                    let [a, b, c, d] = *interrupts;
-                    let promises = [a, b, c, d, u64::from(*most_interrupts), policy.bits()].map(u64::to_le_bytes);
-                    extend(16, u64::from(*vcpus), &digest(promises.as_flattened()));
+                Entry::Config { vcpus, interrupts, levels, most_interrupts, policy, interrupt_controller } => {
+                    let others = [u64::from(*most_interrupts), policy.bits(), *interrupt_controller as u64];
+                    let promises = interrupts.iter().chain(levels).chain(&others);
+                    let promises = promises.flat_map(|number| number.to_le_bytes()).collect::<Vec<_>>();
+                    extend(16, u64::from(*vcpus), &digest(&promises));
                 }
                 Entry::Page { kind, gpa, contents } => extend(*kind as u64, gpa.0, contents),
                 Entry::Zero { range } => {
@@ -242,8 +264,10 @@ impl<L: Loader> Launch<L> {
         let first = Entry::Config {
             vcpus: config.vcpus,
             interrupts: config.interrupts.bits(),
+            levels: config.interrupts.level_bits(),
             most_interrupts: config.interrupts.most_per_second().map_or(0, NonZeroU32::get),
             policy: config.policy,
+            interrupt_controller: config.interrupt_controller,
         };
         Ok(Self {
             loader,

@@ -43,12 +43,13 @@ pub mod vm;
 pub mod x86;
 
 pub use address::{Gpa, GpaRange, PAGE_SIZE, RangeError};
+pub use doorbell::Trigger;
 pub use side::{Answer, Side};
 
 #[cfg(feature = "std")]
 pub use error::{BoxError, Error};
 #[cfg(feature = "std")]
-pub use interrupt::{Event, InterruptGuard, InterruptPolicy};
+pub use interrupt::{Event, InterruptController, InterruptGuard, InterruptPolicy};
 #[cfg(feature = "std")]
 pub use launch::{Launch, Measurement, PageKind, Transcript, VmConfig};
 #[cfg(feature = "std")]

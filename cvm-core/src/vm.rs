@@ -1,10 +1,14 @@
 //! A sealed VM and its vCPUs.
 
+#[cfg(doc)]
+use crate::InterruptController;
 use crate::interrupt::Guarding;
 use crate::launch::Transcript;
 use crate::memory::{Allocated, Conversion, ConversionListener, ConversionRequest, ConversionTotals, SharedMemory};
 use crate::x86::Register;
 use crate::{Error, Event, Lifecycle, LifecycleAnswer};
+#[cfg(unix)]
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -57,7 +61,8 @@ pub enum Exit {
         /// The MSR.
         index: u32,
     },
-    /// The vCPU waits for an interrupt.
+    /// The vCPU waits for an interrupt. With an [`InterruptController::Apic`] it waits in the kernel instead:
+    /// [`Vcpu::run`] returns when it is [kicked](Kick), or after the interrupt that wakes it.
     Halted,
     /// The guest has ended, by its own will.
     Ended {
@@ -114,6 +119,39 @@ pub trait Vm: Send + Sync {
 
     /// Who keeps the host from injecting what the guest does not accept.
     fn guarding(&self) -> Guarding;
+
+    /// An eventfd that the kernel signals whenever the guest writes the device doorbell register `register`, whatever
+    /// the value: from now on without an [`Exit::DoorbellWrite`], and also while no vCPU's thread looks. It does not
+    /// block, and its count is how many writes there were since the last read.
+    ///
+    /// # Errors
+    /// [`Error::NoDescriptor`] for what is no register of a [device](crate::doorbell::device_of), for one that has a
+    /// descriptor already, and for any where the doorbell is not [`Doorbell::Port`](crate::doorbell::Doorbell::Port): no
+    /// kernel signals descriptors for MSRs. [`Error::Backend`] if the host failed.
+    #[cfg(unix)]
+    fn doorbell_fd(&self, register: u16) -> Result<OwnedFd, Error>;
+
+    /// An eventfd whose every write raises the edge-triggered interrupt `vector` on vCPU `vcpu`, and wakes it if it has
+    /// halted. It does not block. Each call for the same interrupt returns the same eventfd.
+    ///
+    /// The interrupt guard decides here: that the guest accepts the vector now is enough for all writes to come, as no
+    /// guest takes an acceptance back. Where it accepts only so many interrupts in a second, the guard decides at each
+    /// write, and those that it refuses are [dropped](Vm::dropped_interrupts). Writes that nobody has looked at yet are
+    /// one interrupt.
+    ///
+    /// # Errors
+    /// [`Error::InjectionRefused`] if the guard does not allow it; [`Error::NoDescriptor`] for a vCPU that is not there,
+    /// without [`InterruptController::Apic`], and when the kernel has no more routes; [`Error::Backend`] if the host
+    /// failed.
+    #[cfg(unix)]
+    fn interrupt_fd(&self, vcpu: u32, vector: u8) -> Result<OwnedFd, Error>;
+
+    /// How many interrupts that came by [`Vm::interrupt_fd`] were dropped, because the guest accepts no more in a
+    /// second.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] if whoever counts does not say.
+    fn dropped_interrupts(&self) -> Result<u64, Error>;
 }
 
 /// A vCPU. It stays on the thread that runs it.
@@ -156,7 +194,8 @@ pub trait Vcpu: Send {
     /// [`Error::Backend`] if the host failed.
     fn register(&self, register: Register) -> Result<RegisterRead, Error>;
 
-    /// Injects an event when the guest can take it.
+    /// Injects an event when the guest can take it. With an [`InterruptController::Apic`] a guest that has turned its
+    /// APIC off never can: the interrupt is lost.
     ///
     /// # Errors
     /// [`Error::InjectionRefused`] if the guard does not allow it, [`Error::Backend`] if the host failed.

@@ -2,7 +2,7 @@ use crate::{Error, Machine, SharedRegion};
 use core::fmt;
 use cvm_core::boot::{self, BootPage};
 use cvm_core::doorbell::{DEVICE_SPACE, MAX_DEVICES, Transport, control, device_base};
-use cvm_core::{Answer, GpaRange, PAGE_SIZE, Side};
+use cvm_core::{Answer, GpaRange, PAGE_SIZE, Side, Trigger};
 
 /// How often a request is repeated that the host wants repeated, before the guest gives up.
 const TRIES: u32 = 1000;
@@ -98,15 +98,18 @@ impl<M: Machine> Platform<M> {
         Ok(range)
     }
 
-    /// Accepts the interrupt with `vector` on this vCPU from now on; the host may inject no others.
+    /// Accepts the interrupt with `vector` and this trigger on this vCPU from now on; the host may inject no others.
+    /// A vector keeps the trigger that it was first accepted with: asking for the other one ends this vCPU, as does a
+    /// level on a local APIC.
     ///
     /// # Errors
     /// [`Error::Exception`] below 32.
-    pub fn accept_interrupt(&self, vector: u8) -> Result<(), Error> {
+    pub fn accept_interrupt(&self, vector: u8, trigger: Trigger) -> Result<(), Error> {
         if vector < 32 {
             return Err(Error::Exception(vector));
         }
-        self.machine.write(control::ACCEPT, vector.into());
+        let level = if trigger == Trigger::Level { control::ACCEPT_LEVEL } else { 0 };
+        self.machine.write(control::ACCEPT, u32::from(vector) | level);
         Ok(())
     }
 
@@ -180,7 +183,7 @@ mod tests {
         requests: RefCell<Vec<ConversionRequest>>,
         answers: RefCell<Vec<u64>>,
         console: RefCell<Vec<u8>>,
-        accepted: RefCell<Vec<u8>>,
+        accepted: RefCell<Vec<(u8, Trigger)>>,
         raw_answer: Cell<Option<u32>>,
     }
 
@@ -210,7 +213,7 @@ mod tests {
                     raw if Answer::from_u32(raw as u32).is_none() => self.raw_answer.set(Some(raw as u32)),
                     known => self.registers.borrow_mut().answer(Answer::from_u32(known as u32).unwrap()),
                 },
-                Ring::Accept(vector) => self.accepted.borrow_mut().push(vector),
+                Ring::Accept(vector, trigger) => self.accepted.borrow_mut().push((vector, trigger)),
                 Ring::Exit(Exit::Console(byte)) => self.console.borrow_mut().push(byte),
                 _ => {}
             }
@@ -297,9 +300,12 @@ mod tests {
     fn interrupts_are_accepted_by_vector_and_exceptions_are_not() {
         let host = Host::new(&[]);
         let platform = platform(&host, Transport::Hypercall);
-        platform.accept_interrupt(0x41).unwrap();
-        assert_eq!(*host.accepted.borrow(), [0x41]);
-        assert_eq!(platform.accept_interrupt(31), Err(Error::Exception(31)));
+        let accepted = [(0x41, Trigger::Edge), (0x42, Trigger::Level)];
+        for (vector, trigger) in accepted {
+            platform.accept_interrupt(vector, trigger).unwrap();
+        }
+        assert_eq!(*host.accepted.borrow(), accepted);
+        assert_eq!(platform.accept_interrupt(31, Trigger::Edge), Err(Error::Exception(31)));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Maintenance of the workspace, run as `cargo xtask`.
 //!
+//! - [`fuzz`]: random bytes for what takes bytes from others
 //! - [`guest`]: the committed images of the guests, the same bytes on every machine
 //! - [`l1`]: a command in a small VM whose KVM has the whole confidential-VM interface
 //! - [`l1_kernel`]: the kernel of that VM
@@ -8,6 +9,7 @@
 mod cpio;
 mod debian;
 mod error;
+mod fuzz;
 mod guest;
 mod l1;
 mod l1_kernel;
@@ -30,6 +32,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
+    Fuzz(fuzz::Fuzz),
     Guest(guest::Guest),
     L1(l1::L1),
     L1Kernel(l1_kernel::L1Kernel),
@@ -38,6 +41,7 @@ enum Task {
 
 fn main() -> ExitCode {
     let done = guest::run_as_rustc().unwrap_or_else(|| match Cli::parse().task {
+        Task::Fuzz(task) => task.run(),
         Task::Guest(task) => task.run(),
         Task::L1(task) => task.run(),
         Task::L1Kernel(task) => task.run(),

@@ -45,6 +45,8 @@ const TARGETS: &[Target] = &[
     report("exit, none", "none/exit", "raw/exit"),
     report("exit, guest-memfd", "guest-memfd/exit", "raw/exit"),
     target("exit, vault to none", "vault/exit", "none/exit", 2.0),
+    // An interrupt by descriptor, and the guest's doorbell by descriptor for it: no process but the kernel is in the way.
+    target("device i/o, vault to none", "vault/io", "none/io", 1.1),
     // Sharing a range and taking it back, to the system calls and exits that this cannot do without.
     target("convert 4 KiB, none", "none/convert/4KiB", "raw/convert-file/4KiB", 1.3),
     target("convert 4 KiB touched, none", "none/convert-touched/4KiB", "raw/convert-file-touched/4KiB", 1.3),

@@ -1,3 +1,5 @@
+use super::apic;
+use super::interrupts::Interrupts;
 use super::memory::{Backing, FilesMemory, GmemMemory, GuestMemory, Layout};
 use super::staging::Staging;
 use super::vcpu::{self, LocalVcpu};
@@ -8,7 +10,7 @@ use cvm_core::doorbell::Transport;
 use cvm_core::launch::{Loader, Transcript, VmConfig};
 use cvm_core::memory::ConversionEngine;
 use cvm_core::x86::VcpuState;
-use cvm_core::{BoxError, Gpa, GpaRange, PageKind};
+use cvm_core::{BoxError, Gpa, GpaRange, InterruptController, PageKind};
 use kvm_bindings::{KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap};
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::collections::BTreeMap;
@@ -70,11 +72,14 @@ impl LocalLoader {
             hypercall::enable(&vm)?;
         }
         policy::enforce(kvm, &vm, config.policy)?;
+        if config.interrupt_controller == InterruptController::Apic {
+            apic::enable(&vm)?;
+        }
         let cpuid = vcpu::supported_cpuid(kvm)?;
         let mut vcpus = Vec::new();
         for index in 0..config.vcpus {
             let vcpu = vm.create_vcpu(index.into()).map_err(Error::kvm("create a vcpu"))?;
-            vcpu::set_cpuid(cpuid.clone(), &vcpu, index, transport, config.policy)?;
+            vcpu::set_cpuid(cpuid.clone(), &vcpu, index, transport, &config)?;
             vcpus.push(vcpu);
         }
         let staging = match isolation {
@@ -116,14 +121,18 @@ impl Loader for LocalLoader {
         for (index, state) in &self.states {
             let vcpu = self.vcpus.get(*index as usize).ok_or("there is no such vcpu")?;
             vcpu::set_state(vcpu, state)?;
+            if self.config.interrupt_controller == InterruptController::Apic {
+                apic::start(vcpu)?;
+            }
         }
         let view = self.memory.shared_view()?;
         let engine = ConversionEngine::new(self.memory, view);
-        let shared = Arc::new(Shared { engine, vm: self.vm });
+        let VmConfig { vcpus, interrupts, interrupt_controller, doorbell, .. } = self.config;
+        let interrupts = Interrupts::new(Arc::clone(&self.vm), vcpus, interrupts, interrupt_controller);
+        let shared = Arc::new(Shared { interrupts, engine, vm: self.vm });
         let vcpus = (0..).zip(self.vcpus);
-        let vcpus = vcpus
-            .map(|(index, fd)| LocalVcpu::new(index, fd, Arc::clone(&shared), self.config.interrupts))
-            .collect::<Result<Vec<_>, _>>()?;
-        Ok(LocalVm::new(shared, vcpus, transcript))
+        let vcpus =
+            vcpus.map(|(index, fd)| LocalVcpu::new(index, fd, Arc::clone(&shared))).collect::<Result<Vec<_>, _>>()?;
+        Ok(LocalVm::new(shared, vcpus, doorbell, transcript))
     }
 }

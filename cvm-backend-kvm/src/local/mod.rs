@@ -1,5 +1,7 @@
 //! A VM whose descriptors, vCPUs and memory this process holds.
 
+mod apic;
+mod interrupts;
 mod kick;
 mod loader;
 mod memory;
@@ -7,9 +9,19 @@ mod staging;
 mod vcpu;
 mod vcpu_fd;
 mod vm;
+mod vm_fd;
 
+pub(crate) use apic::lacks as apic_lacks;
+pub(crate) use interrupts::take as take_signal;
 pub(crate) use kick::Kicker;
 pub(crate) use loader::{Isolation, LocalLoader};
 pub(crate) use memory::{Backing, FilesMemory, Layout, shared_view};
 pub(crate) use vcpu::{LocalVcpu, is_amd, supported_cpuid};
 pub(crate) use vm::{LocalVm, lifecycle};
+
+use cvm_core::{BoxError, Error};
+
+/// For `map_err`: `step` was what the host was to do.
+fn failed<E: Into<BoxError>>(step: &'static str) -> impl Fn(E) -> Error {
+    move |error| Error::Backend { step, range: None, source: error.into() }
+}

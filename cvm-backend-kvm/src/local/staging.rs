@@ -13,6 +13,7 @@ use super::kick::Kicker;
 use super::memory::{Backing, Window};
 use super::{vcpu, vcpu_fd};
 use crate::Error;
+use cvm_core::doorbell::{PORT_BASE, control};
 use cvm_core::image::Image;
 use cvm_core::launch::digest;
 use cvm_core::x86::{VcpuState, entry};
@@ -39,6 +40,9 @@ const LARGE_PAGE: u64 = 2 << 20;
 const GIB: u64 = 1 << 30;
 /// How many second-level tables fit below the stub, behind the four pages of the other tables.
 const MOST_GIBIBYTES: u64 = LARGE_PAGE / PAGE_SIZE - 4;
+
+/// The port by which the stub says that it is done.
+const DONE: u16 = PORT_BASE + control::END;
 
 /// How long the stub may take for [`PAGES`] pages, on a processor that is emulated twice over.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -122,11 +126,20 @@ impl Staging {
         loop {
             let _entered = kicker.enter();
             match vcpu.run() {
-                Ok(VcpuExit::Hlt) => return Ok(()),
+                Ok(VcpuExit::IoOut(DONE, _)) => break,
                 Ok(other) => return Err(format!("the loader stub left by {other:?}").into()),
                 Err(error) if error.errno() == libc::EINTR && !watchdog.fired() => {}
                 Err(error) => return Err(Error::kvm("run the loader stub")(error).into()),
             }
+        }
+        // KVM completes the instruction when it runs next, at whatever address the vCPU is then: it must not be one of
+        // the guest's.
+        vcpu.set_kvm_immediate_exit(1);
+        let completed = vcpu.run().map(drop);
+        vcpu.set_kvm_immediate_exit(0);
+        match completed {
+            Err(error) if error.errno() == libc::EINTR => Ok(()),
+            _ => Err("the loader stub did not stop at its end".into()),
         }
     }
 }

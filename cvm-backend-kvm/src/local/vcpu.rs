@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code, reason = "an answer goes to the place in the vcpu's page that its exit showed")]
 
+use super::failed;
 use super::kick::Kicker;
 use super::memory::GuestMemory;
 use super::vcpu_fd::{self, PortAnswer};
@@ -9,16 +10,15 @@ use super::vm::Shared;
 use crate::Error;
 use crate::host::HC_MAP_GPA_RANGE;
 use cvm_core::doorbell::{self, Access, Registers, Ring, Transport};
-use cvm_core::memory::ConversionEngine;
+use cvm_core::memory::{ConversionEngine, Ticket};
 use cvm_core::x86::{Register, VcpuState};
 use cvm_core::{
-    Answer, BoxError, Conversion, ConversionRequest, Error as CoreError, Event, Exit, Gpa, InterruptGuard,
-    InterruptPolicy, Kick, Policy, RegisterRead, Side, Vcpu,
+    Answer, Conversion, ConversionRequest, Error as CoreError, Event, Exit, Gpa, InterruptController, Kick, Policy,
+    RegisterRead, Side, Vcpu, VmConfig,
 };
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use std::sync::Arc;
-use std::time::Instant;
 
 /// Control-register bits of a vCPU that starts in 64-bit mode (AMD64 APM volume 2, sections 3.1 and 3.1.7).
 const CR0_PE_MP_ET_NE_WP_PG: u64 = 1 | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31;
@@ -37,9 +37,10 @@ pub(crate) fn is_amd(cpuid: &CpuId) -> bool {
     first.is_some_and(|letters| letters == *b"Auth" || letters == *b"Hygo")
 }
 
-/// Bits of CPUID leaf 1 that speak of a local APIC, of which there is none: in ECX x2APIC and the TSC deadline timer, in
-/// EDX the APIC itself (Intel SDM, volume 2, CPUID).
-const APIC_ECX: u32 = 1 << 21 | 1 << 24;
+/// Bits of CPUID leaf 1 that speak of a local APIC: in ECX x2APIC and the TSC deadline timer, in EDX the APIC itself
+/// (Intel SDM, volume 2, CPUID).
+const X2APIC_ECX: u32 = 1 << 21;
+const DEADLINE_ECX: u32 = 1 << 24;
 const APIC_EDX: u32 = 1 << 9;
 
 /// The leaves that describe performance counters (Intel SDM, volume 2, CPUID; AMD64 APM volume 3, section E.4).
@@ -57,16 +58,24 @@ pub(crate) fn set_cpuid(
     vcpu: &VcpuFd,
     index: u32,
     transport: Transport,
-    policy: Policy,
+    config: &VmConfig,
 ) -> Result<(), Error> {
     for entry in cpuid.as_mut_slice() {
         match entry.function {
             1 => {
                 entry.ebx = entry.ebx & 0x00ff_ffff | index << 24;
-                entry.ecx &= !APIC_ECX;
-                entry.edx &= !APIC_EDX;
+                match config.interrupt_controller {
+                    InterruptController::None => {
+                        entry.ecx &= !(X2APIC_ECX | DEADLINE_ECX);
+                        entry.edx &= !APIC_EDX;
+                    }
+                    InterruptController::Apic => {
+                        entry.ecx |= X2APIC_ECX;
+                        entry.edx |= APIC_EDX;
+                    }
+                }
             }
-            CPUID_COUNTERS | CPUID_AMD_COUNTERS if policy.contains(Policy::NO_PERFORMANCE_COUNTERS) => {
+            CPUID_COUNTERS | CPUID_AMD_COUNTERS if config.policy.contains(Policy::NO_PERFORMANCE_COUNTERS) => {
                 (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
             }
             KVM_CPUID_FEATURES if transport == Transport::Hypercall => entry.eax |= KVM_FEATURE_HC_MAP_GPA_RANGE,
@@ -101,7 +110,7 @@ enum Question {
     Msr {
         mask: u64,
     },
-    Conversion(ConversionRequest, Transport),
+    Conversion(Ticket, Transport),
 }
 
 fn string_io(port: u16) -> String {
@@ -206,19 +215,20 @@ pub(crate) struct LocalVcpu {
     kicker: Arc<Kicker>,
     doorbell: Registers,
     question: Option<Question>,
-    guard: InterruptGuard,
     /// Whether it waits for an interrupt.
     halted: bool,
     /// Whether it failed, so that it cannot go on.
     failed: bool,
-    /// Injected vectors that the guest has not taken yet, vector 0 first.
-    interrupts: [u64; 4],
     /// What the exit under way shows of registers.
     exposed: Vec<(Register, u64)>,
+    /// Without interrupt controller: injected edges that the guest has not taken yet, vector 0 first.
+    edges: [u64; 4],
+    /// Without interrupt controller: the vectors whose lines are asserted, vector 0 first.
+    lines: [u64; 4],
 }
 
 impl LocalVcpu {
-    pub(crate) fn new(index: u32, fd: VcpuFd, shared: Arc<Shared>, policy: InterruptPolicy) -> Result<Self, Error> {
+    pub(crate) fn new(index: u32, fd: VcpuFd, shared: Arc<Shared>) -> Result<Self, Error> {
         Ok(Self {
             index,
             kicker: Kicker::new(&fd)?,
@@ -226,11 +236,11 @@ impl LocalVcpu {
             shared,
             doorbell: Registers::new(index),
             question: None,
-            guard: InterruptGuard::new(policy),
             halted: false,
             failed: false,
-            interrupts: [0; 4],
             exposed: Vec::new(),
+            edges: [0; 4],
+            lines: [0; 4],
         })
     }
 
@@ -248,18 +258,22 @@ impl LocalVcpu {
         self.exposed.iter().find(|(exposed, _)| *exposed == register).map(|(_, value)| *value)
     }
 
+    /// The vectors that wait for the guest.
+    fn pending(&self) -> [u64; 4] {
+        std::array::from_fn(|word| self.edges[word] | self.lines[word])
+    }
+
     /// Hands the highest waiting vector to the guest if it can take one now, and else asks KVM to say when.
     fn offer_interrupt(&mut self) -> Result<(), Error> {
-        let highest = (0..=255u8).rev().find(|v| self.interrupts[usize::from(v / 64)] >> (v % 64) & 1 == 1);
-        let Some(vector) = highest else {
+        let Some(vector) = highest(self.pending()) else {
             self.fd.get_kvm_run().request_interrupt_window = 0;
             return Ok(());
         };
         if self.fd.get_kvm_run().ready_for_interrupt_injection != 0 {
             vcpu_fd::interrupt(&self.fd, vector)?;
-            self.interrupts[usize::from(vector / 64)] &= !(1 << (vector % 64));
+            self.edges[usize::from(vector / 64)] &= !(1 << (vector % 64));
         }
-        self.fd.get_kvm_run().request_interrupt_window = self.interrupts.iter().any(|bits| *bits != 0).into();
+        self.fd.get_kvm_run().request_interrupt_window = highest(self.pending()).is_some().into();
         Ok(())
     }
 
@@ -267,10 +281,8 @@ impl LocalVcpu {
     fn ring(&mut self, register: u16, access: Access, question: Option<Question>) -> Result<Option<Exit>, CoreError> {
         match self.doorbell.access(register, access)? {
             Ring::Latched => Ok(None),
-            Ring::Accept(vector) => {
-                let refused =
-                    |source| CoreError::InjectionRefused { vcpu: self.index, event: Event::Interrupt(vector), source };
-                self.guard.accept(vector).map_err(refused)?;
+            Ring::Accept(vector, trigger) => {
+                self.shared.interrupts.accept(self.index, vector, trigger)?;
                 Ok(None)
             }
             Ring::Value(value) => {
@@ -300,8 +312,7 @@ impl LocalVcpu {
 
     /// Remembers what the guest asks for, and allows it to be carried out.
     fn ask(&mut self, request: ConversionRequest, transport: Transport) {
-        self.question = Some(Question::Conversion(request, transport));
-        self.shared.engine.ask(request);
+        self.question = Some(Question::Conversion(self.shared.engine.ask(request), transport));
     }
 
     fn answer_request(&mut self, transport: Transport, answer: Answer) {
@@ -349,7 +360,7 @@ impl LocalVcpu {
 
     /// Whether an injected interrupt ends a halt.
     fn can_wake(&mut self) -> bool {
-        self.interrupts.iter().any(|bits| *bits != 0) && self.fd.get_kvm_run().if_flag != 0
+        highest(self.pending()).is_some() && self.fd.get_kvm_run().if_flag != 0
     }
 
     /// What the contract makes of an exit: an exit of its own, an error, or nothing, and the guest goes on.
@@ -436,15 +447,15 @@ fn side(attributes: u64) -> Option<Side> {
     }
 }
 
+/// The highest of these vectors.
+fn highest(vectors: [u64; 4]) -> Option<u8> {
+    (0..=255).rev().find(|vector| vectors[usize::from(vector / 64)] >> (vector % 64) & 1 == 1)
+}
+
 /// The doorbell register behind a port or an MSR.
 fn doorbell_register(number: u32, base: u32) -> Option<u16> {
     let offset = number.checked_sub(base)?;
     u16::try_from(offset).ok().filter(|register| *register < doorbell::SPACE)
-}
-
-/// For `map_err`: `step` was what KVM was to do.
-fn failed<E: Into<BoxError>>(step: &'static str) -> impl Fn(E) -> CoreError {
-    move |error| CoreError::Backend { step, range: None, source: error.into() }
 }
 
 impl Vcpu for LocalVcpu {
@@ -476,7 +487,7 @@ impl Vcpu for LocalVcpu {
 
     fn answer_conversion(&mut self, conversion: Conversion) -> Result<(), CoreError> {
         match &self.question {
-            Some(Question::Conversion(request, transport)) if request == conversion.request() => {
+            Some(Question::Conversion(ticket, transport)) if conversion.answers(*ticket) => {
                 self.answer_request(*transport, conversion.answer());
                 self.question = None;
                 Ok(())
@@ -529,10 +540,19 @@ impl Vcpu for LocalVcpu {
     }
 
     fn inject(&mut self, event: Event) -> Result<(), CoreError> {
-        let refused = |source| CoreError::InjectionRefused { vcpu: self.index, event, source };
-        self.guard.admit(event, Instant::now()).map_err(refused)?;
-        if let Event::Interrupt(vector) = event {
-            self.interrupts[usize::from(vector / 64)] |= 1 << (vector % 64);
+        let interrupts = &self.shared.interrupts;
+        interrupts.admit(self.index, event)?;
+        match (event, interrupts.controller()) {
+            (Event::Interrupt(vector), InterruptController::Apic) => return interrupts.raise(self.index, vector),
+            (Event::Interrupt(vector), InterruptController::None) => {
+                self.edges[usize::from(vector / 64)] |= 1 << (vector % 64);
+            }
+            (Event::Line { vector, asserted: true }, _) => self.lines[usize::from(vector / 64)] |= 1 << (vector % 64),
+            (Event::Line { vector, asserted: false }, _) => {
+                self.lines[usize::from(vector / 64)] &= !(1 << (vector % 64));
+            }
+            // The guard lets nothing else pass.
+            _ => {}
         }
         Ok(())
     }

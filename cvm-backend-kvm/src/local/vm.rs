@@ -1,5 +1,8 @@
+use super::interrupts::{self, Interrupts};
 use super::memory::GuestMemory;
 use super::vcpu::LocalVcpu;
+use super::{failed, vm_fd};
+use cvm_core::doorbell::{self, Doorbell};
 use cvm_core::interrupt::Guarding;
 use cvm_core::launch::Transcript;
 use cvm_core::memory::{Allocated, ConversionEngine, ConversionTotals};
@@ -7,12 +10,15 @@ use cvm_core::{
     Conversion, ConversionListener, ConversionRequest, Error, Kick, Lifecycle, LifecycleAnswer, SharedMemory, Vcpu, Vm,
 };
 use kvm_ioctls::VmFd;
+use std::io::ErrorKind;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// What a VM and its vCPUs keep alive together.
 pub(crate) struct Shared {
+    // Dropped first, with the thread that it may have.
+    pub(crate) interrupts: Interrupts,
     pub(crate) engine: ConversionEngine<GuestMemory>,
-    #[allow(dead_code, reason = "it keeps the vm, to which the vcpus belong")]
     pub(crate) vm: Arc<VmFd>,
 }
 
@@ -21,13 +27,14 @@ pub(crate) struct LocalVm {
     shared: Arc<Shared>,
     vcpus: Vec<LocalVcpu>,
     kickers: Vec<Arc<dyn Kick>>,
+    doorbell: Doorbell,
     transcript: Transcript,
 }
 
 impl LocalVm {
-    pub(crate) fn new(shared: Arc<Shared>, vcpus: Vec<LocalVcpu>, transcript: Transcript) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, vcpus: Vec<LocalVcpu>, doorbell: Doorbell, transcript: Transcript) -> Self {
         let kickers = vcpus.iter().map(Vcpu::kicker).collect();
-        Self { shared, vcpus, kickers, transcript }
+        Self { shared, vcpus, kickers, doorbell, transcript }
     }
 }
 
@@ -73,6 +80,32 @@ impl Vm for LocalVm {
 
     fn guarding(&self) -> Guarding {
         Guarding::Library
+    }
+
+    fn doorbell_fd(&self, register: u16) -> Result<OwnedFd, Error> {
+        if self.doorbell != Doorbell::Port {
+            return Err(Error::NoDescriptor(
+                "the kernel knows no descriptors for msrs: launch with the port doorbell".into(),
+            ));
+        }
+        if doorbell::device_of(register).is_none() || !register.is_multiple_of(4) {
+            return Err(Error::NoDescriptor("it is no register of a device".into()));
+        }
+        let eventfd = interrupts::new_eventfd().map_err(failed("make an eventfd"))?;
+        match vm_fd::signal_on_write(&self.shared.vm, doorbell::PORT_BASE + register, &eventfd) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                Err(Error::NoDescriptor("the register has one already".into()))
+            }
+            connected => connected.map(|()| eventfd).map_err(failed("connect a doorbell register")),
+        }
+    }
+
+    fn interrupt_fd(&self, vcpu: u32, vector: u8) -> Result<OwnedFd, Error> {
+        self.shared.interrupts.descriptor(vcpu, vector)
+    }
+
+    fn dropped_interrupts(&self) -> Result<u64, Error> {
+        Ok(self.shared.interrupts.dropped())
     }
 }
 

@@ -7,13 +7,13 @@ use super::{MARK, MOST_LOADED, NAME, Program};
 use crate::Error;
 use crate::local::{Backing, Layout, shared_view};
 use cvm_core::doorbell::Transport;
-use cvm_core::interrupt::Guarding;
+use cvm_core::interrupt::{Guarding, Refusal};
 use cvm_core::launch::{Loader, Transcript, VmConfig};
-use cvm_core::memory::{Allocated, ConversionEngine, ConversionTotals, Converter, ConverterError, LeftAs};
+use cvm_core::memory::{Allocated, ConversionEngine, ConversionTotals, Converter, ConverterError, LeftAs, Ticket};
 use cvm_core::x86::{Register, VcpuState};
 use cvm_core::{
     Answer, BoxError, Conversion, ConversionListener, ConversionRequest, Error as CoreError, Event, Exit, GpaRange,
-    Kick, Lifecycle, LifecycleAnswer, PageKind, RegisterRead, SharedMemory, Side, Vcpu, Vm,
+    Kick, Lifecycle, LifecycleAnswer, PageKind, RegisterRead, SharedMemory, Side, Trigger, Vcpu, Vm,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::RecvFlags;
@@ -121,7 +121,8 @@ impl Vault {
 
     /// What is to be said of a vault that does not answer.
     fn dead(&self) -> Error {
-        // It closes its socket before it is done with dying.
+        // It closes its socket before it is done with dying; what is no vault may close it and live on.
+        self.kill();
         let status = self.end.wait().clone();
         Error::VaultDied { status }
     }
@@ -226,10 +227,14 @@ pub(crate) fn launch(
     for slot in &config.memory {
         vault.order_done(&Order::Slot(*slot))?;
     }
-    let (vectors, most_per_second) = (config.interrupts.bits(), config.interrupts.most_per_second());
-    vault.order_done(&Order::Accept { vectors, most_per_second })?;
-    let VmConfig { vcpus, policy, doorbell, .. } = *config;
-    let create = Order::Create { vcpus, policy, doorbell, transport };
+    let (accepted, levels) = (config.interrupts.bits(), config.interrupts.level_bits());
+    let most_per_second = config.interrupts.most_per_second();
+    let edges = std::array::from_fn(|word| accepted[word] & !levels[word]);
+    for (vectors, trigger) in [(edges, Trigger::Edge), (levels, Trigger::Level)] {
+        vault.order_done(&Order::Accept { vectors, trigger, most_per_second })?;
+    }
+    let VmConfig { vcpus, policy, doorbell, interrupt_controller, .. } = *config;
+    let create = Order::Create { vcpus, policy, doorbell, transport, interrupt_controller };
     let (_, descriptors) = vault.order(&create, &[shared.file().as_fd(), pages.file().as_fd()])?;
     let Ok([kicks]) = <[OwnedFd; 1]>::try_from(descriptors) else {
         return Err(vault.disown("it gave no way to kick").into());
@@ -344,6 +349,28 @@ pub(crate) struct VaultVm {
     transcript: Transcript,
 }
 
+impl VaultVm {
+    /// Gives an order for a descriptor.
+    fn descriptor(
+        &self,
+        step: &'static str,
+        order: &Order,
+        refused: impl FnOnce(Refusal) -> CoreError,
+    ) -> Result<OwnedFd, CoreError> {
+        let vault = &self.shared.held.vault;
+        let no_fit = || backend(step)(vault.disown("its report does not fit the order"));
+        match vault.order(order, &[]).map_err(backend(step))? {
+            (Report::Descriptor, descriptors) => {
+                let [eventfd] = <[OwnedFd; 1]>::try_from(descriptors).map_err(|_| no_fit())?;
+                Ok(eventfd)
+            }
+            (Report::NoDescriptor(reason), _) => Err(CoreError::NoDescriptor(reason)),
+            (Report::InjectionRefused(refusal), _) => Err(refused(refusal)),
+            _ => Err(no_fit()),
+        }
+    }
+}
+
 impl Vm for VaultVm {
     type Vcpu = VaultVcpu;
 
@@ -390,6 +417,26 @@ impl Vm for VaultVm {
     fn guarding(&self) -> Guarding {
         Guarding::Enforced
     }
+
+    fn doorbell_fd(&self, register: u16) -> Result<OwnedFd, CoreError> {
+        self.descriptor("connect a doorbell register", &Order::DoorbellFd(register), |refusal| {
+            CoreError::NoDescriptor(refusal.to_string())
+        })
+    }
+
+    fn interrupt_fd(&self, vcpu: u32, vector: u8) -> Result<OwnedFd, CoreError> {
+        self.descriptor("connect an interrupt", &Order::InterruptFd { vcpu, vector }, |source| {
+            CoreError::InjectionRefused { vcpu, event: Event::Interrupt(vector), source }
+        })
+    }
+
+    fn dropped_interrupts(&self) -> Result<u64, CoreError> {
+        let vault = &self.shared.held.vault;
+        match vault.order(&Order::CountDropped, &[]).map_err(backend("count dropped interrupts"))?.0 {
+            Report::Dropped(count) => Ok(count),
+            _ => Err(backend("count dropped interrupts")(vault.disown("its report does not fit the order"))),
+        }
+    }
 }
 
 /// What the guest waits for.
@@ -397,7 +444,7 @@ impl Vm for VaultVm {
 enum Question {
     None,
     Read,
-    Conversion(ConversionRequest),
+    Conversion(Ticket),
 }
 
 /// A vCPU that a vault holds.
@@ -478,10 +525,7 @@ impl Vcpu for VaultVcpu {
         let exit = self.run_on();
         self.failed = exit.is_err();
         self.question = match &exit {
-            Ok(Exit::Conversion(request)) => {
-                self.shared.engine.ask(*request);
-                Question::Conversion(*request)
-            }
+            Ok(Exit::Conversion(request)) => Question::Conversion(self.shared.engine.ask(*request)),
             Ok(Exit::DoorbellRead { .. } | Exit::PortRead { .. } | Exit::MsrRead { .. }) => Question::Read,
             _ => Question::None,
         };
@@ -502,7 +546,7 @@ impl Vcpu for VaultVcpu {
 
     fn answer_conversion(&mut self, conversion: Conversion) -> Result<(), CoreError> {
         match self.question {
-            Question::Conversion(request) if request == *conversion.request() => {
+            Question::Conversion(ticket) if conversion.answers(ticket) => {
                 self.given = Given::Answer(conversion.answer());
                 self.question = Question::None;
                 Ok(())

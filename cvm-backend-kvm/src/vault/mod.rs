@@ -20,6 +20,7 @@
 //! process; a `cvm-vault` that its user can execute and not read (mode 0711, owned by another) closes that gap, as the
 //! kernel never lets anybody look into such a process.
 
+mod bell;
 mod client;
 mod page;
 pub mod protocol;

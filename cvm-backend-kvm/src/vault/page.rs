@@ -4,10 +4,10 @@
 //! |---|---|---|
 //! | 0 | sequence number of the last request | VMM |
 //! | 64 | its message | VMM |
-//! | 128 | whether the vault sleeps until there is another | vault; the VMM clears it |
+//! | 128 | whether the vault may sleep until there is another | vault |
 //! | 192 | sequence number of the last reply; [`DEAD`] when there will be none | vault; [`DEAD`] the VMM's own watcher |
 //! | 256 | its message | vault |
-//! | 320 | whether the VMM sleeps until there is another | VMM; the vault clears it |
+//! | 320 | whether the VMM may sleep until there is another | VMM |
 //! | 384 | whether the vCPU is to be kicked | VMM; the vault clears it |
 //! | 512 | the text of the request | VMM |
 //! | 1024 | the text of the reply | vault |
@@ -15,11 +15,11 @@
 //! Either end may change anything at any time. So a message is copied before it is looked at, and all that is in the
 //! page is read and written by atomic or volatile accesses.
 
+use super::bell::{Bell, Word};
 use super::protocol::{Encoded, MOST_TEXT, Message, WORDS};
 use crate::Error;
 use crate::local::Backing;
 use cvm_core::PAGE_SIZE;
-use rustix::thread::futex;
 use std::io;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -60,6 +60,8 @@ pub(super) fn spins() -> u32 {
 #[derive(Debug)]
 pub(super) struct Pages {
     region: MmapRegion,
+    /// How often to look for a message before sleeping.
+    spins: u32,
 }
 
 impl Pages {
@@ -75,12 +77,12 @@ impl Pages {
             MmapRegion::from_file(file, Self::bytes(vcpus) as usize).map_err(io::Error::other)
         };
         let region = map().map_err(|source| Error::Vault { step: "map the pages of its vcpus", source })?;
-        Ok(Self { region })
+        Ok(Self { region, spins: spins() })
     }
 
     /// The page of vCPU `index`, which must exist.
     pub(super) fn page(&self, index: u32) -> Page<'_> {
-        Page { region: &self.region, base: index as usize * PAGE_SIZE as usize }
+        Page { region: &self.region, base: index as usize * PAGE_SIZE as usize, spins: self.spins }
     }
 
     /// How many there are.
@@ -94,6 +96,7 @@ impl Pages {
 pub(super) struct Page<'a> {
     region: &'a MmapRegion,
     base: usize,
+    spins: u32,
 }
 
 impl<'a> Page<'a> {
@@ -118,13 +121,11 @@ impl<'a> Page<'a> {
             let texts = self.region.as_volatile_slice().write_slice(text.as_bytes(), self.base + to.text);
             texts.expect("every text lies in the page");
         }
-        self.word(to.sequence).store(sequence, Ordering::SeqCst);
-        let sleeps = self.word(to.sleeps);
-        if sleeps.load(Ordering::SeqCst) != 0 {
-            sleeps.store(0, Ordering::SeqCst);
-            // It can fail only for arguments that make no sense.
-            let _ = futex::wake(self.word(to.sequence), futex::Flags::empty(), 1);
-        }
+        self.bell(to).ring(sequence);
+    }
+
+    fn bell(&self, of: Direction) -> Bell<'a, AtomicU32> {
+        Bell { number: self.word(of.sequence), sleeps: self.word(of.sleeps) }
     }
 
     fn read(&self, from: Direction) -> (Message, Vec<u8>) {
@@ -143,33 +144,11 @@ impl<'a> Page<'a> {
         (message, text)
     }
 
-    /// Waits for a sequence number other than `last`.
-    fn wait(&self, on: Direction, last: u32) -> u32 {
-        let (sequence, sleeps) = (self.word(on.sequence), self.word(on.sleeps));
-        for _ in 0..spins() {
-            let now = sequence.load(Ordering::Acquire);
-            if now != last {
-                return now;
-            }
-            std::hint::spin_loop();
-        }
-        loop {
-            sleeps.store(1, Ordering::SeqCst);
-            let now = sequence.load(Ordering::SeqCst);
-            if now != last {
-                sleeps.store(0, Ordering::SeqCst);
-                return now;
-            }
-            // Whatever ends it, the loop looks again.
-            let _ = futex::wait(sequence, futex::Flags::empty(), last, None);
-        }
-    }
-
     /// For the VMM's watcher: there will be no more replies.
     pub(super) fn bury(&self) {
         let sequence = self.word(REPLIES.sequence);
         sequence.fetch_or(DEAD, Ordering::SeqCst);
-        let _ = futex::wake(sequence, futex::Flags::empty(), u32::MAX);
+        sequence.wake();
     }
 
     /// For the VMM: the vCPU shall be kicked when the vault looks.
@@ -202,7 +181,7 @@ impl Asking {
         let before = self.last;
         self.last = Page::after(before);
         page.write(REQUESTS, self.last, request);
-        let now = page.wait(REPLIES, before);
+        let now = page.bell(REPLIES).wait(before, page.spins);
         if now & DEAD != 0 {
             return Err(NoReply::Dead);
         }
@@ -224,7 +203,7 @@ impl Answering {
     /// Waits for a request; nothing if what came is out of order. Either has to be [answered](Answering::answer).
     pub(super) fn next(&mut self, page: Page<'_>) -> Option<(Message, Vec<u8>)> {
         let before = self.last;
-        self.last = page.wait(REQUESTS, before);
+        self.last = page.bell(REQUESTS).wait(before, page.spins);
         let (message, text) = page.read(REQUESTS);
         (self.last == Page::after(before) && message.sequence == self.last).then_some((message, text))
     }

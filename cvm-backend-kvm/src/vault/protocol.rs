@@ -2,21 +2,25 @@
 //!
 //! Everything is a [`Message`]: a sequence number, a kind, six operands, and for some kinds a short text. Either end may
 //! be compromised, so that each checks all that it takes: a kind that it does not know, an operand that is out of range,
-//! one that should be zero, or a text where there is none makes a message [`Malformed`].
+//! one that should be zero, or a text where there is none or of another length makes a message [`Malformed`].
 //!
 //! | | on | from the VMM | from the vault |
 //! |---|---|---|---|
 //! | until the launch is sealed, and for what is not about a vCPU | a socket | [`Order`] | [`Report`] |
 //! | for each vCPU, after the seal | a shared page | [`Request`] | [`Reply`] |
 //!
+//! No two kinds have the same number, so that none of the four is ever taken for another.
+//!
 //! Each message from the VMM has one from the vault as its answer, with the same sequence number, before the next may
 //! come.
 
 use cvm_core::doorbell::{Access, Doorbell, SPACE, Transport, device_of};
-use cvm_core::interrupt::Refusal;
+use cvm_core::interrupt::{InterruptController, Refusal};
 use cvm_core::memory::LeftAs;
 use cvm_core::x86::{Register, VcpuState};
-use cvm_core::{Answer, ConversionRequest, Event, Exit, Gpa, GpaRange, Measurement, PAGE_SIZE, PageKind, Policy, Side};
+use cvm_core::{
+    Answer, ConversionRequest, Event, Exit, Gpa, GpaRange, Measurement, PAGE_SIZE, PageKind, Policy, Side, Trigger,
+};
 use std::num::NonZeroU32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -64,6 +68,18 @@ fn with_text((mut message, _): Encoded, text: &str) -> Encoded {
     (message, text)
 }
 
+/// What a refusal is in a message.
+fn refusal_operands(refusal: Refusal) -> [u64; 2] {
+    match refusal {
+        Refusal::Reserved => [0, 0],
+        Refusal::NotAccepted => [1, 0],
+        Refusal::TooMany { most } => [2, most.get().into()],
+        Refusal::NotAnInterrupt => [3, 0],
+        Refusal::WrongTrigger => [4, 0],
+        Refusal::EdgesOnly => [5, 0],
+    }
+}
+
 /// Takes a message apart.
 struct Parts<'a> {
     kind: u16,
@@ -72,8 +88,9 @@ struct Parts<'a> {
 }
 
 impl<'a> Parts<'a> {
-    fn of(message: &'a Message, text: &'a [u8]) -> Self {
-        Self { kind: message.kind, operands: message.operands.iter(), text: Some(text) }
+    fn of(message: &'a Message, text: &'a [u8]) -> Result<Self, Malformed> {
+        let parts = Self { kind: message.kind, operands: message.operands.iter(), text: Some(text) };
+        if text.len() == usize::from(message.text) { Ok(parts) } else { Err(parts.malformed()) }
     }
 
     fn malformed(&self) -> Malformed {
@@ -103,6 +120,18 @@ impl<'a> Parts<'a> {
     fn range(&mut self) -> Result<GpaRange, Malformed> {
         let (start, len) = (self.next()?, self.next()?);
         GpaRange::new(start, len).map_err(|_| self.malformed())
+    }
+
+    fn refusal(&mut self) -> Result<Refusal, Malformed> {
+        Ok(match (self.next()?, self.next()?) {
+            (0u64, 0u32) => Refusal::Reserved,
+            (1, 0) => Refusal::NotAccepted,
+            (2, most) => Refusal::TooMany { most: NonZeroU32::new(most).ok_or(self.malformed())? },
+            (3, 0) => Refusal::NotAnInterrupt,
+            (4, 0) => Refusal::WrongTrigger,
+            (5, 0) => Refusal::EdgesOnly,
+            _ => return Err(self.malformed()),
+        })
     }
 
     fn text(&mut self) -> Result<String, Malformed> {
@@ -163,6 +192,8 @@ impl Request {
             Self::Register(register) => encoded(6, &[register as u64]),
             Self::Inject(event) => {
                 let (event, vector) = match event {
+                    Event::Line { vector, asserted: true } => (6, vector),
+                    Event::Line { vector, asserted: false } => (7, vector),
                     Event::Interrupt(vector) => (0, vector),
                     Event::Exception(vector) => (1, vector),
                     Event::Nmi => (2, 0),
@@ -180,7 +211,7 @@ impl Request {
     /// # Errors
     /// [`Malformed`].
     pub fn decode(message: &Message, text: &[u8]) -> Result<Self, Malformed> {
-        let mut parts = Parts::of(message, text);
+        let mut parts = Parts::of(message, text)?;
         let request = match message.kind {
             1 => Self::Run(Given::Nothing),
             2 => Self::Run(Given::Value(parts.next()?)),
@@ -195,6 +226,8 @@ impl Request {
                 (3, 0) => Event::Smi,
                 (4, 0) => Event::Init,
                 (5, 0) => Event::Startup,
+                (6, vector) => Event::Line { vector, asserted: true },
+                (7, vector) => Event::Line { vector, asserted: false },
                 _ => return Err(parts.malformed()),
             }),
             _ => return Err(parts.malformed()),
@@ -262,17 +295,17 @@ impl Reply {
     pub fn encode(&self) -> Encoded {
         match self {
             Self::Exit(exit) => match *exit {
-                Exit::Conversion(request) => encoded(1, &[request.gpa().0, request.pages(), request.to() as u64]),
-                Exit::Console(byte) => encoded(2, &[byte.into()]),
-                Exit::DoorbellWrite { register, value } => encoded(3, &[register.into(), value.into()]),
-                Exit::DoorbellRead { register } => encoded(4, &[register.into()]),
-                Exit::PortWrite { port, width, value } => encoded(5, &[port.into(), width.into(), value.into()]),
-                Exit::PortRead { port, width } => encoded(6, &[port.into(), width.into()]),
-                Exit::MsrWrite { index, value } => encoded(7, &[index.into(), value]),
-                Exit::MsrRead { index } => encoded(8, &[index.into()]),
-                Exit::Halted => encoded(9, &[]),
-                Exit::Ended { code } => encoded(10, &[code.into()]),
-                Exit::Kicked => encoded(11, &[]),
+                Exit::Conversion(request) => encoded(0x11, &[request.gpa().0, request.pages(), request.to() as u64]),
+                Exit::Console(byte) => encoded(0x12, &[byte.into()]),
+                Exit::DoorbellWrite { register, value } => encoded(0x13, &[register.into(), value.into()]),
+                Exit::DoorbellRead { register } => encoded(0x14, &[register.into()]),
+                Exit::PortWrite { port, width, value } => encoded(0x15, &[port.into(), width.into(), value.into()]),
+                Exit::PortRead { port, width } => encoded(0x16, &[port.into(), width.into()]),
+                Exit::MsrWrite { index, value } => encoded(0x17, &[index.into(), value]),
+                Exit::MsrRead { index } => encoded(0x18, &[index.into()]),
+                Exit::Halted => encoded(0x19, &[]),
+                Exit::Ended { code } => encoded(0x1a, &[code.into()]),
+                Exit::Kicked => encoded(0x1b, &[]),
                 _ => with_text(encoded(0x23, &[]), "it left by an exit that vaults do not pass on"),
             },
             Self::Failed(failure) => match failure {
@@ -294,12 +327,7 @@ impl Reply {
                 with_text(encoded(0x31, &[(*left_as == LeftAs::Unknown).into()]), reason)
             }
             Self::Register(exposed) => encoded(0x32, &[exposed.is_some().into(), exposed.unwrap_or(0)]),
-            Self::InjectionRefused(refusal) => match refusal {
-                Refusal::Reserved => encoded(0x40, &[]),
-                Refusal::NotAccepted => encoded(0x41, &[]),
-                Refusal::TooMany { most } => encoded(0x42, &[most.get().into()]),
-                Refusal::NotAnInterrupt => encoded(0x43, &[]),
-            },
+            Self::InjectionRefused(refusal) => encoded(0x40, &refusal_operands(*refusal)),
             Self::Refused(reason) => with_text(encoded(0x50, &[]), reason),
         }
     }
@@ -309,9 +337,9 @@ impl Reply {
     /// # Errors
     /// [`Malformed`].
     pub fn decode(vcpu: u32, message: &Message, text: &[u8]) -> Result<Self, Malformed> {
-        let mut parts = Parts::of(message, text);
+        let mut parts = Parts::of(message, text)?;
         let reply = match message.kind {
-            1..=11 => Self::Exit(Self::decode_exit(vcpu, message.kind, &mut parts)?),
+            0x11..=0x1b => Self::Exit(Self::decode_exit(vcpu, message.kind, &mut parts)?),
             0x20 => Self::Failed(Failure::Mmio { gpa: Gpa(parts.next()?), write: parts.flag()? }),
             0x21 => Self::Failed(Failure::MissingConversion { gpa: Gpa(parts.next()?) }),
             0x22 => {
@@ -336,13 +364,7 @@ impl Reply {
                 (false, 0) => None,
                 _ => return Err(parts.malformed()),
             }),
-            0x40 => Self::InjectionRefused(Refusal::Reserved),
-            0x41 => Self::InjectionRefused(Refusal::NotAccepted),
-            0x42 => {
-                let most = NonZeroU32::new(parts.next()?).ok_or(parts.malformed())?;
-                Self::InjectionRefused(Refusal::TooMany { most })
-            }
-            0x43 => Self::InjectionRefused(Refusal::NotAnInterrupt),
+            0x40 => Self::InjectionRefused(parts.refusal()?),
             0x50 => Self::Refused(parts.text()?),
             _ => return Err(parts.malformed()),
         };
@@ -356,11 +378,11 @@ impl Reply {
             if is_one { Ok(register) } else { Err(parts.malformed()) }
         }
         Ok(match kind {
-            1 => Exit::Conversion(ConversionRequest::from_guest(vcpu, parts.next()?, parts.next()?, parts.side()?)),
-            2 => Exit::Console(parts.next()?),
-            3 => Exit::DoorbellWrite { register: device(parts)?, value: parts.next()? },
-            4 => Exit::DoorbellRead { register: device(parts)? },
-            5 => {
+            0x11 => Exit::Conversion(ConversionRequest::from_guest(vcpu, parts.next()?, parts.next()?, parts.side()?)),
+            0x12 => Exit::Console(parts.next()?),
+            0x13 => Exit::DoorbellWrite { register: device(parts)?, value: parts.next()? },
+            0x14 => Exit::DoorbellRead { register: device(parts)? },
+            0x15 => {
                 let (port, width) = (parts.next()?, parts.choice(&[1, 2, 4], u64::from)?);
                 let value: u32 = parts.next()?;
                 if u64::from(value) >> (8 * width) != 0 {
@@ -368,12 +390,12 @@ impl Reply {
                 }
                 Exit::PortWrite { port, width, value }
             }
-            6 => Exit::PortRead { port: parts.next()?, width: parts.choice(&[1, 2, 4], u64::from)? },
-            7 => Exit::MsrWrite { index: parts.next()?, value: parts.next()? },
-            8 => Exit::MsrRead { index: parts.next()? },
-            9 => Exit::Halted,
-            10 => Exit::Ended { code: parts.next()? },
-            11 => Exit::Kicked,
+            0x16 => Exit::PortRead { port: parts.next()?, width: parts.choice(&[1, 2, 4], u64::from)? },
+            0x17 => Exit::MsrWrite { index: parts.next()?, value: parts.next()? },
+            0x18 => Exit::MsrRead { index: parts.next()? },
+            0x19 => Exit::Halted,
+            0x1a => Exit::Ended { code: parts.next()? },
+            0x1b => Exit::Kicked,
             _ => return Err(parts.malformed()),
         })
     }
@@ -384,10 +406,12 @@ impl Reply {
 pub enum Order {
     /// The VM to be has memory here.
     Slot(GpaRange),
-    /// It accepts these vectors, at most so many in a second.
+    /// It also accepts these vectors, at most so many in a second.
     Accept {
         /// 256 bits, vector 0 first.
         vectors: [u64; 4],
+        /// What makes them pending.
+        trigger: Trigger,
         /// Nothing if there is no limit.
         most_per_second: Option<NonZeroU32>,
     },
@@ -401,6 +425,8 @@ pub enum Order {
         doorbell: Doorbell,
         /// How it asks for conversions.
         transport: Transport,
+        /// Who hands it interrupts.
+        interrupt_controller: InterruptController,
     },
     /// Load what the shared side has at these pages.
     Load {
@@ -420,6 +446,17 @@ pub enum Order {
     Seal,
     /// Say how much memory is in use.
     Count,
+    /// Give a descriptor that is signalled when the guest writes this doorbell register.
+    DoorbellFd(u16),
+    /// Give a descriptor that raises an interrupt.
+    InterruptFd {
+        /// On which vCPU.
+        vcpu: u32,
+        /// Its vector.
+        vector: u8,
+    },
+    /// Say how many interrupts were dropped.
+    CountDropped,
 }
 
 impl Order {
@@ -427,11 +464,13 @@ impl Order {
     pub fn encode(&self) -> Encoded {
         match *self {
             Self::Slot(range) => encoded(0x101, &[range.start().0, range.len()]),
-            Self::Accept { vectors: [a, b, c, d], most_per_second } => {
-                encoded(0x102, &[a, b, c, d, most_per_second.map_or(0, NonZeroU32::get).into()])
+            Self::Accept { vectors: [a, b, c, d], trigger, most_per_second } => {
+                let most = most_per_second.map_or(0, NonZeroU32::get).into();
+                encoded(0x102, &[a, b, c, d, most, (trigger == Trigger::Level).into()])
             }
-            Self::Create { vcpus, policy, doorbell, transport } => {
-                encoded(0x103, &[vcpus.into(), policy.bits(), doorbell as u64, transport as u64])
+            Self::Create { vcpus, policy, doorbell, transport, interrupt_controller } => {
+                let (doorbell, controller) = (doorbell as u64, interrupt_controller as u64);
+                encoded(0x103, &[vcpus.into(), policy.bits(), doorbell, transport as u64, controller])
             }
             Self::Load { range, kind } => encoded(0x104, &[range.start().0, range.len(), kind as u64]),
             Self::SetVcpu { index, state: VcpuState { rip, rsp, rdi, rsi, cr3 } } => {
@@ -439,6 +478,9 @@ impl Order {
             }
             Self::Seal => encoded(0x106, &[]),
             Self::Count => encoded(0x107, &[]),
+            Self::DoorbellFd(register) => encoded(0x108, &[register.into()]),
+            Self::InterruptFd { vcpu, vector } => encoded(0x109, &[vcpu.into(), vector.into()]),
+            Self::CountDropped => encoded(0x10a, &[]),
         }
     }
 
@@ -447,12 +489,13 @@ impl Order {
     /// # Errors
     /// [`Malformed`].
     pub fn decode(message: &Message, text: &[u8]) -> Result<Self, Malformed> {
-        let mut parts = Parts::of(message, text);
+        let mut parts = Parts::of(message, text)?;
         let order = match message.kind {
             0x101 => Self::Slot(parts.range()?),
             0x102 => Self::Accept {
                 vectors: [parts.next()?, parts.next()?, parts.next()?, parts.next()?],
                 most_per_second: NonZeroU32::new(parts.next()?),
+                trigger: if parts.flag()? { Trigger::Level } else { Trigger::Edge },
             },
             0x103 => Self::Create {
                 vcpus: parts.next()?,
@@ -460,6 +503,8 @@ impl Order {
                 policy: Policy::from_bits_retain(parts.next()?),
                 doorbell: parts.choice(&[Doorbell::Port, Doorbell::Msr], |doorbell| doorbell as u64)?,
                 transport: parts.choice(&[Transport::Doorbell, Transport::Hypercall], |transport| transport as u64)?,
+                interrupt_controller: parts
+                    .choice(&[InterruptController::None, InterruptController::Apic], |controller| controller as u64)?,
             },
             0x104 => {
                 const KINDS: [PageKind; 3] = [PageKind::Measured, PageKind::Zero, PageKind::Unmeasured];
@@ -477,6 +522,9 @@ impl Order {
             },
             0x106 => Self::Seal,
             0x107 => Self::Count,
+            0x108 => Self::DoorbellFd(parts.next()?),
+            0x109 => Self::InterruptFd { vcpu: parts.next()?, vector: parts.next()? },
+            0x10a => Self::CountDropped,
             _ => return Err(parts.malformed()),
         };
         parts.end(order)
@@ -499,6 +547,14 @@ pub enum Report {
     },
     /// It is not done, for this reason.
     Failed(String),
+    /// The descriptor that was asked for comes with this.
+    Descriptor,
+    /// There is no such descriptor, for this reason.
+    NoDescriptor(String),
+    /// The guard does not allow that descriptor.
+    InjectionRefused(Refusal),
+    /// So many interrupts were dropped.
+    Dropped(u64),
 }
 
 impl Report {
@@ -515,6 +571,10 @@ impl Report {
                 encoded(0x203, &[private.is_some().into(), private.unwrap_or(0), *shared])
             }
             Self::Failed(reason) => with_text(encoded(0x204, &[]), reason),
+            Self::Descriptor => encoded(0x205, &[]),
+            Self::NoDescriptor(reason) => with_text(encoded(0x206, &[]), reason),
+            Self::InjectionRefused(refusal) => encoded(0x207, &refusal_operands(*refusal)),
+            Self::Dropped(count) => encoded(0x208, &[*count]),
         }
     }
 
@@ -523,7 +583,7 @@ impl Report {
     /// # Errors
     /// [`Malformed`].
     pub fn decode(message: &Message, text: &[u8]) -> Result<Self, Malformed> {
-        let mut parts = Parts::of(message, text);
+        let mut parts = Parts::of(message, text)?;
         let report = match message.kind {
             0x201 => Self::Done,
             0x202 => {
@@ -542,6 +602,10 @@ impl Report {
                 shared: parts.next()?,
             },
             0x204 => Self::Failed(parts.text()?),
+            0x205 => Self::Descriptor,
+            0x206 => Self::NoDescriptor(parts.text()?),
+            0x207 => Self::InjectionRefused(parts.refusal()?),
+            0x208 => Self::Dropped(parts.next()?),
             _ => return Err(parts.malformed()),
         };
         parts.end(report)

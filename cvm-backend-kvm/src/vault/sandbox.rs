@@ -100,6 +100,7 @@ fn filters() -> Result<[BpfProgram; 2], BackendError> {
         libc::SYS_poll,
         libc::SYS_ppoll,
         libc::SYS_read,
+        libc::SYS_preadv2,
         libc::SYS_write,
         libc::SYS_close,
         libc::SYS_eventfd2,

@@ -4,11 +4,13 @@ use super::page::{self, Answering, Page, Pages};
 use super::protocol::{Failure, Given, Malformed, Order, Reply, Report, Request};
 use super::socket::{self, Received};
 use super::{MOST_LOADED, sandbox};
-use crate::local::{Backing, LocalLoader, LocalVcpu, LocalVm};
+use crate::local::{Backing, LocalLoader, LocalVcpu, LocalVm, take_signal};
 use crate::{Error, KvmPlatform};
 use cvm_core::launch::VmConfig;
 use cvm_core::memory::LeftAs;
-use cvm_core::{BoxError, Error as CoreError, GpaRange, InterruptPolicy, Kick, Launch, PageKind, PageState, Vcpu, Vm};
+use cvm_core::{
+    BoxError, Error as CoreError, GpaRange, InterruptPolicy, Kick, Launch, PageKind, PageState, Trigger, Vcpu, Vm,
+};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
@@ -79,6 +81,8 @@ struct Server {
     platform: KvmPlatform,
     stage: Stage,
     kicks: Option<OwnedFd>,
+    /// What goes with the next report.
+    handed_over: Option<OwnedFd>,
     last: u32,
     /// How many more senseless requests are put up with.
     patience: Arc<AtomicU32>,
@@ -98,6 +102,7 @@ impl Server {
             platform,
             stage: Stage::Configured { memory: Vec::new(), interrupts: InterruptPolicy::default() },
             kicks: None,
+            handed_over: None,
             last: 0,
             patience: Arc::new(AtomicU32::new(PATIENCE)),
         }
@@ -133,7 +138,7 @@ impl Server {
 
     fn pass_kicks_on(&self) {
         // First the counter, then the pages: what is asked for meanwhile counts again.
-        let _ = self.kicks.as_ref().map(|kicks| rustix::io::read(kicks, &mut [0; 8]));
+        self.kicks.as_ref().map(take_signal);
         if let Stage::Running { pages, kickers, .. } = &self.stage {
             for (index, kicker) in (0..).zip(&**kickers) {
                 if pages.page(index).take_kick() {
@@ -157,8 +162,9 @@ impl Server {
             lose_patience(&self.patience);
             Report::Failed(chain(&*error))
         });
-        let kicks = self.kicks.iter().map(AsFd::as_fd).filter(|_| matches!(self.stage, Stage::Loading { .. }));
-        socket::send(self.socket, sequence, report.encode(), &kicks.collect::<Vec<_>>())
+        let handed_over = self.handed_over.take();
+        let descriptors: Vec<_> = handed_over.iter().map(AsFd::as_fd).collect();
+        socket::send(self.socket, sequence, report.encode(), &descriptors)
     }
 
     fn carry_out(&mut self, order: Order, descriptors: Vec<OwnedFd>) -> Result<Report, BoxError> {
@@ -173,20 +179,32 @@ impl Server {
                 memory.push(range);
                 Ok(Report::Done)
             }
-            (Order::Accept { vectors, most_per_second }, Stage::Configured { interrupts, .. }) => {
-                let mut policy = InterruptPolicy::default();
+            (Order::Accept { vectors, trigger, most_per_second }, Stage::Configured { interrupts, .. }) => {
+                let mut policy = *interrupts;
                 for vector in 0..=255u8 {
                     if vectors[usize::from(vector / 64)] >> (vector % 64) & 1 == 1 {
-                        policy = policy.accept(vector)?;
+                        policy = match trigger {
+                            Trigger::Edge => policy.accept(vector)?,
+                            Trigger::Level => policy.accept_level(vector)?,
+                        };
                     }
                 }
                 *interrupts = most_per_second.map_or(policy, |most| policy.limit(most));
                 Ok(Report::Done)
             }
-            (Order::Create { vcpus, policy, doorbell, transport }, Stage::Configured { memory, interrupts }) => {
-                let memory = std::mem::take(memory);
-                let config =
-                    VmConfig { memory, vcpus, interrupts: *interrupts, policy, doorbell, transport: Some(transport) };
+            (
+                Order::Create { vcpus, policy, doorbell, transport, interrupt_controller },
+                Stage::Configured { memory, interrupts },
+            ) => {
+                let config = VmConfig {
+                    memory: std::mem::take(memory),
+                    vcpus,
+                    interrupts: *interrupts,
+                    interrupt_controller,
+                    policy,
+                    doorbell,
+                    transport: Some(transport),
+                };
                 // Whatever fails from here on, there is no second try.
                 self.stage = Stage::Over;
                 self.create(config, descriptors)?;
@@ -210,7 +228,29 @@ impl Server {
                 let allocated = vm.allocated()?;
                 Ok(Report::Memory { private: allocated.private, shared: allocated.shared })
             }
+            (Order::DoorbellFd(register), Stage::Running { vm, .. }) => {
+                let eventfd = vm.doorbell_fd(register);
+                self.hand_over(eventfd)
+            }
+            (Order::InterruptFd { vcpu, vector }, Stage::Running { vm, .. }) => {
+                let eventfd = vm.interrupt_fd(vcpu, vector);
+                self.hand_over(eventfd)
+            }
+            (Order::CountDropped, Stage::Running { vm, .. }) => Ok(Report::Dropped(vm.dropped_interrupts()?)),
             _ => Err("this is not the time for that".into()),
+        }
+    }
+
+    /// Puts a descriptor beside the report, or says why there is none.
+    fn hand_over(&mut self, eventfd: Result<OwnedFd, CoreError>) -> Result<Report, BoxError> {
+        match eventfd {
+            Ok(eventfd) => {
+                self.handed_over = Some(eventfd);
+                Ok(Report::Descriptor)
+            }
+            Err(CoreError::NoDescriptor(reason)) => Ok(Report::NoDescriptor(reason)),
+            Err(CoreError::InjectionRefused { source, .. }) => Ok(Report::InjectionRefused(source)),
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -222,6 +262,7 @@ impl Server {
         let pages = Pages::map(&Backing::adopt(pages, Pages::bytes(config.vcpus))?, config.vcpus)?;
         let kicks = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let launch = self.platform.launch_in_vault(config, shared.try_clone()?)?;
+        self.handed_over = Some(kicks.try_clone()?);
         self.kicks = Some(kicks);
         self.stage = Stage::Loading { launch: Box::new(launch), pages: Arc::new(pages), shared };
         Ok(())

@@ -103,6 +103,17 @@ impl Vm for Kept {
     fn guarding(&self) -> Guarding {
         Guarding::Library
     }
+    #[cfg(unix)]
+    fn doorbell_fd(&self, _: u16) -> Result<std::os::fd::OwnedFd, Error> {
+        Err(Error::NoDescriptor("it never lived".into()))
+    }
+    #[cfg(unix)]
+    fn interrupt_fd(&self, _: u32, _: u8) -> Result<std::os::fd::OwnedFd, Error> {
+        Err(Error::NoDescriptor("it never lived".into()))
+    }
+    fn dropped_interrupts(&self) -> Result<u64, Error> {
+        Ok(0)
+    }
 }
 
 fn range(start: u64, pages: u64) -> GpaRange {
@@ -138,6 +149,21 @@ fn configurations_that_make_no_sense_are_refused() {
 }
 
 #[test]
+fn an_apic_has_its_page_to_itself_and_takes_no_levels() {
+    let mut config = VmConfig::new(1 << 20, 1).unwrap();
+    config.interrupts = config.interrupts.accept_level(0x41).unwrap();
+    config.check().unwrap();
+    config.interrupt_controller = InterruptController::Apic;
+    assert!(matches!(config.check(), Err(Error::Config(_))));
+    config.interrupts = InterruptPolicy::default().accept(0x41).unwrap();
+    config.check().unwrap();
+    config.memory.push(range(APIC_PAGE.0 / PAGE_SIZE - 1, 1));
+    config.check().unwrap();
+    config.memory.push(range(APIC_PAGE.0 / PAGE_SIZE, 1));
+    assert!(matches!(config.check(), Err(Error::Layout(_))));
+}
+
+#[test]
 fn pages_are_padded_split_at_slots_and_measured_in_order() {
     let mut launch = launch();
     launch.load(Gpa(15 * PAGE_SIZE), &[7; PAGE_SIZE as usize + 1], PageKind::Measured).unwrap();
@@ -161,7 +187,14 @@ fn pages_are_padded_split_at_slots_and_measured_in_order() {
     let digest = |bytes: &[u8]| -> [u8; 48] { Sha384::digest(bytes).into() };
     let page = |kind, page: u64, contents| Entry::Page { kind, gpa: Gpa(page * PAGE_SIZE), contents };
     let entries = [
-        Entry::Config { vcpus: 1, interrupts: [0; 4], most_interrupts: 0, policy: Policy::empty() },
+        Entry::Config {
+            vcpus: 1,
+            interrupts: [0; 4],
+            levels: [0; 4],
+            most_interrupts: 0,
+            policy: Policy::empty(),
+            interrupt_controller: InterruptController::None,
+        },
         page(PageKind::Measured, 15, digest(&[7; PAGE_SIZE as usize])),
         page(PageKind::Measured, 16, digest(&padded)),
         page(PageKind::Unmeasured, 64, [0; 48]),
@@ -177,18 +210,21 @@ fn the_measurement_is_the_documented_chain() {
         entries: vec![
             Entry::Config {
                 vcpus: 2,
-                interrupts: [0, 1, 0, 0],
+                interrupts: [0, 0x101, 0, 0],
+                levels: [0, 0x100, 0, 0],
                 most_interrupts: 9,
                 policy: Policy::NO_SMT | Policy::FLUSH_L1D,
+                interrupt_controller: InterruptController::Apic,
             },
             Entry::Page { kind: PageKind::Measured, gpa: Gpa(0x1000), contents: [5; 48] },
             Entry::Zero { range: range(2, 2) },
             Entry::Vcpu { index: 1, state: [6; 48] },
         ],
     };
-    // 32 bytes of accepted vectors, 8 of the most interrupts, 8 of policy.
-    let mut promises = [0u8; 48];
-    (promises[8], promises[32], promises[40]) = (1, 9, 5);
+    // 32 bytes of accepted vectors, 32 of levels, 8 of the most interrupts, 8 of policy, 8 of the controller.
+    let mut promises = [0u8; 88];
+    (promises[8], promises[9], promises[41]) = (1, 1, 1);
+    (promises[64], promises[72], promises[80]) = (9, 5, 1);
     let lines: [(u64, u64, Vec<u8>); 5] = [
         (16, 2, Sha384::digest(promises).to_vec()),
         (1, 0x1000, vec![5; 48]),
@@ -203,6 +239,25 @@ fn the_measurement_is_the_documented_chain() {
     }
     assert_eq!(transcript.measurement().0.to_vec(), expected);
     assert_eq!(transcript.measurement().to_string().len(), 96);
+}
+
+#[test]
+fn what_interrupts_the_guest_how_is_measured() {
+    let none = InterruptPolicy::default();
+    let (edge, level) = (none.accept(0x41).unwrap(), none.accept_level(0x41).unwrap());
+    let most = NonZeroU32::new(1).unwrap();
+    let measured = [
+        (none, InterruptController::None),
+        (edge, InterruptController::None),
+        (level, InterruptController::None),
+        (edge.limit(most), InterruptController::None),
+        (edge, InterruptController::Apic),
+    ]
+    .map(|(interrupts, interrupt_controller)| {
+        let config = VmConfig { interrupts, interrupt_controller, ..VmConfig::new(PAGE_SIZE, 1).unwrap() };
+        Launch::new(Keeper::default(), config, Transport::Doorbell).unwrap().transcript.measurement().0
+    });
+    assert_eq!(std::collections::BTreeSet::from(measured).len(), measured.len());
 }
 
 #[test]

@@ -55,12 +55,25 @@ impl ConversionRequest {
     }
 }
 
+/// Names one request that a guest has made: no other one has the same, of whichever VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ticket(u64);
+
+impl Ticket {
+    fn new() -> Self {
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        Self(LAST.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
 /// What became of a request: made by the engine alone, and the only thing that a guest's request is answered with, so
 /// that no guest hears of a conversion which did not take place.
 #[derive(Debug)]
 #[must_use = "the guest waits for the answer"]
 pub struct Conversion {
     request: ConversionRequest,
+    /// Nothing if no guest has made the request.
+    ticket: Option<Ticket>,
     answer: Answer,
     pages: u64,
     cause: Option<Error>,
@@ -70,6 +83,11 @@ impl Conversion {
     /// The request.
     pub fn request(&self) -> &ConversionRequest {
         &self.request
+    }
+
+    /// For backends: whether this is what became of the request that has this ticket.
+    pub fn answers(&self, ticket: Ticket) -> bool {
+        self.ticket == Some(ticket)
     }
 
     /// What the guest will hear.
@@ -244,7 +262,7 @@ pub struct ConversionEngine<C> {
     memory: SharedMemory,
     listeners: RwLock<Vec<Arc<dyn ConversionListener>>>,
     /// What guests have asked for and nobody has carried out yet: at most one request for each vCPU.
-    asked: Mutex<BTreeMap<u32, ConversionRequest>>,
+    asked: Mutex<BTreeMap<u32, (Ticket, ConversionRequest)>>,
     /// Held while pages change sides; how many runs of pages on one side there are.
     runs: Mutex<u64>,
     lost: AtomicBool,
@@ -300,9 +318,12 @@ impl<C: Converter> ConversionEngine<C> {
         }
     }
 
-    /// For backends: a guest has just made this request. It replaces an earlier one of the same vCPU.
-    pub fn ask(&self, request: ConversionRequest) {
-        self.asked.lock().unwrap_or_else(PoisonError::into_inner).insert(request.vcpu, request);
+    /// For backends: a guest has just made this request. It replaces an earlier one of the same vCPU. The conversion that
+    /// has the ticket is the only one that answers it.
+    pub fn ask(&self, request: ConversionRequest) -> Ticket {
+        let ticket = Ticket::new();
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner).insert(request.vcpu, (ticket, request));
+        ticket
     }
 
     /// Carries out what a guest has asked for, page run by page run; may be called by several vCPUs' threads at once.
@@ -310,13 +331,16 @@ impl<C: Converter> ConversionEngine<C> {
     /// A request for pages that already are on that side is done at once, without asking anybody. One that no guest
     /// has made, or that was carried out before, is refused.
     pub fn convert(&self, request: &ConversionRequest) -> Conversion {
-        let asked = |asked: &mut BTreeMap<u32, ConversionRequest>| {
-            (asked.get(&request.vcpu) == Some(request)).then(|| asked.remove(&request.vcpu)).is_some()
-        };
-        if !asked(&mut self.asked.lock().unwrap_or_else(PoisonError::into_inner)) {
+        let Some(ticket) = self.take(request) else {
             let cause = Error::NotAsked { vcpu: request.vcpu, gpa: request.gpa() };
-            return Conversion { request: *request, answer: Answer::Invalid, pages: 0, cause: Some(cause) };
-        }
+            return Conversion {
+                request: *request,
+                ticket: None,
+                answer: Answer::Invalid,
+                pages: 0,
+                cause: Some(cause),
+            };
+        };
         let mut pages = 0;
         let cause = self.carry_out(request, &mut pages).err();
         let answer = match &cause {
@@ -324,7 +348,15 @@ impl<C: Converter> ConversionEngine<C> {
             Some(Error::Pinned { .. } | Error::ListenerWaits { .. } | Error::Unfinished { .. }) => Answer::Retry,
             Some(_) => Answer::Invalid,
         };
-        Conversion { request: *request, answer, pages, cause }
+        Conversion { request: *request, ticket: Some(ticket), answer, pages, cause }
+    }
+
+    /// Takes the ticket of a request that a guest has made.
+    fn take(&self, request: &ConversionRequest) -> Option<Ticket> {
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        let (ticket, _) = *asked.get(&request.vcpu).filter(|(_, asked)| asked == request)?;
+        asked.remove(&request.vcpu);
+        Some(ticket)
     }
 
     /// For a trusted entity on whose behalf an untrusted VMM's engine decides what happens when: carries out a part of
@@ -334,7 +366,7 @@ impl<C: Converter> ConversionEngine<C> {
     /// [`Error::NotAsked`] if the guest has not asked for this, and what [`Conversion::cause`] may be.
     pub fn convert_part(&self, vcpu: u32, part: GpaRange, to: Side) -> Result<(), Error> {
         let asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner).get(&vcpu).copied();
-        let whole = asked.filter(|asked| asked.to == to).and_then(|asked| asked.range().ok());
+        let whole = asked.filter(|(_, asked)| asked.to == to).and_then(|(_, asked)| asked.range().ok());
         if !whole.is_some_and(|whole| whole.contains_range(&part)) {
             return Err(Error::NotAsked { vcpu, gpa: part.start() });
         }
@@ -348,13 +380,13 @@ impl<C: Converter> ConversionEngine<C> {
     /// [`Error::NotAsked`] if there is no request, or if the answer is [`Answer::Done`] and that is not true.
     pub fn conclude(&self, vcpu: u32, answer: Answer) -> Result<Conversion, Error> {
         let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        let request = asked.get(&vcpu).copied().ok_or(Error::NotAsked { vcpu, gpa: Gpa(0) })?;
+        let (ticket, request) = asked.get(&vcpu).copied().ok_or(Error::NotAsked { vcpu, gpa: Gpa(0) })?;
         let done = || request.range().is_ok_and(|range| self.map().first_not_in(range, request.to.into()).is_none());
         if answer == Answer::Done && !done() {
             return Err(Error::NotAsked { vcpu, gpa: request.gpa() });
         }
         asked.remove(&vcpu);
-        Ok(Conversion { request, answer, pages: 0, cause: None })
+        Ok(Conversion { request, ticket: Some(ticket), answer, pages: 0, cause: None })
     }
 
     /// For backends: the guest hears that its request is refused, so it cannot be carried out any more.

@@ -22,7 +22,7 @@ mod view;
 
 pub use conversion::{
     Conversion, ConversionEngine, ConversionListener, ConversionRequest, ConversionTotals, Converter, ConverterError,
-    LeftAs, Objection, Sides,
+    LeftAs, Objection, Sides, Ticket,
 };
 pub use map::{PageState, PageStateMap, Snapshot};
 pub use slots::Slots;

@@ -2,6 +2,7 @@
 
 use core::arch::{asm, naked_asm};
 use core::panic::PanicInfo;
+use cvm_core::doorbell::{PORT_BASE, control};
 use sha2::{Digest, Sha384};
 
 const PAGE: usize = 4096;
@@ -22,12 +23,14 @@ extern "C" fn start() -> ! {
         "xor ebp, ebp",
         "cld",
         "call {main}",
+        "mov edx, {end}",
         "2:",
-        "hlt",
+        "out dx, eax",
         "jmp 2b",
         stack = sym STACK,
         len = const STACK_LEN,
         main = sym main,
+        end = const PORT_BASE + control::END,
     )
 }
 

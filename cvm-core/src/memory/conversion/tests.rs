@@ -293,6 +293,120 @@ fn a_guest_that_was_refused_cannot_be_converted_afterwards() {
     assert_eq!(engine.memory().map().count(PageState::Private), 72);
 }
 
+/// Pages as a range.
+fn part(start: u64, pages: u64) -> GpaRange {
+    GpaRange::from_pages(start * PAGE_SIZE, pages).unwrap()
+}
+
+fn request(vcpu: u32, start: u64, pages: u64, to: Side) -> ConversionRequest {
+    ConversionRequest::from_guest(vcpu, start * PAGE_SIZE, pages, to)
+}
+
+fn assert_not_asked<T: std::fmt::Debug>(outcome: Result<T, Error>, why: &str) {
+    assert!(matches!(outcome, Err(Error::NotAsked { .. })), "{why}: {outcome:?}");
+}
+
+#[test]
+fn parts_of_what_was_asked_are_carried_out_and_nothing_else() {
+    let engine = engine(vec![]);
+    assert_not_asked(engine.convert_part(0, part(10, 1), Side::Shared), "nothing was asked");
+    engine.ask(request(0, 10, 10, Side::Shared));
+    engine.convert_part(0, part(12, 3), Side::Shared).unwrap();
+    for (vcpu, start, pages, to, why) in [
+        (0, 12, 3, Side::Private, "the other side"),
+        (0, 9, 2, Side::Shared, "begins before"),
+        (0, 19, 2, Side::Shared, "ends behind"),
+        (0, 9, 12, Side::Shared, "larger"),
+        (0, 20, 1, Side::Shared, "the page after"),
+        (0, 50, 1, Side::Shared, "elsewhere"),
+        (1, 10, 1, Side::Shared, "another vcpu, which asked for nothing"),
+    ] {
+        assert_not_asked(engine.convert_part(vcpu, part(start, pages), to), why);
+    }
+    assert_eq!(engine.memory().map().count(PageState::Shared), 3);
+    engine.convert_part(0, part(12, 3), Side::Shared).unwrap();
+    engine.convert_part(0, part(10, 10), Side::Shared).unwrap();
+    assert_eq!(engine.memory().map().count(PageState::Shared), 10);
+    check_agreement(&engine);
+}
+
+#[test]
+fn a_vcpu_gets_what_it_asked_for_itself_and_last() {
+    let engine = engine(vec![]);
+    engine.ask(request(0, 0, 4, Side::Shared));
+    engine.ask(request(1, 8, 4, Side::Shared));
+    assert_not_asked(engine.convert_part(0, part(8, 1), Side::Shared), "what the second one asked for");
+    assert_not_asked(engine.convert_part(1, part(0, 1), Side::Shared), "what the first one asked for");
+    engine.convert_part(1, part(8, 4), Side::Shared).unwrap();
+    engine.ask(request(0, 20, 1, Side::Shared));
+    assert_not_asked(engine.convert_part(0, part(0, 4), Side::Shared), "what it asked for before");
+    let conclusion = engine.conclude(1, Answer::Done).unwrap();
+    assert_eq!(*conclusion.request(), request(1, 8, 4, Side::Shared));
+    engine.convert_part(0, part(20, 1), Side::Shared).unwrap();
+    assert_eq!(engine.memory().map().count(PageState::Shared), 5);
+}
+
+#[test]
+fn a_request_is_done_when_all_its_pages_are_there_and_not_before() {
+    let engine = engine(vec![]);
+    engine.ask(request(0, 30, 20, Side::Shared));
+    assert_not_asked(engine.conclude(0, Answer::Done), "nothing is done");
+    engine.convert_part(0, part(30, 19), Side::Shared).unwrap();
+    assert_not_asked(engine.conclude(0, Answer::Done), "the last page lacks");
+    engine.convert_part(0, part(49, 1), Side::Shared).unwrap();
+    let conclusion = engine.conclude(0, Answer::Done).unwrap();
+    assert_eq!((conclusion.answer(), *conclusion.request()), (Answer::Done, request(0, 30, 20, Side::Shared)));
+    assert_not_asked(engine.conclude(0, Answer::Done), "it is concluded");
+
+    engine.ask(request(0, 30, 20, Side::Shared));
+    assert_eq!(engine.conclude(0, Answer::Done).unwrap().answer(), Answer::Done, "pages that are there already");
+}
+
+#[test]
+fn a_refusal_always_ends_a_request_and_then_nothing_of_it_is_carried_out() {
+    for answer in [Answer::Retry, Answer::Invalid] {
+        let engine = engine(vec![]);
+        assert_not_asked(engine.conclude(0, answer), "nothing was asked");
+        engine.ask(request(0, 0, 4, Side::Shared));
+        engine.convert_part(0, part(0, 1), Side::Shared).unwrap();
+        assert_eq!(engine.conclude(0, answer).unwrap().answer(), answer);
+        assert_not_asked(engine.convert_part(0, part(1, 1), Side::Shared), "it is concluded");
+        assert_not_asked(engine.conclude(0, answer), "it is concluded");
+        let whole = engine.convert(&request(0, 0, 4, Side::Shared));
+        assert!(matches!(whole.cause, Some(Error::NotAsked { .. })), "{:?}", whole.cause);
+        assert_eq!(engine.memory().map().count(PageState::Shared), 1);
+    }
+}
+
+#[test]
+fn a_request_that_makes_no_sense_has_no_parts_and_is_never_done() {
+    let engine = engine(vec![]);
+    for (gpa, pages) in [(0, 0), (1, 1), (1 << 52, 1), (0, u64::MAX)] {
+        engine.ask(ConversionRequest::from_guest(0, gpa, pages, Side::Private));
+        assert_not_asked(engine.convert_part(0, part(0, 1), Side::Private), "no range");
+        assert_not_asked(engine.conclude(0, Answer::Done), "no range");
+        assert_eq!(engine.conclude(0, Answer::Invalid).unwrap().answer(), Answer::Invalid);
+    }
+    // Partly where there is no memory.
+    engine.ask(request(0, 60, 10, Side::Private));
+    let outside = engine.convert_part(0, part(60, 10), Side::Private);
+    assert!(matches!(outside, Err(Error::OutsideMemory { .. })), "{outside:?}");
+    assert_not_asked(engine.conclude(0, Answer::Done), "there is no memory at the end");
+}
+
+#[test]
+fn pages_that_were_lost_on_the_way_are_not_done() {
+    let engine = engine(vec![Fate::FailsAndLeavesUnknown]);
+    engine.ask(request(0, 0, 4, Side::Shared));
+    let lost = engine.convert_part(0, part(0, 2), Side::Shared);
+    assert!(matches!(lost, Err(Error::Poisoned { contained: true, .. })), "{lost:?}");
+    engine.convert_part(0, part(2, 2), Side::Shared).unwrap();
+    assert_not_asked(engine.conclude(0, Answer::Done), "two pages are lost");
+    let again = engine.convert_part(0, part(0, 2), Side::Shared);
+    assert!(matches!(again, Err(Error::Inaccessible { .. })), "{again:?}");
+    assert_eq!(engine.conclude(0, Answer::Invalid).unwrap().answer(), Answer::Invalid);
+}
+
 #[test]
 fn alternating_pages_are_refused_before_the_host_runs_out_of_mappings() {
     let mut model = Model::new(slots().into_iter().flat_map(pages), vec![]);
@@ -381,6 +495,27 @@ fn fate() -> impl Strategy<Value = Fate> {
     prop_oneof![8 => Just(Fate::Well), 1 => Just(Fate::FailsAndLeavesAsBefore), 1 => Just(Fate::FailsAndLeavesUnknown)]
 }
 
+/// What an untrusted VMM and its guest do.
+#[derive(Debug, Clone)]
+enum Step {
+    Ask { vcpu: u32, range: GpaRange, to: Side },
+    Part { vcpu: u32, range: GpaRange, to: Side },
+    Conclude { vcpu: u32, answer: Answer },
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let what = |pages| {
+        let range = (0u64..70, 1..=pages).prop_map(|(start, pages)| part(start, pages));
+        (0u32..2, range, prop::sample::select(&[Side::Private, Side::Shared][..]))
+    };
+    let answer = prop::sample::select(&[Answer::Done, Answer::Done, Answer::Invalid, Answer::Retry][..]);
+    prop_oneof![
+        2 => what(30u64).prop_map(|(vcpu, range, to)| Step::Ask { vcpu, range, to }),
+        6 => what(12u64).prop_map(|(vcpu, range, to)| Step::Part { vcpu, range, to }),
+        1 => (0u32..2, answer).prop_map(|(vcpu, answer)| Step::Conclude { vcpu, answer }),
+    ]
+}
+
 proptest! {
     #[test]
     fn whatever_fails_and_whatever_is_asked_map_and_model_agree(
@@ -414,6 +549,46 @@ proptest! {
             prop_assert!(pair[1].0 != "prepare" && pair[0].1 == pair[1].1);
         }
         prop_assert_eq!(heard.len() % 2, 0);
+    }
+
+    #[test]
+    fn a_vmm_that_converts_in_parts_gets_no_further_than_its_guest_has_asked(
+        steps in prop::collection::vec(step(), 1..120),
+    ) {
+        let engine = engine(vec![]);
+        let mut asked = BTreeMap::new();
+        let mut sides: BTreeMap<u64, Side> =
+            slots().into_iter().flat_map(pages).map(|page| (page, Side::Private)).collect();
+        for step in steps {
+            match step {
+                Step::Ask { vcpu, range, to } => {
+                    engine.ask(request(vcpu, range.start().0 / PAGE_SIZE, range.pages(), to));
+                    asked.insert(vcpu, (range, to));
+                }
+                Step::Part { vcpu, range, to } => {
+                    let is_asked = asked.get(&vcpu).is_some_and(|(all, side)| all.contains_range(&range) && *side == to);
+                    let exists = pages(range).all(|page| sides.contains_key(&page));
+                    prop_assert_eq!(engine.convert_part(vcpu, range, to).is_ok(), is_asked && exists);
+                    if is_asked && exists {
+                        sides.extend(pages(range).map(|page| (page, to)));
+                    }
+                }
+                Step::Conclude { vcpu, answer } => {
+                    let may = asked.get(&vcpu).is_some_and(|(range, to)| {
+                        answer != Answer::Done || pages(*range).all(|page| sides.get(&page) == Some(to))
+                    });
+                    let concluded = engine.conclude(vcpu, answer);
+                    prop_assert_eq!(concluded.is_ok(), may, "{:?}", concluded);
+                    if may {
+                        asked.remove(&vcpu);
+                    }
+                }
+            }
+            for (page, side) in &sides {
+                prop_assert_eq!(engine.memory().map().get(Gpa(page * PAGE_SIZE)), Some(PageState::from(*side)));
+            }
+        }
+        check_agreement(&engine);
     }
 
     #[test]
