@@ -5,7 +5,7 @@ use super::view::SharedMemory;
 use crate::{Answer, BoxError, Error, Gpa, GpaRange, PAGE_SIZE, Side};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 /// A guest's wish to move pages to a side, as it came: nothing in it is validated yet.
@@ -202,9 +202,9 @@ pub enum Objection {
 
 /// Somebody who must know of conversions: an IOMMU mapper, a vhost process, a balloon.
 ///
-/// The engine calls from the thread that runs the conversion, one conversion at a time; each [`prepare`] that returned
-/// `Ok` is followed by just one of the other three for the same range. A listener must not call the engine back: it
-/// would wait for itself.
+/// The engine calls from the thread that runs the conversion. Conversions of ranges that have no page in common may run
+/// at the same time, those of ranges that have one never do. Each [`prepare`] that returned `Ok` is followed by just one
+/// of the other three for the same range. A listener must not call the engine back: it would wait for itself.
 ///
 /// [`prepare`]: ConversionListener::prepare
 pub trait ConversionListener: Send + Sync {
@@ -256,6 +256,12 @@ const PIN_PATIENCE: Duration = Duration::from_millis(100);
 /// alternating sides does not hold up others for long.
 const RUNS_PER_REQUEST: usize = 256;
 
+/// The longest run that is converted at once: larger ones in parts, so that the time is looked at between them.
+const LONGEST_RUN: u64 = 1 << 30;
+
+/// How long one request may take before the guest must ask again. A run that was begun is not cut short.
+const TIME_PER_REQUEST: Duration = Duration::from_millis(20);
+
 /// Converts pages on behalf of the guest, in the order that [`memory`](super) states.
 pub struct ConversionEngine<C> {
     converter: C,
@@ -263,10 +269,55 @@ pub struct ConversionEngine<C> {
     listeners: RwLock<Vec<Arc<dyn ConversionListener>>>,
     /// What guests have asked for and nobody has carried out yet: at most one request for each vCPU.
     asked: Mutex<BTreeMap<u32, (Ticket, ConversionRequest)>>,
-    /// Held while pages change sides; how many runs of pages on one side there are.
-    runs: Mutex<u64>,
+    claims: Claims,
+    ledger: Mutex<Ledger>,
     lost: AtomicBool,
     counters: Counters,
+}
+
+/// Which ranges are being converted, and by whom first.
+#[derive(Debug, Default)]
+struct Claims {
+    queue: Mutex<(u64, Vec<(u64, GpaRange)>)>,
+    left: Condvar,
+}
+
+impl Claims {
+    /// Waits until nobody who came before claims a page of `range`, and keeps out those who come after.
+    fn claim(&self, range: GpaRange) -> Claim<'_> {
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = queue.0;
+        queue.0 += 1;
+        queue.1.push((number, range));
+        let is_before = |(other, theirs): &(u64, GpaRange)| *other < number && theirs.intersection(&range).is_some();
+        while queue.1.iter().any(is_before) {
+            queue = self.left.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+        Claim { claims: self, number }
+    }
+}
+
+/// A range that nobody else converts.
+struct Claim<'a> {
+    claims: &'a Claims,
+    number: u64,
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        let mut queue = self.claims.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        queue.1.retain(|(number, _)| *number != self.number);
+        drop(queue);
+        self.claims.left.notify_all();
+    }
+}
+
+/// Keeps count of the runs of pages in one state, each of which takes a mapping.
+#[derive(Debug)]
+struct Ledger {
+    runs: u64,
+    /// How many more there may be when the conversions under way are done.
+    reserved: u64,
 }
 
 /// A run of pages under conversion, with the listeners that have agreed to it.
@@ -278,16 +329,29 @@ struct Prepared<'a> {
     listeners: &'a [Arc<dyn ConversionListener>],
 }
 
+/// Runs that a conversion may add, until it has.
+struct Reserved<'a> {
+    ledger: &'a Mutex<Ledger>,
+    runs: u64,
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner).reserved -= self.runs;
+    }
+}
+
 impl<C: Converter> ConversionEngine<C> {
     /// An engine that converts by `converter` what `memory` shows to devices.
     pub fn new(converter: C, memory: SharedMemory) -> Self {
-        let runs = Mutex::new(memory.map().slots().ranges().len() as u64);
+        let runs = memory.map().slots().ranges().len() as u64;
         Self {
             converter,
             memory,
             listeners: RwLock::default(),
             asked: Mutex::default(),
-            runs,
+            claims: Claims::default(),
+            ledger: Mutex::new(Ledger { runs, reserved: 0 }),
             lost: AtomicBool::new(false),
             counters: Counters::default(),
         }
@@ -404,9 +468,7 @@ impl<C: Converter> ConversionEngine<C> {
     }
 
     fn carry_out(&self, request: &ConversionRequest, done: &mut u64) -> Result<(), Error> {
-        // A listener that panicked left its pages as `Converting` at worst: out of everybody's reach, so going on is safe.
-        let mut runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
-        let result = self.convert_all(request, &mut runs, done);
+        let result = self.convert_all(request, done);
         self.counters.requests.fetch_add(1, Ordering::Relaxed);
         if result.is_err() {
             self.counters.refused.fetch_add(1, Ordering::Relaxed);
@@ -414,16 +476,19 @@ impl<C: Converter> ConversionEngine<C> {
         result
     }
 
-    fn convert_all(&self, request: &ConversionRequest, runs: &mut u64, done: &mut u64) -> Result<(), Error> {
+    fn convert_all(&self, request: &ConversionRequest, done: &mut u64) -> Result<(), Error> {
         if self.is_lost() {
             return Err(Error::Lost);
         }
         let range = request.range()?;
         let parts = self.map().slots().split(range)?;
+        // A listener that panicked left its pages as `Converting` at worst: out of everybody's reach, so going on is safe.
+        let _claim = self.claims.claim(range);
         let listeners = self.listeners.read().unwrap_or_else(PoisonError::into_inner);
+        let begin = Instant::now();
         let mut left = RUNS_PER_REQUEST;
         for part in parts {
-            for (run, state) in self.map().runs(part) {
+            for (run, state) in self.map().runs(part).flat_map(|(run, state)| cut(run).map(move |run| (run, state))) {
                 match state {
                     _ if state == PageState::from(request.to) => continue,
                     PageState::Private | PageState::Shared => {}
@@ -431,8 +496,12 @@ impl<C: Converter> ConversionEngine<C> {
                         return Err(Error::Inaccessible { range: run });
                     }
                 }
+                let is_first = left == RUNS_PER_REQUEST;
                 left = left.checked_sub(1).ok_or(Error::Unfinished { range: run })?;
-                self.convert_run(request.vcpu, run, request.to, runs, &listeners)?;
+                if !is_first && begin.elapsed() > TIME_PER_REQUEST {
+                    return Err(Error::Unfinished { range: run });
+                }
+                self.convert_run(request.vcpu, run, request.to, &listeners)?;
                 *done += run.pages();
                 let counter = match request.to {
                     Side::Private => &self.counters.to_private,
@@ -454,20 +523,38 @@ impl<C: Converter> ConversionEngine<C> {
         neighbours.map(|gpa| self.map().get(gpa)).map(|neighbour| border(neighbour, to) - border(neighbour, from)).sum()
     }
 
+    fn ledger(&self) -> MutexGuard<'_, Ledger> {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sees to it that there are mappings for what a conversion leaves, whatever others do meanwhile.
+    fn reserve(&self, range: GpaRange, from: Side, to: Side) -> Result<Reserved<'_>, Error> {
+        let most = self.converter.most_runs();
+        let mut ledger = self.ledger();
+        let more = self.more_runs(range, from.into(), to.into()).max(0) as u64;
+        if more > 0 && ledger.runs.saturating_add(ledger.reserved).saturating_add(more) > most {
+            return Err(Error::TooFragmented { range, most });
+        }
+        ledger.reserved += more;
+        Ok(Reserved { ledger: &self.ledger, runs: more })
+    }
+
+    /// Puts `range`, which is claimed and all of it in state `from`, into state `to`.
+    fn set(&self, range: GpaRange, from: PageState, to: PageState) {
+        let mut ledger = self.ledger();
+        ledger.runs = ledger.runs.saturating_add_signed(self.more_runs(range, from, to));
+        self.map().set(range, to);
+    }
+
     fn convert_run(
         &self,
         vcpu: u32,
         range: GpaRange,
         to: Side,
-        runs: &mut u64,
         listeners: &[Arc<dyn ConversionListener>],
     ) -> Result<(), Error> {
         let from = to.other();
-        let most = self.converter.most_runs();
-        let runs_then = runs.saturating_add_signed(self.more_runs(range, from.into(), to.into()));
-        if runs_then > most && runs_then > *runs {
-            return Err(Error::TooFragmented { range, most });
-        }
+        let _reserved = self.reserve(range, from, to)?;
         for (agreed, listener) in listeners.iter().enumerate() {
             if let Err(objection) = listener.prepare(range, to) {
                 for earlier in &listeners[..agreed] {
@@ -481,7 +568,7 @@ impl<C: Converter> ConversionEngine<C> {
             }
         }
         let run = Prepared { vcpu, range, from, to, listeners };
-        self.map().set(range, PageState::Converting);
+        self.set(range, from.into(), PageState::Converting);
         // Pages on their way to the shared side were never in the view, so nobody can hold them.
         if to == Side::Private
             && let Err(holders) = self.memory.pins().drain(Instant::now() + PIN_PATIENCE)
@@ -492,11 +579,10 @@ impl<C: Converter> ConversionEngine<C> {
             let error = Error::Backend { step, range: Some(range), source };
             return Err(match left_as {
                 LeftAs::Before => self.roll_back(&run, error),
-                LeftAs::Unknown => self.poison(&run, runs, error),
+                LeftAs::Unknown => self.poison(&run, error),
             });
         }
-        self.map().set(range, to.into());
-        *runs = runs_then;
+        self.set(range, PageState::Converting, to.into());
         for listener in listeners {
             listener.committed(range, to);
         }
@@ -504,17 +590,15 @@ impl<C: Converter> ConversionEngine<C> {
     }
 
     fn roll_back(&self, run: &Prepared<'_>, error: Error) -> Error {
-        self.map().set(run.range, run.from.into());
+        self.set(run.range, PageState::Converting, run.from.into());
         for listener in run.listeners {
             listener.aborted(run.range, run.to);
         }
         error
     }
 
-    fn poison(&self, run: &Prepared<'_>, runs: &mut u64, error: Error) -> Error {
-        let more = self.more_runs(run.range, run.from.into(), PageState::Poisoned);
-        *runs = runs.saturating_add_signed(more);
-        self.map().set(run.range, PageState::Poisoned);
+    fn poison(&self, run: &Prepared<'_>, error: Error) -> Error {
+        self.set(run.range, PageState::Converting, PageState::Poisoned);
         for listener in run.listeners {
             listener.poisoned(run.range);
         }
@@ -524,6 +608,12 @@ impl<C: Converter> ConversionEngine<C> {
         }
         Error::Poisoned { range: run.range, contained, source: Box::new(error) }
     }
+}
+
+/// The parts of `run` that are converted at once.
+fn cut(run: GpaRange) -> impl Iterator<Item = GpaRange> {
+    let starts = (run.start().0..run.end().0).step_by(LONGEST_RUN as usize);
+    starts.filter_map(move |start| GpaRange::new(start, LONGEST_RUN.min(run.end().0 - start)).ok())
 }
 
 #[cfg(test)]

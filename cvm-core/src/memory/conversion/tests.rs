@@ -440,7 +440,7 @@ fn a_request_over_many_runs_is_done_in_parts() {
     assert!(matches!(first.cause, Some(Error::Unfinished { .. })));
     let second = ask(&engine, 0, slot.pages(), Side::Private);
     assert_eq!((second.answer, second.pages), (Answer::Done, RUNS_PER_REQUEST as u64));
-    assert_eq!(*engine.runs.lock().unwrap(), 1);
+    assert_eq!(engine.ledger().runs, 1);
 }
 
 #[test]
@@ -462,6 +462,102 @@ fn vcpus_that_convert_at_once_end_with_a_map_and_a_model_that_agree() {
 }
 
 /// Map and model say the same of every page, and the guest never loses the memory that it sees.
+/// A listener that says when it is asked, and agrees when it is told to.
+struct Gate {
+    asked: std::sync::mpsc::SyncSender<GpaRange>,
+    agreed: Mutex<std::sync::mpsc::Receiver<()>>,
+}
+
+impl ConversionListener for Gate {
+    fn name(&self) -> &str {
+        "gate"
+    }
+
+    fn prepare(&self, range: GpaRange, _to: Side) -> Result<(), Objection> {
+        self.asked.send(range).unwrap();
+        let agreed = self.agreed.lock().unwrap().recv_timeout(Duration::from_secs(20));
+        agreed.map_err(|_| Objection::Refuse("nobody told it to agree".into()))
+    }
+
+    fn committed(&self, _: GpaRange, _: Side) {}
+
+    fn aborted(&self, _: GpaRange, _: Side) {}
+
+    fn poisoned(&self, _: GpaRange) {}
+}
+
+fn gated(engine: &ConversionEngine<Model>) -> (std::sync::mpsc::Receiver<GpaRange>, std::sync::mpsc::Sender<()>) {
+    let (asked, hears) = std::sync::mpsc::sync_channel(10);
+    let (agree, agreed) = std::sync::mpsc::channel();
+    engine.add_listener(Arc::new(Gate { asked, agreed: Mutex::new(agreed) }));
+    (hears, agree)
+}
+
+#[test]
+fn ranges_without_a_common_page_are_converted_at_the_same_time() {
+    let engine = engine(vec![]);
+    let (hears, agree) = gated(&engine);
+    std::thread::scope(|scope| {
+        let [first, second] = [(0, 0), (1, 8)].map(|(vcpu, start)| {
+            scope.spawn({
+                let engine = &engine;
+                move || ask_from(engine, vcpu, start, 8, Side::Shared).answer
+            })
+        });
+        let mut under_way = [(); 2].map(|()| hears.recv_timeout(Duration::from_secs(20)).unwrap());
+        under_way.sort();
+        assert_eq!(under_way, [part(0, 8), part(8, 8)]);
+        // Both wait in the one listener, one behind the other's lock.
+        agree.send(()).unwrap();
+        agree.send(()).unwrap();
+        assert_eq!([first.join().unwrap(), second.join().unwrap()], [Answer::Done; 2]);
+    });
+}
+
+#[test]
+fn ranges_with_a_common_page_are_converted_one_after_the_other() {
+    let engine = engine(vec![]);
+    let (hears, agree) = gated(&engine);
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| ask_from(&engine, 0, 0, 8, Side::Shared).answer);
+        assert_eq!(hears.recv_timeout(Duration::from_secs(20)), Ok(part(0, 8)));
+        let second = scope.spawn(|| ask_from(&engine, 1, 7, 8, Side::Shared));
+        let third = scope.spawn(|| ask_from(&engine, 2, 40, 1, Side::Shared).answer);
+        assert_eq!(hears.recv_timeout(Duration::from_secs(20)), Ok(part(40, 1)), "only this one does not overlap");
+        assert!(hears.recv_timeout(Duration::from_millis(50)).is_err());
+        for _ in 0..3 {
+            agree.send(()).unwrap();
+        }
+        assert_eq!([first.join().unwrap(), third.join().unwrap()], [Answer::Done; 2]);
+        let second = second.join().unwrap();
+        assert_eq!((second.answer, second.pages), (Answer::Done, 7), "the common page was converted already");
+        assert_eq!(hears.recv_timeout(Duration::from_secs(20)), Ok(part(8, 7)));
+    });
+}
+
+#[test]
+fn vcpus_that_fragment_memory_at_once_do_not_exceed_the_mappings_together() {
+    let most = 12;
+    let engine = engine_of(Model { most_runs: most, ..Model::new(slots().into_iter().flat_map(pages), vec![]) });
+    std::thread::scope(|scope| {
+        for vcpu in 0..4u32 {
+            let engine = &engine;
+            scope.spawn(move || {
+                for round in 0..500u64 {
+                    let page = (round * 7 + u64::from(vcpu) * 11) % 64;
+                    let to = if round % 3 == 0 { Side::Private } else { Side::Shared };
+                    let answer = ask_from(engine, vcpu, page, 1, to).answer;
+                    assert_ne!(answer, Answer::Retry);
+                }
+            });
+        }
+    });
+    let runs: usize = slots().iter().map(|slot| engine.map().runs(*slot).count()).sum();
+    assert!(runs as u64 <= most, "{runs} runs");
+    let ledger = engine.ledger();
+    assert_eq!((ledger.runs, ledger.reserved), (runs as u64, 0), "the count has drifted from the map");
+}
+
 fn check_agreement(engine: &ConversionEngine<Model>) {
     let model = engine.converter();
     let allocated = model.allocated.lock().unwrap();
@@ -537,7 +633,7 @@ proptest! {
             prop_assert_eq!(engine.memory().map().count(PageState::Converting), 0);
             let everything = GpaRange::from_pages(0, 100).unwrap();
             let runs = engine.memory().map().runs(everything).count() as u64;
-            prop_assert_eq!(*engine.runs.lock().unwrap(), runs);
+            prop_assert_eq!(engine.ledger().runs, runs);
             check_agreement(&engine);
             if engine.is_lost() {
                 return Ok(());
