@@ -174,7 +174,8 @@ impl Vault {
     fn ask(&self, vcpu: u32, request: &Request) -> Result<Reply, Error> {
         let asking = self.asking.get(vcpu as usize);
         let asking = asking.ok_or(Error::VaultRefused { reason: "there is no such vcpu".into() })?;
-        let answered: Result<(Message, Vec<u8>), _> = lock(asking).ask(self.page(vcpu), request.encode());
+        let answered: Result<(Message, Vec<u8>), _> =
+            lock(asking).ask(self.page(vcpu), request.encode(), !matches!(request, Request::Run(_)));
         match answered {
             Ok((message, text)) => match Reply::decode(vcpu, &message, &text) {
                 Ok(Reply::Refused(reason)) => Err(Error::VaultRefused { reason }),

@@ -43,25 +43,23 @@ struct Direction {
 const REQUESTS: Direction = Direction { sequence: 0, message: 64, sleeps: 128, text: 512 };
 const REPLIES: Direction = Direction { sequence: 192, message: 256, sleeps: 320, text: 1024 };
 
-/// How often to look for a message before sleeping: a few microseconds. Waking a thread costs more than that.
-const SPINS: u32 = 2000;
+/// How often to look for a message before sleeping: for some fifty microseconds, which is what waking a thread costs.
+const LOOKS: u32 = 5000;
 
-/// How often it is worth to look here. The first call opens files.
-pub(super) fn spins() -> u32 {
-    static SPINS_HERE: OnceLock<u32> = OnceLock::new();
-    // With one processor, who is waited for cannot run meanwhile.
-    *SPINS_HERE.get_or_init(|| match std::thread::available_parallelism() {
-        Ok(processors) if processors.get() > 1 => SPINS,
-        _ => 0,
-    })
+/// How often to look for what a vault does by itself, without its guest: some system calls.
+const PATIENT_LOOKS: u32 = 20_000;
+
+/// Whether it is worth to look: with one processor, who is waited for cannot run meanwhile. The first call opens files.
+pub(super) fn worth_looking() -> bool {
+    static WORTH: OnceLock<bool> = OnceLock::new();
+    *WORTH.get_or_init(|| std::thread::available_parallelism().is_ok_and(|processors| processors.get() > 1))
 }
 
 /// The pages of all vCPUs of a VM.
 #[derive(Debug)]
 pub(super) struct Pages {
     region: MmapRegion,
-    /// How often to look for a message before sleeping.
-    spins: u32,
+    looks: bool,
 }
 
 impl Pages {
@@ -77,12 +75,12 @@ impl Pages {
             MmapRegion::from_file(file, Self::bytes(vcpus) as usize).map_err(io::Error::other)
         };
         let region = map().map_err(|source| Error::Vault { step: "map the pages of its vcpus", source })?;
-        Ok(Self { region, spins: spins() })
+        Ok(Self { region, looks: worth_looking() })
     }
 
     /// The page of vCPU `index`, which must exist.
     pub(super) fn page(&self, index: u32) -> Page<'_> {
-        Page { region: &self.region, base: index as usize * PAGE_SIZE as usize, spins: self.spins }
+        Page { region: &self.region, base: index as usize * PAGE_SIZE as usize, looks: self.looks }
     }
 
     /// How many there are.
@@ -96,7 +94,8 @@ impl Pages {
 pub(super) struct Page<'a> {
     region: &'a MmapRegion,
     base: usize,
-    spins: u32,
+    /// Whether to look for messages before sleeping.
+    looks: bool,
 }
 
 impl<'a> Page<'a> {
@@ -122,6 +121,11 @@ impl<'a> Page<'a> {
             texts.expect("every text lies in the page");
         }
         self.bell(to).ring(sequence);
+    }
+
+    /// Waits for a sequence number other than `last`.
+    fn wait(&self, on: Direction, last: u32, looks: u32) -> u32 {
+        self.bell(on).wait(last, if self.looks { looks } else { 0 })
     }
 
     fn bell(&self, of: Direction) -> Bell<'a, AtomicU32> {
@@ -176,12 +180,17 @@ pub(super) enum NoReply {
 }
 
 impl Asking {
-    /// Sends a request, and waits for the reply to it.
-    pub(super) fn ask(&mut self, page: Page<'_>, request: Encoded) -> Result<(Message, Vec<u8>), NoReply> {
+    /// Sends a request, and waits for the reply to it, which the vault gives by itself or when its guest has exited.
+    pub(super) fn ask(
+        &mut self,
+        page: Page<'_>,
+        request: Encoded,
+        of_its_own: bool,
+    ) -> Result<(Message, Vec<u8>), NoReply> {
         let before = self.last;
         self.last = Page::after(before);
         page.write(REQUESTS, self.last, request);
-        let now = page.bell(REPLIES).wait(before, page.spins);
+        let now = page.wait(REPLIES, before, if of_its_own { PATIENT_LOOKS } else { LOOKS });
         if now & DEAD != 0 {
             return Err(NoReply::Dead);
         }
@@ -203,7 +212,7 @@ impl Answering {
     /// Waits for a request; nothing if what came is out of order. Either has to be [answered](Answering::answer).
     pub(super) fn next(&mut self, page: Page<'_>) -> Option<(Message, Vec<u8>)> {
         let before = self.last;
-        self.last = page.bell(REQUESTS).wait(before, page.spins);
+        self.last = page.wait(REQUESTS, before, LOOKS);
         let (message, text) = page.read(REQUESTS);
         (self.last == Page::after(before) && message.sequence == self.last).then_some((message, text))
     }
@@ -239,7 +248,8 @@ mod tests {
             });
             let mut asking = Asking::default();
             for value in 0..1000 {
-                let (message, _) = asking.ask(pages.page(1), Request::Run(Given::Value(value)).encode()).unwrap();
+                let (message, _) =
+                    asking.ask(pages.page(1), Request::Run(Given::Value(value)).encode(), false).unwrap();
                 assert_eq!(message.operands[0], value + 1);
                 if value % 100 == 0 {
                     // Long enough for the other end to fall asleep.
@@ -253,12 +263,13 @@ mod tests {
     fn who_waits_for_a_dead_vault_is_woken_and_who_asks_it_later_hears_at_once() {
         let pages = pages(1);
         std::thread::scope(|scope| {
-            let asked = scope.spawn(|| Asking::default().ask(pages.page(0), Request::Run(Given::Nothing).encode()));
+            let asked =
+                scope.spawn(|| Asking::default().ask(pages.page(0), Request::Run(Given::Nothing).encode(), false));
             std::thread::sleep(std::time::Duration::from_millis(20));
             pages.page(0).bury();
             assert_eq!(asked.join().unwrap(), Err(NoReply::Dead));
         });
-        let again = Asking::default().ask(pages.page(0), Request::Run(Given::Nothing).encode());
+        let again = Asking::default().ask(pages.page(0), Request::Run(Given::Nothing).encode(), false);
         assert_eq!(again, Err(NoReply::Dead));
     }
 
@@ -274,7 +285,7 @@ mod tests {
         page.write(REQUESTS, 8, Request::Run(Given::Nothing).encode());
         assert!(answering.next(page).is_some(), "one that is in order again");
         page.write(REPLIES, 5, Request::Run(Given::Nothing).encode());
-        assert_eq!(Asking::default().ask(page, Request::Run(Given::Nothing).encode()), Err(NoReply::OutOfOrder));
+        assert_eq!(Asking::default().ask(page, Request::Run(Given::Nothing).encode(), false), Err(NoReply::OutOfOrder));
     }
 
     #[test]
@@ -290,7 +301,7 @@ mod tests {
                 answering.next(pages.page(0)).unwrap();
                 answering.answer(pages.page(0), Request::Run(Given::Nothing).encode());
             });
-            asking.ask(pages.page(0), Request::Run(Given::Nothing).encode()).unwrap();
+            asking.ask(pages.page(0), Request::Run(Given::Nothing).encode(), false).unwrap();
         });
     }
 

@@ -50,7 +50,7 @@ pub(super) fn serve(socket: BorrowedFd<'static>, device: &Path) -> ! {
 fn prepare(device: &Path) -> Result<KvmPlatform, Error> {
     sandbox::close_the_doors(0)?;
     let platform = KvmPlatform::local(device)?;
-    page::spins();
+    page::worth_looking();
     sandbox::lock_down()?;
     Ok(platform)
 }
