@@ -449,7 +449,8 @@ fn side(attributes: u64) -> Option<Side> {
 
 /// The highest of these vectors.
 fn highest(vectors: [u64; 4]) -> Option<u8> {
-    (0..=255).rev().find(|vector| vectors[usize::from(vector / 64)] >> (vector % 64) & 1 == 1)
+    let word = vectors.iter().rposition(|word| *word != 0)?;
+    Some((64 * word as u32 + vectors[word].ilog2()) as u8)
 }
 
 /// The doorbell register behind a port or an MSR.
