@@ -228,7 +228,10 @@ mod model {
     }
 
     fn model(holders: usize, conversions: usize) {
-        loom::model(move || {
+        let mut model = loom::model::Builder::new();
+        // Each turn of a pin or a drain takes one at most; more of them only repeat what was seen.
+        model.preemption_bound = Some(3);
+        model.check(move || {
             let pins = Arc::<Pins>::default();
             let page = Arc::new(Page { state: State::new(PageState::Shared as usize), private: State::new(0) });
             let readers: Vec<_> = (0..holders)
