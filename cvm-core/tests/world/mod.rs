@@ -23,6 +23,7 @@ pub trait Source {
 }
 
 /// Decisions from a seed: xorshift64*.
+#[allow(dead_code, reason = "who includes this decides by one of the two")]
 pub struct Seed(pub u64);
 
 impl Source for Seed {
@@ -35,7 +36,7 @@ impl Source for Seed {
 }
 
 /// Decisions from somebody's bytes; zeros when they are used up.
-#[allow(dead_code, reason = "a fuzzer decides by it")]
+#[allow(dead_code, reason = "who includes this decides by one of the two")]
 pub struct Given<'a>(pub &'a [u8]);
 
 impl Source for Given<'_> {
