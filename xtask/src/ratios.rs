@@ -41,6 +41,21 @@ const TARGETS: &[Target] = &[
     target("bounce from device, 16 KiB", "bounce/from_device/16384", "bounce/memcpy/16384", 1.05),
     target("bounce from device, 64 KiB", "bounce/from_device/65536", "bounce/memcpy/65536", 1.05),
     target("bounce from device, 256 KiB", "bounce/from_device/262144", "bounce/memcpy/262144", 1.05),
+    // An access to the shared view, with a pin for many and with one for each, to one by vm-memory alone.
+    target("view, read 8 B", "read/view/8", "read/raw/8", 1.15),
+    target("view, read 64 B", "read/view/64", "read/raw/64", 1.15),
+    target("view, read 4 KiB", "read/view/4096", "read/raw/4096", 1.15),
+    target("view, write 8 B", "write/view/8", "write/raw/8", 1.15),
+    target("view, write 64 B", "write/view/64", "write/raw/64", 1.15),
+    target("view, write 4 KiB", "write/view/4096", "write/raw/4096", 1.15),
+    target("view, pin and read 8 B", "read/pinned/8", "read/raw/8", 1.5),
+    target("view, pin and read 64 B", "read/pinned/64", "read/raw/64", 1.5),
+    target("view, pin and read 4 KiB", "read/pinned/4096", "read/raw/4096", 1.5),
+    target("view, pin and write 8 B", "write/pinned/8", "write/raw/8", 1.5),
+    target("view, pin and write 64 B", "write/pinned/64", "write/raw/64", 1.5),
+    target("view, pin and write 4 KiB", "write/pinned/4096", "write/raw/4096", 1.5),
+    // As many conversions on each of two threads as on one: 1.8 times as many in all.
+    target("convert on two threads", "convert/two-threads", "convert/one-thread", 1.11),
     // An exit, to one by the bare ioctl; where a process of its own holds the vCPU, to one where this process does.
     report("exit, none", "none/exit", "raw/exit"),
     report("exit, guest-memfd", "guest-memfd/exit", "raw/exit"),

@@ -260,7 +260,7 @@ const RUNS_PER_REQUEST: usize = 256;
 const LONGEST_RUN: u64 = 1 << 30;
 
 /// How long one request may take before the guest must ask again. A run that was begun is not cut short.
-const TIME_PER_REQUEST: Duration = Duration::from_millis(20);
+const TIME_PER_REQUEST: Duration = Duration::from_millis(100);
 
 /// Converts pages on behalf of the guest, in the order that [`memory`](super) states.
 pub struct ConversionEngine<C> {

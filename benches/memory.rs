@@ -1,0 +1,148 @@
+//! What the page-state map, the shared view and the conversion engine cost by themselves, without a backend. `cargo xtask
+//! ratios` makes a table of the results.
+//!
+//! | row | one iteration | floor |
+//! |---|---|---|
+//! | `read/view/N`, `write/view/N` | an access to N bytes through a pinned view | `read/raw/N`, `write/raw/N`: `GuestMemoryMmap` |
+//! | `read/pinned/N`, `write/pinned/N` | the same, with a pin for each | the same |
+//! | `map/lookup` | the state of a page | |
+//! | `map/runs/2MiB` | all runs of 1 TiB on alternating sides, 2 MiB each | |
+//! | `map/runs/4KiB` | all runs of 1 GiB on alternating sides, a page each | |
+//! | `convert/4KiB`, `convert/2MiB` | a conversion there and back | |
+//! | `convert/two-threads` | 1000 of them on each of two threads, of pages far apart | `convert/one-thread`: 1000 |
+
+use criterion::{BenchmarkId, Criterion, Throughput};
+use cvm::memory::{ConversionEngine, Converter, ConverterError, PageStateMap, Slots};
+use cvm::{Answer, BoxError, ConversionRequest, Gpa, GpaRange, PAGE_SIZE, SharedMemory, Side};
+use std::hint::black_box;
+use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
+
+/// A backend that has nothing to do.
+struct Nothing;
+
+impl Converter for Nothing {
+    fn convert(&self, _: u32, _: GpaRange, _: Side) -> Result<(), ConverterError> {
+        Ok(())
+    }
+
+    fn poison(&self, _: u32, _: GpaRange) -> Result<(), BoxError> {
+        Ok(())
+    }
+
+    fn most_runs(&self) -> u64 {
+        u64::MAX
+    }
+}
+
+/// An engine over so many bytes, all private. The memory is address space only, until somebody writes to it.
+fn engine(bytes: u64) -> ConversionEngine<Nothing> {
+    let slot = GpaRange::new(0, bytes).unwrap();
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), bytes as usize)]).unwrap();
+    let map = Arc::new(PageStateMap::new(Slots::new(&[slot]).unwrap()).unwrap());
+    ConversionEngine::new(Nothing, SharedMemory::new(memory, map).unwrap())
+}
+
+fn convert(engine: &ConversionEngine<Nothing>, vcpu: u32, start: u64, bytes: u64, to: Side) {
+    let request = ConversionRequest::from_guest(vcpu, start, bytes / PAGE_SIZE, to);
+    engine.ask(request);
+    assert_eq!(engine.convert(&request).answer(), Answer::Done);
+}
+
+fn there_and_back(engine: &ConversionEngine<Nothing>, vcpu: u32, start: u64, bytes: u64) {
+    convert(engine, vcpu, start, bytes, Side::Shared);
+    convert(engine, vcpu, start, bytes, Side::Private);
+}
+
+/// One access for each size, at the same place: warm, so that what is compared is the way there.
+fn accesses(criterion: &mut Criterion) {
+    const BYTES: u64 = 64 << 20;
+    let engine = engine(BYTES);
+    convert(&engine, 0, 0, BYTES, Side::Shared);
+    let memory = engine.memory().named("bench");
+    let raw = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), BYTES as usize)]).unwrap();
+    let at = GuestAddress(0x1_2340);
+    for size in [8, 64, 4096] {
+        let mut buffer = vec![1u8; size];
+        raw.write_slice(&buffer, at).unwrap();
+        memory.memory().write_slice(&buffer, at).unwrap();
+        let mut row = |name: &str, access: &mut dyn FnMut(&mut [u8])| {
+            let id = BenchmarkId::from_parameter(size);
+            criterion
+                .benchmark_group(name)
+                .bench_function(id, |bencher| bencher.iter(|| access(black_box(&mut buffer))));
+        };
+        let view = memory.memory();
+        row("read/raw", &mut |buffer| raw.read_slice(buffer, at).unwrap());
+        row("read/view", &mut |buffer| view.read_slice(buffer, at).unwrap());
+        row("read/pinned", &mut |buffer| memory.memory().read_slice(buffer, at).unwrap());
+        row("write/raw", &mut |buffer| raw.write_slice(buffer, at).unwrap());
+        row("write/view", &mut |buffer| view.write_slice(buffer, at).unwrap());
+        row("write/pinned", &mut |buffer| memory.memory().write_slice(buffer, at).unwrap());
+    }
+}
+
+fn map(criterion: &mut Criterion) {
+    let engine = engine(1 << 40);
+    let map = Arc::clone(engine.memory().map());
+    let mut group = criterion.benchmark_group("map");
+    convert(&engine, 0, 0x1000, 0x1000, Side::Shared);
+    group.bench_function("lookup", |bencher| bencher.iter(|| map.get(black_box(Gpa(0x1000)))));
+    convert(&engine, 0, 0x1000, 0x1000, Side::Private);
+
+    let runs =
+        |range: GpaRange| map.runs(range).map(|(run, _)| run.pages()).fold(0, |count, pages| count + pages.min(1));
+    let all = GpaRange::new(0, 1 << 40).unwrap();
+    (0..1 << 40).step_by(4 << 20).for_each(|start| convert(&engine, 0, start, 2 << 20, Side::Shared));
+    assert_eq!(runs(all), 1 << 19);
+    group.throughput(Throughput::Elements(all.pages()));
+    group.bench_function("runs/2MiB", |bencher| bencher.iter(|| runs(all)));
+
+    let some = GpaRange::new(0, 1 << 30).unwrap();
+    (0..1 << 30).step_by(2 << 20).for_each(|start| convert(&engine, 0, start, 2 << 20, Side::Private));
+    (0..1 << 30).step_by(2 * PAGE_SIZE as usize).for_each(|start| convert(&engine, 0, start, PAGE_SIZE, Side::Shared));
+    assert_eq!(runs(some), some.pages());
+    group.throughput(Throughput::Elements(some.pages()));
+    group.bench_function("runs/4KiB", |bencher| bencher.iter(|| runs(some)));
+}
+
+/// How long so many rounds of 1000 conversions there and back take, on each of `threads` threads.
+fn on_threads(engine: &ConversionEngine<Nothing>, threads: u32, rounds: u64) -> Duration {
+    let barrier = Barrier::new(threads as usize);
+    std::thread::scope(|scope| {
+        let run = |thread: u32| {
+            let (engine, barrier) = (&engine, &barrier);
+            move || {
+                let start = u64::from(thread) << 30;
+                barrier.wait();
+                let begin = Instant::now();
+                (0..rounds * 1000).for_each(|_| there_and_back(engine, thread, start, PAGE_SIZE));
+                begin.elapsed()
+            }
+        };
+        let others: Vec<_> = (1..threads).map(|thread| scope.spawn(run(thread))).collect();
+        let mine = run(0)();
+        others.into_iter().map(|other| other.join().unwrap()).fold(mine, Duration::max)
+    })
+}
+
+fn conversions(criterion: &mut Criterion) {
+    let engine = engine(4 << 30);
+    let mut group = criterion.benchmark_group("convert");
+    group.bench_function("4KiB", |bencher| bencher.iter(|| there_and_back(&engine, 0, 0x5000, 4 << 10)));
+    group.bench_function("2MiB", |bencher| bencher.iter(|| there_and_back(&engine, 0, 2 << 20, 2 << 20)));
+    group.sample_size(20);
+    for (threads, name) in [(1, "one-thread"), (2, "two-threads")] {
+        group.bench_function(name, |bencher| bencher.iter_custom(|rounds| on_threads(&engine, threads, rounds)));
+    }
+}
+
+fn main() {
+    let criterion = Criterion::default().sample_size(50).warm_up_time(Duration::from_millis(300));
+    let mut criterion = criterion.measurement_time(Duration::from_secs(2)).configure_from_args();
+    accesses(&mut criterion);
+    map(&mut criterion);
+    conversions(&mut criterion);
+    criterion.final_summary();
+}
