@@ -6,7 +6,7 @@ use world::{Seed, World};
 
 /// How many operations: `$CVM_OPERATIONS`, or as many as take a few seconds. Ten million are the long lane.
 fn operations() -> u64 {
-    std::env::var("CVM_OPERATIONS").ok().map_or(60_000, |count| count.parse().expect("$CVM_OPERATIONS is a number"))
+    std::env::var("CVM_OPERATIONS").ok().map_or(20_000, |count| count.parse().expect("$CVM_OPERATIONS is a number"))
 }
 
 /// After so many operations a new world begins: its pages are lost one by one to failures.

@@ -485,7 +485,7 @@ impl<C: Converter> ConversionEngine<C> {
         // A listener that panicked left its pages as `Converting` at worst: out of everybody's reach, so going on is safe.
         let _claim = self.claims.claim(range);
         let listeners = self.listeners.read().unwrap_or_else(PoisonError::into_inner);
-        let begin = Instant::now();
+        let mut begin = None;
         let mut left = RUNS_PER_REQUEST;
         for part in parts {
             for (run, state) in self.map().runs(part).flat_map(|(run, state)| cut(run).map(move |run| (run, state))) {
@@ -496,9 +496,9 @@ impl<C: Converter> ConversionEngine<C> {
                         return Err(Error::Inaccessible { range: run });
                     }
                 }
-                let is_first = left == RUNS_PER_REQUEST;
                 left = left.checked_sub(1).ok_or(Error::Unfinished { range: run })?;
-                if !is_first && begin.elapsed() > TIME_PER_REQUEST {
+                // Counted from the second run on, so that requests of one run read no clock.
+                if left < RUNS_PER_REQUEST - 1 && begin.get_or_insert_with(Instant::now).elapsed() > TIME_PER_REQUEST {
                     return Err(Error::Unfinished { range: run });
                 }
                 self.convert_run(request.vcpu, run, request.to, &listeners)?;
@@ -571,7 +571,7 @@ impl<C: Converter> ConversionEngine<C> {
         self.set(range, from.into(), PageState::Converting);
         // Pages on their way to the shared side were never in the view, so nobody can hold them.
         if to == Side::Private
-            && let Err(holders) = self.memory.pins().drain(Instant::now() + PIN_PATIENCE)
+            && let Err(holders) = self.memory.pins().drain(PIN_PATIENCE)
         {
             return Err(self.roll_back(&run, Error::Pinned { range, waited: PIN_PATIENCE, holders }));
         }

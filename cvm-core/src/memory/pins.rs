@@ -1,8 +1,8 @@
 //! Pins: how a conversion knows that nobody still looks at a page which it takes away.
 
 use super::sync::{AtomicUsize, Mutex, Ordering, now, order, pause};
-use std::sync::{Arc, PoisonError, Weak};
-use std::time::Instant;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 /// Those who may look at a shared view, and the phase that they come in.
 ///
@@ -13,7 +13,7 @@ use std::time::Instant;
 pub(super) struct Pins {
     phase: AtomicUsize,
     /// Whoever counts pins, as long as he or a pin of his is there.
-    holders: Mutex<Vec<Weak<Counts>>>,
+    holders: Mutex<Vec<Arc<Counts>>>,
     /// Held while somebody drains.
     draining: Mutex<()>,
 }
@@ -46,8 +46,9 @@ impl<T: Clone> Holder<T> {
     pub(super) fn new(pins: &Arc<Pins>, name: String, value: T) -> Self {
         let counts = Arc::new(Counts { name, held: Default::default() });
         let mut holders = pins.holders.lock().unwrap_or_else(PoisonError::into_inner);
-        holders.retain(|holder| holder.strong_count() > 0);
-        holders.push(Arc::downgrade(&counts));
+        // The others have nobody left but this list.
+        holders.retain(|holder| Arc::strong_count(holder) > 1);
+        holders.push(Arc::clone(&counts));
         drop(holders);
         Self { inner: Arc::new(Held { value, pins: Arc::clone(pins), counts }) }
     }
@@ -81,29 +82,35 @@ impl<T: Clone> Holder<T> {
 }
 
 impl Pins {
-    /// Waits until the pins are gone that were taken before the call, at most until `deadline`. Pins that come later do
-    /// not matter.
+    /// Waits until the pins are gone that were taken before the call, at most for `patience`. Pins that come later do not
+    /// matter.
     ///
     /// # Errors
     /// The names of those who still have one.
-    pub(super) fn drain(&self, deadline: Instant) -> Result<(), Vec<String>> {
+    pub(super) fn drain(&self, patience: Duration) -> Result<(), Vec<String>> {
         let _draining = self.draining.lock().unwrap_or_else(PoisonError::into_inner);
         order();
         let phase = self.phase.load(Ordering::SeqCst);
         // What is left of the phase before, when an earlier call has given up.
-        self.wait(phase.wrapping_add(1), deadline)?;
+        self.wait(phase.wrapping_add(1), patience)?;
         self.phase.store(phase.wrapping_add(1), Ordering::SeqCst);
         order();
-        self.wait(phase, deadline)
+        self.wait(phase, patience)
     }
 
     /// Waits for the pins of one phase. Who becomes a holder after this has looked takes its pins in a later one.
-    fn wait(&self, phase: usize, deadline: Instant) -> Result<(), Vec<String>> {
+    fn wait(&self, phase: usize, patience: Duration) -> Result<(), Vec<String>> {
+        let has_pins = |counts: &Arc<Counts>| counts.held[phase % 2].load(Ordering::SeqCst) > 0;
         let holders = self.holders.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut left: Vec<_> = holders.iter().filter_map(Weak::upgrade).collect();
+        // Mostly nobody, and then nothing is allocated and no clock is read.
+        let mut left: Vec<_> = holders.iter().filter(|counts| has_pins(counts)).cloned().collect();
         drop(holders);
+        if left.is_empty() {
+            return Ok(());
+        }
+        let deadline = now() + patience;
         loop {
-            left.retain(|counts| counts.held[phase % 2].load(Ordering::SeqCst) > 0);
+            left.retain(has_pins);
             if left.is_empty() {
                 return Ok(());
             }
@@ -146,11 +153,8 @@ impl<T> Drop for Pin<T> {
 mod tests {
     use super::*;
     use std::sync::atomic::AtomicBool;
-    use std::time::Duration;
 
-    fn soon() -> Instant {
-        Instant::now() + Duration::from_millis(30)
-    }
+    const SOON: Duration = Duration::from_millis(30);
 
     fn holder(pins: &Arc<Pins>, name: &str) -> Holder<()> {
         Holder::new(pins, name.into(), ())
@@ -160,22 +164,18 @@ mod tests {
     fn earlier_pins_and_their_clones_are_waited_for_and_later_ones_are_not() {
         let pins = Arc::<Pins>::default();
         let (disk, net) = (holder(&pins, "disk"), holder(&pins, "net"));
-        pins.drain(soon()).unwrap();
+        pins.drain(SOON).unwrap();
         let early = disk.pin();
-        assert_eq!(pins.drain(soon()), Err(vec!["disk".into()]));
+        assert_eq!(pins.drain(SOON), Err(vec!["disk".into()]));
         let late = net.pin();
-        assert_eq!(pins.drain(soon()), Err(vec!["disk".into()]), "the early pin is still there");
+        assert_eq!(pins.drain(SOON), Err(vec!["disk".into()]), "the early pin is still there");
         let clone = early.clone();
         drop(early);
         drop(disk);
-        assert_eq!(
-            pins.drain(soon()),
-            Err(vec!["disk".into()]),
-            "its clone is still there, although its holder is not"
-        );
+        assert_eq!(pins.drain(SOON), Err(vec!["disk".into()]), "its clone is still there, although its holder is not");
         drop(clone);
         drop(late);
-        pins.drain(soon()).unwrap();
+        pins.drain(SOON).unwrap();
     }
 
     #[test]
@@ -205,7 +205,7 @@ mod tests {
                     drop(pin);
                 });
             }
-            let drained = (0..20).all(|_| pins.drain(Instant::now() + Duration::from_secs(20)).is_ok());
+            let drained = (0..20).all(|_| pins.drain(Duration::from_secs(20)).is_ok());
             stop.store(true, Ordering::SeqCst);
             assert!(drained, "starved");
         });
@@ -219,7 +219,6 @@ mod model {
     use super::*;
     use loom::sync::atomic::AtomicUsize as State;
     use loom::thread;
-    use std::time::Duration;
 
     /// A page-state map of one page, and the page: what the host may see there, or not any more.
     struct Page {
@@ -248,7 +247,7 @@ mod model {
                 .collect();
             for _ in 0..conversions {
                 page.state.store(PageState::Converting as usize, Ordering::SeqCst);
-                pins.drain(now() + Duration::from_secs(1)).unwrap();
+                pins.drain(Duration::from_secs(1)).unwrap();
                 page.private.store(1, Ordering::SeqCst);
                 page.state.store(PageState::Private as usize, Ordering::SeqCst);
                 // And back, so that a later conversion finds it shared.
