@@ -6,7 +6,7 @@
 //! | what happens | a page in the balloon |
 //! |---|---|
 //! | the guest inflates again | is discarded again |
-//! | the guest deflates | leaves it, and is zero until somebody writes it |
+//! | the guest deflates | leaves it; its contents are what `discard` left, so zeros after a hole was punched |
 //! | the guest makes it private | leaves it: the guest uses it again |
 //! | that is not done | stays |
 //! | the page is lost | leaves it |
@@ -92,7 +92,7 @@ impl<F: Fn(GpaRange) -> io::Result<()> + Send + Sync> Balloon<F> {
     }
 
     /// Frees the memory of pages that the guest does not use at the moment, without keeping them: free page reporting
-    /// (virtio 1.2, section 5.5.6.8). Contents are lost.
+    /// (virtio 1.2, Traditional Memory Balloon Device). Contents are lost.
     ///
     /// # Errors
     /// As [`inflate`](Balloon::inflate).

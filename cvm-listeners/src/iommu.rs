@@ -15,19 +15,20 @@
 //! converting the blocks that it shared, whole; a VMM may call [`IommuMapper::compact`] when its devices are idle, and
 //! sees in [`Usage::remapped`] how often it happened.
 //!
-//! Mapping pins pages. To discard those that are mapped, as a [balloon](crate::balloon) does, frees nothing and gives the
+//! Mapping pins pages, and they count against `RLIMIT_MEMLOCK`. To discard those that are mapped, as a [balloon](crate::balloon) does, frees nothing and gives the
 //! guest other pages than the device: a VM that has both must refuse one of them, by an error of the balloon's callback.
 
 use crate::mapper::{Hindrance, Mapper};
 use cvm_core::memory::{Backing, ConversionListener, Objection, SharedMemory};
 use cvm_core::{GpaRange, PAGE_SIZE, Side};
 use std::io;
+use std::sync::Arc;
 
 /// DMA mappings as a kernel makes them; I/O virtual addresses are guest physical addresses.
 ///
 /// | | [`map`](DmaMap::map) | [`unmap`](DmaMap::unmap) |
 /// |---|---|---|
-/// | VFIO (`include/uapi/linux/vfio.h`) | `VFIO_IOMMU_MAP_DMA`, `vaddr` from [`Backing::address`] | `VFIO_IOMMU_UNMAP_DMA`; the size that it returns must be all of it |
+/// | VFIO, `VFIO_TYPE1v2_IOMMU` (`include/uapi/linux/vfio.h`) | `VFIO_IOMMU_MAP_DMA`, `vaddr` from [`Backing::address`] | `VFIO_IOMMU_UNMAP_DMA`; the size that it returns must be all of it |
 /// | iommufd (`include/uapi/linux/iommufd.h`) | `IOMMU_IOAS_MAP` with `IOMMU_IOAS_MAP_FIXED_IOVA`, or `IOMMU_IOAS_MAP_FILE` | `IOMMU_IOAS_UNMAP` |
 pub trait DmaMap: Send + Sync {
     /// Lets devices read and write `range`, which overlaps no mapping, where it lies on the host.
@@ -41,6 +42,16 @@ pub trait DmaMap: Send + Sync {
     /// # Errors
     /// Of the system call. All of it is still mapped then.
     fn unmap(&self, range: GpaRange) -> io::Result<()>;
+}
+
+impl<D: DmaMap> DmaMap for Arc<D> {
+    fn map(&self, range: GpaRange, backing: &Backing) -> io::Result<()> {
+        (**self).map(range, backing)
+    }
+
+    fn unmap(&self, range: GpaRange) -> io::Result<()> {
+        (**self).unmap(range)
+    }
 }
 
 /// A mapping that could not be made or taken away.
@@ -110,7 +121,7 @@ pub struct IommuMapper<D> {
 }
 
 impl<D: DmaMap> IommuMapper<D> {
-    /// A mapper that errors call `name`; what is shared already is mapped at once. No page may be converted between this
+    /// A mapper that errors call `name`. What is shared already is mapped at once. No page may be converted between this
     /// and adding it to the VM's listeners.
     ///
     /// # Errors
@@ -211,7 +222,7 @@ mod limited {
 
     /// An IOMMU in memory that accepts and refuses what `vfio_iommu_type1` version 2 does, for tests: mappings do not
     /// overlap (`EEXIST`), there are so many (`ENOSPC`), and unmapping must not cut one (`EINVAL`) and unmaps something
-    /// (`ENOENT`, as iommufd).
+    /// (`ENOENT`, as iommufd). A [`GpaRange`] is aligned to 4 KiB by itself.
     #[derive(Debug)]
     pub struct LimitedIommu {
         most: u64,
@@ -308,16 +319,6 @@ mod limited {
                 state.mappings.remove(&mapping.start().0);
             }
             Ok(())
-        }
-    }
-
-    impl<D: DmaMap> DmaMap for std::sync::Arc<D> {
-        fn map(&self, range: GpaRange, backing: &Backing) -> io::Result<()> {
-            (**self).map(range, backing)
-        }
-
-        fn unmap(&self, range: GpaRange) -> io::Result<()> {
-            (**self).unmap(range)
         }
     }
 }

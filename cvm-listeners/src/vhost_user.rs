@@ -30,7 +30,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use vhost::VhostUserMemoryRegionInfo;
 use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures};
 
-/// How many regions a memory table has: `VHOST_MEMORY_BASELINE_NREGIONS` of the specification.
+/// How many regions every backend takes in a memory table: `VHOST_MEMORY_BASELINE_NREGIONS` in QEMU's
+/// `hw/virtio/vhost-user.c`.
 const TABLE_REGIONS: u64 = 8;
 
 /// Why a backend cannot be told of memory.

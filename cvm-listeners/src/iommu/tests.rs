@@ -1,7 +1,6 @@
 use super::*;
 use crate::tests::{Engine, ask, assert_shared, engine, range};
 use cvm_core::Answer;
-use std::sync::Arc;
 
 /// An engine with a mapper for blocks of 16 pages.
 fn world(mappings: u64) -> (Engine, Arc<LimitedIommu>, Arc<IommuMapper<Arc<LimitedIommu>>>) {

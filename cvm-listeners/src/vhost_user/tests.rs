@@ -61,6 +61,21 @@ fn a_page_that_closes_a_gap_is_welcome_when_the_table_is_full() {
 }
 
 #[test]
+fn who_may_need_the_last_slot_has_it_until_his_conversion_is_done_or_not() {
+    for slots in [None, Some(8)] {
+        let (engine, fake, vhost) = world(slots);
+        for page in 0..7 {
+            share(&engine, 2 * page, 1);
+        }
+        vhost.prepare(range(20, 1), Side::Shared).unwrap();
+        assert!(matches!(vhost.prepare(range(22, 1), Side::Shared), Err(Objection::Wait(_))));
+        vhost.aborted(range(20, 1), Side::Shared);
+        share(&engine, 22, 1);
+        assert_shared(&engine, &fake.regions());
+    }
+}
+
+#[test]
 fn the_last_region_of_a_table_stays() {
     let (engine, fake, _) = world(None);
     share(&engine, 4, 4);
