@@ -6,6 +6,9 @@
 //! |---|---|---|
 //! | `kvm` (default) | `kvm` | software-only isolation on Linux KVM |
 //!
+//! The feature `listeners` adds the module `listeners`: who outside of the VMM must know of conversions. It is off by
+//! default, because a VMM whose devices are all in its own process needs none of it.
+//!
 //! A whole VMM, `examples/minimal_vmm.rs`:
 //!
 //! ```no_run
@@ -20,3 +23,6 @@ pub use cvm_core::*;
 
 #[cfg(feature = "kvm")]
 pub use cvm_backend_kvm as kvm;
+
+#[cfg(feature = "listeners")]
+pub use cvm_listeners as listeners;

@@ -7,8 +7,18 @@ use std::ops::Deref;
 use std::sync::Arc;
 use vm_memory::guest_memory::GuestMemorySliceIterator;
 use vm_memory::{
-    GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, Permissions,
+    FileOffset, GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
+    GuestMemoryRegion, Permissions,
 };
+
+/// Where the shared side of a range lies on the host.
+#[derive(Debug, Clone)]
+pub struct Backing {
+    /// The address in this process.
+    pub address: u64,
+    /// The file, and the offset of the range in it; nothing for anonymous memory.
+    pub file: Option<FileOffset>,
+}
 
 /// A handle to the shared side of a VM's memory, for devices to keep.
 ///
@@ -57,6 +67,26 @@ impl SharedMemory {
     /// The page-state map that this view obeys.
     pub fn map(&self) -> &Arc<PageStateMap> {
         &self.holder.value().map
+    }
+
+    /// Where the shared side of `range` lies on the host, for [`ConversionListener`](super::ConversionListener)s that
+    /// hand it to others: an IOMMU, a vhost-user backend. Nothing if `range` is not in one slot.
+    ///
+    /// It says nothing of which side the pages are on. What is handed on must be taken back in
+    /// [`prepare`](super::ConversionListener::prepare).
+    pub fn backing(&self, range: GpaRange) -> Option<Backing> {
+        let slots = self.map().slots();
+        slots.find(range.start()).filter(|slot| slots.ranges()[*slot].contains_range(&range))?;
+        let region = self.holder.value().backing.find_region(GuestAddress(range.start().0))?;
+        let offset = range.start().0.checked_sub(region.start_addr().0)?;
+        if region.len() - offset < range.len() {
+            return None;
+        }
+        let file = region.file_offset();
+        Some(Backing {
+            address: region.as_ptr() as u64 + offset,
+            file: file.map(|file| FileOffset::from_arc(Arc::clone(file.arc()), file.start() + offset)),
+        })
     }
 
     pub(super) fn pins(&self) -> &Pins {
@@ -167,6 +197,17 @@ mod tests {
 
         let error = memory.read_slice(&mut after, GuestAddress(PAGE_SIZE + 3)).unwrap_err();
         assert!(matches!(error, GuestMemoryError::InvalidGuestAddress(GuestAddress(gpa)) if gpa == PAGE_SIZE + 3));
+    }
+
+    #[test]
+    fn the_backing_of_a_range_is_told_within_one_slot_only() {
+        let memory = shared_memory();
+        let range = |start: u64, pages| GpaRange::from_pages(start * PAGE_SIZE, pages).unwrap();
+        let [first, third] = [0, 2].map(|page| memory.backing(range(page, 2)).unwrap());
+        assert_eq!(third.address - first.address, 2 * PAGE_SIZE);
+        assert!(first.file.is_none());
+        assert!(memory.backing(range(3, 2)).is_none() && memory.backing(range(7, 2)).is_none());
+        assert!(memory.backing(range(8, 1)).is_none());
     }
 
     #[test]
