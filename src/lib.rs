@@ -5,6 +5,7 @@
 //! | feature | module | protection |
 //! |---|---|---|
 //! | `kvm` (default) | `kvm` | software-only isolation on Linux KVM |
+//! | `linux` | `linux` | none of its own: launches from Linux's images |
 //!
 //! A whole VMM, `examples/minimal_vmm.rs`:
 //!
