@@ -3,7 +3,7 @@
 #![no_main]
 
 use cvm_core::doorbell::{Access, Registers, Ring, SPACE, control, device_of};
-use cvm_core::{Answer, ConversionRequest, Error, Exit, PAGE_SIZE, Side};
+use cvm_core::{Answer, ConversionRequest, Error, Exit, PAGE_SIZE, Side, Trigger};
 use libfuzzer_sys::fuzz_target;
 
 const VCPU: u32 = 5;
@@ -39,8 +39,9 @@ fuzz_target!(|bytes: &[u8]| {
                 control::CONVERT_PAGES => pages = value,
                 other => panic!("{other:#x} is latched"),
             },
-            (Ok(Ring::Accept(vector)), Access::Write(_)) => {
-                assert!(register == control::ACCEPT && u32::from(vector) == value && vector >= 32);
+            (Ok(Ring::Accept(vector, trigger)), Access::Write(_)) => {
+                let level = if trigger == Trigger::Level { control::ACCEPT_LEVEL } else { 0 };
+                assert!(register == control::ACCEPT && u32::from(vector) | level == value && vector >= 32);
             }
             (Ok(Ring::Exit(Exit::Conversion(request))), Access::Write(_)) => {
                 let to = Side::from_u32(value).expect("there is such a side");
