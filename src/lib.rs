@@ -5,6 +5,7 @@
 //! | feature | module | protection |
 //! |---|---|---|
 //! | `kvm` (default) | `kvm` | software-only isolation on Linux KVM |
+//! | `linux` | `linux` | none of its own: launches from Linux's images |
 //!
 //! The feature `listeners` adds the module `listeners`: who outside of the VMM must know of conversions. It is off by
 //! default, because a VMM whose devices are all in its own process needs none of it.

@@ -197,6 +197,24 @@ fn changed_image(directory: &Path, offset: usize, value: u64) -> String {
 }
 
 #[test]
+fn a_file_that_is_no_kernel_is_refused_before_anything_is_launched() {
+    let directory = tempfile::tempdir().unwrap();
+    let text = directory.path().join("text");
+    fs::write(&text, "this is no kernel").unwrap();
+    let text = text.to_str().unwrap();
+    let elf = directory.path().join("elf");
+    fs::write(&elf, b"\x7fELF").unwrap();
+    for (kernel, expected) in [
+        ("/nonexistent", "failed to read /nonexistent"),
+        (text, "the image is refused: it ends within its setup header"),
+        (elf.to_str().unwrap(), "the image is refused"),
+    ] {
+        let output = run("boot_linux", &["--kernel", kernel]);
+        assert!(!output.status.success() && stderr(&output).contains(expected), "{}", stderr(&output));
+    }
+}
+
+#[test]
 fn bad_input_gives_an_error_that_says_what_is_wrong() {
     let directory = tempfile::tempdir().unwrap();
     let text = directory.path().join("text");

@@ -7,6 +7,7 @@ use cvm_backend_kvm::{Error as KvmError, KvmPlatform, KvmVm};
 use cvm_core::doorbell::{Access, Doorbell, MSR_BASE, PORT_BASE, SPACE, Transport, control};
 use cvm_core::interrupt::Guarding;
 use cvm_core::launch::MAX_VCPUS;
+use cvm_core::linux::{Kernel, LinuxImage};
 use cvm_core::memory::{Allocated, ConversionTotals};
 use cvm_core::x86::{Register, VcpuState};
 use cvm_core::{
@@ -1115,4 +1116,49 @@ fn a_device_that_is_not_kvm_is_refused_with_a_remedy() {
     }
     let forbidden = KvmPlatform::open(file.path(), None).unwrap_err();
     assert!(matches!(&forbidden, KvmError::Open { remedy, .. } if remedy.contains("group")), "{forbidden}");
+}
+
+// Images by the Linux boot protocol
+
+/// An ELF file of one segment, at the address where it starts.
+fn elf(entry: u64, code: &[u8]) -> Vec<u8> {
+    let header: [&[u8]; 5] = [
+        b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0",
+        &entry.to_le_bytes(),
+        &64u64.to_le_bytes(),
+        &[0; 12],
+        &[64, 0, 56, 0, 1, 0, 64, 0, 0, 0, 0, 0],
+    ];
+    let len = code.len() as u64;
+    let segment = [1 | 7 << 32, 64 + 56, entry, entry, len, len, PAGE_SIZE].map(u64::to_le_bytes);
+    [header.concat(), segment.concat(), code.to_vec()].concat()
+}
+
+#[test]
+fn an_image_that_starts_as_linux_does_finds_its_memory_command_line_and_ram_disk() {
+    let Some(platform) = kvm() else { return };
+    let config = config(1);
+    let code = assemble(&config, CODE, |a| {
+        // By the zero page in RSI: how many ranges of memory there are, how long the first is, and the first bytes of the
+        // command line and of the RAM disk (Linux, Documentation/arch/x86/zero-page.rst and boot.rst).
+        a.movzx(eax, byte_ptr(rsi + 0x1e8))?;
+        a.report()?;
+        a.mov(eax, dword_ptr(rsi + 0x2d0 + 8))?;
+        a.report()?;
+        for pointer in [0x228, 0x218] {
+            a.mov(ebx, dword_ptr(rsi + pointer))?;
+            a.mov(eax, dword_ptr(rbx))?;
+            a.report()?;
+        }
+        a.end(0)
+    });
+    let image = LinuxImage::new(Kernel::Elf(&elf(CODE, &code)), Some(b"disk"), "quiet", &config.memory).unwrap();
+    let mut launch = platform.launch(config).unwrap();
+    launch.load_linux(&image).unwrap();
+    let mut guest = Guest::from_launch(launch);
+    assert_eq!(guest.report(), 1);
+    assert_eq!(guest.report(), MEMORY as u32);
+    assert_eq!(guest.report(), u32::from_le_bytes(*b"quie"));
+    assert_eq!(guest.report(), u32::from_le_bytes(*b"disk"));
+    guest.end();
 }

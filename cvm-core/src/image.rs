@@ -7,23 +7,23 @@ use object::read::elf::{FileHeader, ProgramHeader};
 use std::collections::BTreeMap;
 
 /// Page ranges with their contents, or nothing where they are zero.
-type Pages = Vec<(GpaRange, Option<Vec<u8>>)>;
+pub(crate) type Pages = Vec<(GpaRange, Option<Vec<u8>>)>;
 
 /// An image as whole pages, in the order of their addresses.
 #[derive(Debug, Clone)]
 pub struct Image {
-    entry: Gpa,
-    pages: Pages,
+    pub(crate) entry: Gpa,
+    pub(crate) pages: Pages,
 }
 
 /// A loadable segment of an ELF file.
-struct Segment<'a> {
-    /// Where the linker placed it, which the entry point refers to.
+pub(crate) struct Segment<'a> {
+    /// Where the linker placed it.
     link: u64,
     /// Where it is in memory.
-    start: u64,
-    contents: &'a [u8],
-    len: u64,
+    pub(crate) start: u64,
+    pub(crate) contents: &'a [u8],
+    pub(crate) len: u64,
 }
 
 impl Image {
@@ -32,34 +32,12 @@ impl Image {
     /// # Errors
     /// [`Error::Image`] if it is something else, is damaged, or its segments overlap or end too high.
     pub fn from_elf(file: &[u8]) -> Result<Self, Error> {
-        let refuse = |reason: &str| Error::Image { reason: reason.to_owned() };
-        let parse = |error: object::read::Error| refuse(&error.to_string());
-        let header = FileHeader64::<LittleEndian>::parse(file).map_err(parse)?;
-        let endian = header.endian().map_err(parse)?;
-        if header.e_machine(endian) != EM_X86_64 || header.e_type(endian) != ET_EXEC {
-            return Err(refuse("it is not a statically linked x86-64 executable"));
-        }
-        let mut segments = Vec::new();
-        for program in header.program_headers(endian, file).map_err(parse)? {
-            if program.p_type(endian) == PT_LOAD && program.p_memsz(endian) > 0 {
-                segments.push(segment(program, endian, file)?);
-            }
-        }
-        segments.sort_by_key(|segment| segment.start);
-        // Headers may name the same bytes more than once, and so make much of little.
-        let len = segments.iter().try_fold(0u64, |len, segment| len.checked_add(segment.contents.len() as u64));
-        if len.is_none_or(|len| len > file.len() as u64) {
-            return Err(refuse("its segments are longer than the file"));
-        }
-        let entry = header.e_entry(endian);
+        let (entry, segments) = segments(file)?;
         let entry = segments.iter().find_map(|segment| {
             let offset = entry.checked_sub(segment.link).filter(|offset| *offset < segment.contents.len() as u64)?;
             Some(Gpa(segment.start + offset))
         });
         let entry = entry.ok_or_else(|| refuse("its entry point lies in none of its segments"))?;
-        if let Some(pair) = segments.windows(2).find(|pair| pair[0].start + pair[0].len > pair[1].start) {
-            return Err(refuse(&format!("its segments at {:#x} and {:#x} overlap", pair[0].start, pair[1].start)));
-        }
         Ok(Self { entry, pages: pages(&segments)? })
     }
 
@@ -72,6 +50,37 @@ impl Image {
     pub fn pages(&self) -> &[(GpaRange, Option<Vec<u8>>)] {
         &self.pages
     }
+}
+
+fn refuse(reason: &str) -> Error {
+    Error::Image { reason: reason.to_owned() }
+}
+
+/// The entry point of an ELF file as it stands there, and its segments in the order of their addresses: they do not
+/// overlap, and have no more contents than the file.
+pub(crate) fn segments(file: &[u8]) -> Result<(u64, Vec<Segment<'_>>), Error> {
+    let parse = |error: object::read::Error| refuse(&error.to_string());
+    let header = FileHeader64::<LittleEndian>::parse(file).map_err(parse)?;
+    let endian = header.endian().map_err(parse)?;
+    if header.e_machine(endian) != EM_X86_64 || header.e_type(endian) != ET_EXEC {
+        return Err(refuse("it is not a statically linked x86-64 executable"));
+    }
+    let mut segments = Vec::new();
+    for program in header.program_headers(endian, file).map_err(parse)? {
+        if program.p_type(endian) == PT_LOAD && program.p_memsz(endian) > 0 {
+            segments.push(segment(program, endian, file)?);
+        }
+    }
+    segments.sort_by_key(|segment| segment.start);
+    // Headers may name the same bytes more than once, and so make much of little.
+    let len = segments.iter().try_fold(0u64, |len, segment| len.checked_add(segment.contents.len() as u64));
+    if len.is_none_or(|len| len > file.len() as u64) {
+        return Err(refuse("its segments are longer than the file"));
+    }
+    if let Some(pair) = segments.windows(2).find(|pair| pair[0].start + pair[0].len > pair[1].start) {
+        return Err(refuse(&format!("its segments at {:#x} and {:#x} overlap", pair[0].start, pair[1].start)));
+    }
+    Ok((header.e_entry(endian), segments))
 }
 
 fn segment<'a>(
@@ -143,4 +152,4 @@ fn pages(segments: &[Segment<'_>]) -> Result<Pages, Error> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -13,6 +13,8 @@ use crate::boot::{self, BootPage, MemoryRange};
 use crate::doorbell::{Doorbell, Transport};
 use crate::image::Image;
 use crate::interrupt::{InterruptController, InterruptPolicy, Refusal};
+#[cfg(all(feature = "linux", target_arch = "x86_64"))]
+use crate::linux::LinuxImage;
 use crate::memory::Slots;
 use crate::x86::{self, VcpuState};
 use crate::{BoxError, Error, Gpa, GpaRange, PAGE_SIZE, Policy};
@@ -372,6 +374,25 @@ impl<L: Loader> Launch<L> {
             }
         }
         Ok(())
+    }
+
+    /// Loads the pages of a kernel and all that it is given, measured, in the order of their addresses, and makes the
+    /// vCPU start there.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with more than one vCPU: each would start the kernel, which wakes its others itself, by an
+    /// interrupt controller and tables that guests do not have here. [`Error::Layout`] when the image was laid out for
+    /// other memory than this launch has. As [`Launch::load`] and [`Launch::set_vcpu`].
+    #[cfg(all(feature = "linux", target_arch = "x86_64"))]
+    pub fn load_linux(&mut self, image: &LinuxImage) -> Result<(), Error> {
+        if self.config.vcpus != 1 {
+            return Err(Error::Config(format!("{} vcpus; linux starts on one", self.config.vcpus)));
+        }
+        if self.memory != *image.memory() {
+            return Err(Error::Layout("the image was laid out for other memory".into()));
+        }
+        self.load_image(image.image())?;
+        self.set_vcpu(0, &image.first_state())
     }
 
     /// Loads a measured [`BootPage`] at `gpa`, with `argument` for the guest.

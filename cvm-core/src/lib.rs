@@ -10,6 +10,8 @@
 //! 5. [`interrupt`]: what the host may inject.
 //! 6. [`lifecycle`]: what can be done with the running VM, as data.
 //!
+//! With the feature `linux`, [`launch`] also starts kernels from their files, see `linux`.
+//!
 //! What guest and VMM say to each other is in [`doorbell`] and [`boot`]; these, [`address`] and [`side`] build
 //! without `std`, for guests. There is no ioctl and no unsafe code here: backends bring those.
 
@@ -31,6 +33,8 @@ pub mod interrupt;
 pub mod launch;
 #[cfg(feature = "std")]
 pub mod lifecycle;
+#[cfg(all(feature = "linux", target_arch = "x86_64"))]
+pub mod linux;
 #[cfg(feature = "std")]
 pub mod memory;
 #[cfg(feature = "std")]

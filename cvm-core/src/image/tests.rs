@@ -2,10 +2,10 @@ use super::*;
 use proptest::prelude::*;
 
 /// By how much virtual addresses are above physical ones in these files.
-const LINKED_HIGHER: u64 = 0xffff_8000_0000_0000;
+pub(crate) const LINKED_HIGHER: u64 = 0xffff_8000_0000_0000;
 
 /// An ELF file with these segments: start, contents, length in memory. The entry point is a physical address too.
-fn elf(entry: u64, segments: &[(u64, &[u8], u64)]) -> Vec<u8> {
+pub(crate) fn elf(entry: u64, segments: &[(u64, &[u8], u64)]) -> Vec<u8> {
     let mut file = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     let half = |file: &mut Vec<u8>, value: u16| file.extend(value.to_le_bytes());
     let word = |file: &mut Vec<u8>, value: u32| file.extend(value.to_le_bytes());
@@ -13,7 +13,7 @@ fn elf(entry: u64, segments: &[(u64, &[u8], u64)]) -> Vec<u8> {
     half(&mut file, 2);
     half(&mut file, 62);
     word(&mut file, 1);
-    long(&mut file, entry + LINKED_HIGHER);
+    long(&mut file, entry.wrapping_add(LINKED_HIGHER));
     long(&mut file, 64);
     long(&mut file, 0);
     word(&mut file, 0);

@@ -340,3 +340,53 @@ proptest! {
         }
     }
 }
+
+#[cfg(all(feature = "linux", target_arch = "x86_64"))]
+mod linux {
+    use super::*;
+    use crate::linux::{Kernel, LinuxImage};
+
+    const BYTES: u64 = 4 << 20;
+
+    fn image(bytes: u64, line: &str) -> LinuxImage {
+        let kernel = Kernel::Raw { contents: &[1; 5000], gpa: Gpa(2 << 20) };
+        LinuxImage::new(kernel, Some(&[2; 5000]), line, &[GpaRange::new(0, bytes).unwrap()]).unwrap()
+    }
+
+    fn launch(vcpus: u32) -> Launch<Keeper> {
+        Launch::new(Keeper::default(), VmConfig::new(BYTES, vcpus).unwrap(), Transport::Doorbell).unwrap()
+    }
+
+    fn sealed(line: &str) -> Kept {
+        let mut launch = launch(1);
+        launch.load_linux(&image(BYTES, line)).unwrap();
+        launch.seal().unwrap()
+    }
+
+    #[test]
+    fn its_pages_are_loaded_measured_and_in_the_order_of_their_addresses() {
+        let vm = sealed("quiet");
+        assert!(vm.loads.windows(2).all(|pair| pair[0].0.end() <= pair[1].0.start()));
+        let pages = vm.transcript.entries().iter().filter_map(|entry| match entry {
+            Entry::Page { kind: PageKind::Measured, gpa, .. } => Some(gpa.0),
+            _ => None,
+        });
+        let pages: Vec<_> = pages.collect();
+        let tables = (0..6).map(|page| 0x9000 + page * PAGE_SIZE);
+        let rest = [0x1_0000, 0x20_0000, 0x20_1000, 0x3f_e000, 0x3f_f000];
+        assert_eq!(pages, [0x7000].into_iter().chain(tables).chain(rest).collect::<Vec<_>>());
+        assert!(matches!(vm.transcript.entries().last(), Some(Entry::Vcpu { index: 0, .. })));
+    }
+
+    #[test]
+    fn the_measurement_is_that_of_the_files_and_the_command_line() {
+        assert_eq!(sealed("quiet").transcript, sealed("quiet").transcript);
+        assert_ne!(sealed("quiet").transcript.measurement(), sealed("debug").transcript.measurement());
+    }
+
+    #[test]
+    fn it_takes_one_vcpu_and_the_memory_that_it_was_laid_out_for() {
+        assert!(matches!(launch(2).load_linux(&image(BYTES, "")), Err(Error::Config(_))));
+        assert!(matches!(launch(1).load_linux(&image(2 * BYTES, "")), Err(Error::Layout(_))));
+    }
+}

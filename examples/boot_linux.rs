@@ -1,0 +1,125 @@
+//! Boots a Linux kernel from its file and prints what it writes to its first serial port.
+//!
+//! The kernel gets far enough to print its first messages: a guest has no timer, no firmware and no devices of other
+//! machines, and it does not know here that it is protected. An access where there is no memory ends it. Your own
+//! package needs the feature `linux` of `cvm` for this.
+
+use clap::{Parser, ValueEnum};
+use cvm::kvm::KvmPlatform;
+use cvm::linux::{Kernel, LinuxImage};
+use cvm::{Exit, Platform, Protection, Vcpu, Vm, VmConfig, Watchdog};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// The first serial port: where it takes a byte, and its line status, which says that it can.
+const SERIAL: u16 = 0x3f8;
+const LINE_STATUS: u16 = SERIAL + 5;
+const EMPTY: u64 = 0x60;
+
+/// The counter of a timer that is not there: stands still, as a kernel would wait long for one that reads as ones.
+const TIMER: u16 = 0x42;
+
+/// What makes a kernel print from its start, and not wait for a timer to tell it how fast its clock is.
+const APPEND: &str = "earlycon=uart8250,io,0x3f8 console=ttyS0 panic=-1 nolapic tsc_early_khz=2000000";
+
+/// Boot a Linux kernel, and print what it says.
+#[derive(Debug, Parser)]
+#[command(name = "boot_linux")]
+struct Options {
+    /// A bzImage, or an ELF file as vmlinux is
+    #[arg(long, value_name = "FILE")]
+    kernel: PathBuf,
+
+    /// An initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+
+    /// The command line
+    #[arg(long, value_name = "TEXT", default_value = APPEND)]
+    append: String,
+
+    /// How much memory the guest has, in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 128, value_parser = clap::value_parser!(u64).range(2..=3328))]
+    memory: u64,
+
+    /// What keeps private memory private [default: the strongest that this host offers]
+    #[arg(long, value_enum)]
+    isolation: Option<IsolationChoice>,
+
+    /// Stop a guest that runs longer than this
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    timeout: u64,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum IsolationChoice {
+    /// Nothing: two files of this process, on any KVM
+    None,
+    /// Memory that no process can map, where KVM has it
+    GuestMemfd,
+    /// A process beside this one that holds the VM, with such memory where KVM has it
+    Vault,
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, BoxError> {
+    std::fs::read(path).map_err(|error| format!("failed to read {}: {error}", path.display()).into())
+}
+
+fn run(options: &Options) -> Result<(), BoxError> {
+    let file = read(&options.kernel)?;
+    let initrd = options.initrd.as_deref().map(read).transpose()?;
+    let kernel = if file.starts_with(b"\x7fELF") { Kernel::Elf(&file) } else { Kernel::BzImage(&file) };
+    let protection = options.isolation.map(|isolation| match isolation {
+        IsolationChoice::None => Protection::None,
+        IsolationChoice::GuestMemfd => Protection::GuestMemfd,
+        IsolationChoice::Vault => Protection::Vault,
+    });
+    let config = VmConfig::new(options.memory << 20, 1)?;
+    let image = LinuxImage::new(kernel, initrd.as_deref(), &options.append, &config.memory)?;
+    let mut launch = KvmPlatform::open(Path::new("/dev/kvm"), protection)?.launch(config)?;
+    launch.load_linux(&image)?;
+    let mut vm = launch.seal()?;
+    println!("measurement: {}", vm.transcript().measurement());
+
+    let mut vcpu = vm.take_vcpus().remove(0);
+    let watchdog = Watchdog::new(Duration::from_secs(options.timeout), vec![vcpu.kicker()])?;
+    let mut console = std::io::stdout().lock();
+    loop {
+        match vcpu.run()? {
+            Exit::PortWrite { port: SERIAL, value, .. } => {
+                console.write_all(&[value as u8])?;
+                console.flush()?;
+            }
+            Exit::PortRead { port: LINE_STATUS, .. } => vcpu.answer_read(EMPTY)?,
+            Exit::PortRead { port: TIMER, .. } => vcpu.answer_read(0)?,
+            // No device is there: reads give ones, and writes go nowhere.
+            Exit::PortRead { .. } => vcpu.answer_read(u64::MAX)?,
+            Exit::MsrRead { .. } => vcpu.answer_read(0)?,
+            Exit::PortWrite { .. } | Exit::MsrWrite { .. } => {}
+            Exit::Kicked if watchdog.fired() => return Err("the guest ran too long".into()),
+            Exit::Kicked => {}
+            other => return Err(format!("the guest stopped: {other:?}").into()),
+        }
+    }
+}
+
+/// The error with its sources, each behind a colon.
+fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    std::iter::successors(error.source(), |error| error.source())
+        .fold(error.to_string(), |text, source| format!("{text}: {source}"))
+}
+
+fn main() -> ExitCode {
+    cvm::kvm::vault::init();
+    match run(&Options::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", chain(&*error));
+            ExitCode::FAILURE
+        }
+    }
+}
