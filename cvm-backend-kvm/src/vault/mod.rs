@@ -23,12 +23,15 @@
 mod bell;
 mod client;
 mod page;
+mod process;
 pub mod protocol;
 mod sandbox;
 mod server;
 mod socket;
+mod vcpu;
 
-pub(crate) use client::{VaultLoader, VaultVcpu, VaultVm, launch};
+pub(crate) use client::{VaultLoader, VaultVm, launch};
+pub(crate) use vcpu::VaultVcpu;
 
 use crate::Error;
 use cvm_core::Protection;

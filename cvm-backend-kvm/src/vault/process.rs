@@ -1,0 +1,199 @@
+//! The process of a vault, as its VMM finds it: started, asked, watched, killed.
+
+use super::page::{Asking, NoReply, Page, Pages};
+use super::protocol::{Malformed, Message, Order, Reply, Report, Request};
+use super::socket::{self, Received};
+use super::{MARK, NAME, Program};
+use crate::Error;
+use crate::local::Backing;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::RecvFlags;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use std::io::{self, ErrorKind};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
+
+/// How long a vault may take to say that it is there, where processors are emulated and files come over a network.
+const PATIENCE: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
+
+fn failed<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> Error {
+    move |error| Error::Vault { step, source: error.into() }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What a thread that panicked leaves behind is a sequence number that is in order or is refused.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The socket with the number of the last order.
+#[derive(Debug)]
+struct Orders {
+    socket: OwnedFd,
+    last: u32,
+}
+
+/// A vault that was started.
+#[derive(Debug)]
+pub(super) struct Vault {
+    orders: Mutex<Orders>,
+    process: OwnedFd,
+    /// What came of it.
+    end: Arc<OnceLock<String>>,
+    watcher: Option<JoinHandle<()>>,
+    pub(super) pages: Arc<Pages>,
+    asking: Vec<Mutex<Asking>>,
+}
+
+/// Starts the process; the socket is its standard input.
+fn start(program: &Program, device: &Path) -> Result<(Child, OwnedFd), Error> {
+    let (ours, theirs) = socket::pair().map_err(failed("make a socket"))?;
+    let mut command = Command::new(program.path());
+    // An absolute path, for the vault leaves its directory.
+    command.arg0(NAME).arg(std::path::absolute(device).map_err(failed("find the device"))?);
+    command.env_clear().env(MARK, "1");
+    // A program whose libraries are found by it could not start without.
+    command.envs(std::env::var_os("LD_LIBRARY_PATH").map(|path| ("LD_LIBRARY_PATH", path)));
+    command.stdin(theirs).stdout(Stdio::null()).stderr(Stdio::null());
+    // What a terminal sends to the VMM is not for the vault.
+    command.process_group(0);
+    let child = command.spawn().map_err(failed("start its process"))?;
+    Ok((child, ours))
+}
+
+impl Vault {
+    pub(super) fn new(program: &Program, device: &Path, vcpus: u32, pages: &Backing) -> Result<Self, Error> {
+        let pages = Arc::new(Pages::map(pages, vcpus)?);
+        let (mut child, socket) = start(program, device)?;
+        let process = Pid::from_raw(child.id() as i32).ok_or(io::Error::from(ErrorKind::NotFound));
+        let process = process.and_then(|pid| Ok(pidfd_open(pid, PidfdFlags::empty())?));
+        let process = process.inspect_err(|_| drop(child.kill())).map_err(failed("get hold of its process"))?;
+        let end = Arc::<OnceLock<String>>::default();
+        let watcher = {
+            let (end, pages) = (Arc::clone(&end), Arc::clone(&pages));
+            std::thread::Builder::new().name("vault-watcher".into()).spawn(move || {
+                let status = child.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
+                let _ = end.set(status);
+                (0..pages.count()).for_each(|index| pages.page(index).bury());
+            })
+        };
+        let mut vault = Self {
+            orders: Mutex::new(Orders { socket, last: 0 }),
+            process,
+            end,
+            watcher: None,
+            asking: (0..vcpus).map(|_| Mutex::default()).collect(),
+            pages,
+        };
+        // Without its watcher the process is killed and not waited for: there is no thread to be had to do so.
+        vault.watcher = Some(watcher.map_err(failed("start a thread that watches it"))?);
+        vault.await_greeting()?;
+        Ok(vault)
+    }
+
+    fn await_greeting(&self) -> Result<(), Error> {
+        let orders = lock(&self.orders);
+        let ready = poll(&mut [PollFd::new(&orders.socket, PollFlags::IN)], Some(&PATIENCE));
+        if ready.map_err(failed("wait for it"))? == 0 {
+            let what = "it did not answer: does main begin with cvm::kvm::vault::init()?";
+            return Err(Error::VaultProtocol { what });
+        }
+        match self.receive(&orders, 0)? {
+            (Report::Done, _) => Ok(()),
+            (Report::Failed(reason), _) => Err(Error::VaultRefused { reason }),
+            _ => Err(Error::VaultProtocol { what: "its greeting is none" }),
+        }
+    }
+
+    /// What is to be said of a vault that does not answer.
+    fn dead(&self) -> Error {
+        // It closes its socket before it is done with dying; what is no vault may close it and live on.
+        self.kill();
+        let status = self.end.wait().clone();
+        Error::VaultDied { status }
+    }
+
+    fn receive(&self, orders: &Orders, sequence: u32) -> Result<(Report, Vec<OwnedFd>), Error> {
+        let received = match socket::receive(&orders.socket, RecvFlags::empty()) {
+            Ok(Some(received)) => received,
+            Ok(None) => return Err(self.dead()),
+            Err(source) => return Err(failed("hear from it")(source)),
+        };
+        let Received { message, text, descriptors } = received;
+        if message.sequence != sequence {
+            return Err(self.disown("its report is out of order"));
+        }
+        let report = Report::decode(&message, &text).map_err(|_| self.disown("its report is malformed"))?;
+        Ok((report, descriptors))
+    }
+
+    /// Gives an order, and waits for the report.
+    pub(super) fn order(&self, order: &Order, descriptors: &[BorrowedFd<'_>]) -> Result<(Report, Vec<OwnedFd>), Error> {
+        let mut orders = lock(&self.orders);
+        orders.last = orders.last.wrapping_add(1);
+        match socket::send(&orders.socket, orders.last, order.encode(), descriptors) {
+            Ok(()) => {}
+            Err(error) if [ErrorKind::BrokenPipe, ErrorKind::ConnectionReset].contains(&error.kind()) => {
+                return Err(self.dead());
+            }
+            Err(source) => return Err(failed("order something")(source)),
+        }
+        match self.receive(&orders, orders.last)? {
+            (Report::Failed(reason), _) => Err(Error::VaultRefused { reason }),
+            answer => Ok(answer),
+        }
+    }
+
+    /// Gives an order that has no result.
+    pub(super) fn order_done(&self, order: &Order) -> Result<(), Error> {
+        match self.order(order, &[])? {
+            (Report::Done, _) => Ok(()),
+            _ => Err(self.disown("its report does not fit the order")),
+        }
+    }
+
+    pub(super) fn page(&self, vcpu: u32) -> Page<'_> {
+        self.pages.page(vcpu)
+    }
+
+    /// Asks on the page of `vcpu`, and waits for the answer.
+    pub(super) fn ask(&self, vcpu: u32, request: &Request) -> Result<Reply, Error> {
+        let asking = self.asking.get(vcpu as usize);
+        let asking = asking.ok_or(Error::VaultRefused { reason: "there is no such vcpu".into() })?;
+        let answered: Result<(Message, Vec<u8>), _> =
+            lock(asking).ask(self.page(vcpu), request.encode(), !matches!(request, Request::Run(_)));
+        match answered {
+            Ok((message, text)) => match Reply::decode(vcpu, &message, &text) {
+                Ok(Reply::Refused(reason)) => Err(Error::VaultRefused { reason }),
+                Ok(reply) => Ok(reply),
+                Err(Malformed { .. }) => Err(self.disown("its reply is malformed")),
+            },
+            Err(NoReply::Dead) => Err(self.dead()),
+            Err(NoReply::OutOfOrder) => Err(self.disown("its reply is out of order")),
+        }
+    }
+
+    fn kill(&self) {
+        // It fails if the process is dead already.
+        let _ = pidfd_send_signal(&self.process, Signal::KILL);
+    }
+
+    /// Kills a vault that does not keep to the protocol: it cannot be what was started.
+    pub(super) fn disown(&self, what: &'static str) -> Error {
+        self.kill();
+        Error::VaultProtocol { what }
+    }
+}
+
+impl Drop for Vault {
+    fn drop(&mut self) {
+        self.kill();
+        if let Some(watcher) = self.watcher.take() {
+            // It has panicked at worst, and then the process is dead all the same.
+            let _ = watcher.join();
+        }
+    }
+}
