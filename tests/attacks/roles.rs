@@ -79,7 +79,7 @@ fn be_vmm(platform: &KvmPlatform) -> Result<(), BoxError> {
 /// Every attack of a hostile guest, beside a guest that must not notice.
 fn be_guests_vmm(platform: &KvmPlatform, effort: Effort) -> Result<(), BoxError> {
     for (row, attack) in hostile_guest::ATTACKS {
-        let mut beside = Keeper::new(platform, nonce())?;
+        let mut beside = Keeper::with_limit(platform, nonce(), LONG)?;
         let mut observed = attack(platform, effort);
         if !beside.is_well() {
             observed = Observed::Got("the guest beside it is disturbed".into());
