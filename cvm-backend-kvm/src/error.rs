@@ -94,6 +94,11 @@ impl Error {
         move |error| Self::Kvm { step, source: error.into() }
     }
 
+    /// For `map_err`: `step` was what a vault, or this process on its behalf, was to do.
+    pub(crate) fn vault<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> Self {
+        move |error| Self::Vault { step, source: error.into() }
+    }
+
     /// For `map_err`: `step` was what a call was to do to `range`.
     pub(crate) fn memory<E: Into<io::Error>>(step: &'static str, range: GpaRange) -> impl FnOnce(E) -> Self {
         move |error| Self::Memory { step, range, source: error.into() }

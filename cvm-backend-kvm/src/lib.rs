@@ -31,3 +31,10 @@ pub mod vault;
 pub use error::Error;
 pub use handles::{KvmLoader, KvmVcpu, KvmVm};
 pub use platform::KvmPlatform;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Locks what a thread that panicked leaves in order, as all that is locked here.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

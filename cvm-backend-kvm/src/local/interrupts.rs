@@ -1,7 +1,7 @@
 //! The ways of interrupts into a VM, past its guards: one guard for each vCPU, which its own thread and others share.
 
 use super::{apic, failed, vm_fd};
-use crate::Error;
+use crate::{Error, lock};
 use cvm_core::{Error as CoreError, Event, InterruptController, InterruptGuard, InterruptPolicy, Trigger};
 use kvm_bindings::{KVM_MAX_IRQ_ROUTES, KvmIrqRouting};
 use kvm_ioctls::VmFd;
@@ -10,7 +10,7 @@ use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use std::io::{self, IoSliceMut};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -23,10 +23,6 @@ pub(crate) fn new_eventfd() -> io::Result<OwnedFd> {
 /// emptied it, and cleared the flag by which an empty one is not waited for.
 pub(crate) fn take(eventfd: &OwnedFd) -> bool {
     preadv2(eventfd, &mut [IoSliceMut::new(&mut [0; 8])], u64::MAX, ReadWriteFlags::NOWAIT).is_ok()
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// An eventfd that raises one interrupt. Its place among all of them is its GSI.
@@ -194,7 +190,6 @@ impl Gates {
                 }
             }
             take(wake);
-            // Only those that are ready: who else holds an eventfd may have made it one that blocks.
             let signalled = ready.iter().skip(1).map(|eventfd| eventfd.revents().contains(PollFlags::IN));
             for (source, signalled) in sources.iter().zip(signalled) {
                 let event = Event::Interrupt(source.vector);

@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code, reason = "a signal is sent to a thread, and a flag that the kernel reads is mapped twice")]
 
-use crate::Error;
+use crate::{Error, lock};
 use cvm_core::Kick;
 use kvm_bindings::kvm_run;
 use kvm_ioctls::VcpuFd;
@@ -13,7 +13,7 @@ use std::mem::offset_of;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 /// The signal that makes KVM_RUN return, see [`KvmPlatform`](crate::KvmPlatform).
@@ -99,7 +99,7 @@ impl Kicker {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Whether a kick was requested; it is over then.

@@ -22,6 +22,6 @@ pub(crate) use vm::{LocalVm, lifecycle};
 use cvm_core::{BoxError, Error};
 
 /// For `map_err`: `step` was what the host was to do.
-fn failed<E: Into<BoxError>>(step: &'static str) -> impl Fn(E) -> Error {
+pub(crate) fn failed<E: Into<BoxError>>(step: &'static str) -> impl Fn(E) -> Error {
     move |error| Error::Backend { step, range: None, source: error.into() }
 }

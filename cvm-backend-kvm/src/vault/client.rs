@@ -6,7 +6,7 @@ use super::protocol::{Order, Reply, Report, Request};
 use super::vcpu::{Kicker, VaultVcpu};
 use super::{MOST_LOADED, Program};
 use crate::Error;
-use crate::local::{Backing, Layout, shared_view};
+use crate::local::{Backing, Layout, failed, shared_view};
 use cvm_core::doorbell::Transport;
 use cvm_core::interrupt::{Guarding, Refusal};
 use cvm_core::launch::{Loader, Transcript, VmConfig};
@@ -20,11 +20,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
-
-/// For `map_err`: `step` was what the vault was to do.
-pub(super) fn backend<E: Into<BoxError>>(step: &'static str) -> impl FnOnce(E) -> CoreError {
-    move |error| CoreError::Backend { step, range: None, source: error.into() }
-}
 
 /// Starts a vault, and in it the launch of a VM that uses `transport`.
 pub(crate) fn launch(
@@ -113,14 +108,14 @@ pub(super) struct ByVault(Arc<Held>);
 
 impl Converter for ByVault {
     fn convert(&self, vcpu: u32, range: GpaRange, to: Side) -> Result<(), ConverterError> {
-        let failed = |left_as, source| Err(ConverterError { step: "have the vault convert", left_as, source });
+        let not_converted = |left_as, source| Err(ConverterError { step: "have the vault convert", left_as, source });
         match self.0.vault.ask(vcpu, &Request::Convert { range, to }) {
             Ok(Reply::Done) => Ok(()),
-            Ok(Reply::NotConverted { left_as, reason }) => failed(left_as, reason.into()),
-            Ok(_) => failed(LeftAs::Unknown, self.0.vault.disown("its reply does not fit the request").into()),
-            Err(error @ Error::VaultRefused { .. }) => failed(LeftAs::Before, error.into()),
+            Ok(Reply::NotConverted { left_as, reason }) => not_converted(left_as, reason.into()),
+            Ok(_) => not_converted(LeftAs::Unknown, self.0.vault.disown("its reply does not fit the request").into()),
+            Err(error @ Error::VaultRefused { .. }) => not_converted(LeftAs::Before, error.into()),
             // With the vault, the guest is gone.
-            Err(error) => failed(LeftAs::Unknown, error.into()),
+            Err(error) => not_converted(LeftAs::Unknown, error.into()),
         }
     }
 
@@ -161,8 +156,8 @@ impl VaultVm {
         refused: impl FnOnce(Refusal) -> CoreError,
     ) -> Result<OwnedFd, CoreError> {
         let vault = &self.shared.held.vault;
-        let no_fit = || backend(step)(vault.disown("its report does not fit the order"));
-        match vault.order(order, &[]).map_err(backend(step))? {
+        let no_fit = || failed(step)(vault.disown("its report does not fit the order"));
+        match vault.order(order, &[]).map_err(failed(step))? {
             (Report::Descriptor, descriptors) => {
                 let [eventfd] = <[OwnedFd; 1]>::try_from(descriptors).map_err(|_| no_fit())?;
                 Ok(eventfd)
@@ -203,9 +198,9 @@ impl Vm for VaultVm {
 
     fn allocated(&self) -> Result<Allocated, CoreError> {
         let vault = &self.shared.held.vault;
-        match vault.order(&Order::Count, &[]).map_err(backend("count the memory"))?.0 {
+        match vault.order(&Order::Count, &[]).map_err(failed("count the memory"))?.0 {
             Report::Memory { private, shared } => Ok(Allocated { private, shared }),
-            _ => Err(backend("count the memory")(vault.disown("its report does not fit the order"))),
+            _ => Err(failed("count the memory")(vault.disown("its report does not fit the order"))),
         }
     }
 
@@ -235,9 +230,9 @@ impl Vm for VaultVm {
 
     fn dropped_interrupts(&self) -> Result<u64, CoreError> {
         let vault = &self.shared.held.vault;
-        match vault.order(&Order::CountDropped, &[]).map_err(backend("count dropped interrupts"))?.0 {
+        match vault.order(&Order::CountDropped, &[]).map_err(failed("count dropped interrupts"))?.0 {
             Report::Dropped(count) => Ok(count),
-            _ => Err(backend("count dropped interrupts")(vault.disown("its report does not fit the order"))),
+            _ => Err(failed("count dropped interrupts")(vault.disown("its report does not fit the order"))),
         }
     }
 }

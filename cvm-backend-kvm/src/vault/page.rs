@@ -74,7 +74,7 @@ impl Pages {
             let file = FileOffset::new(backing.file().try_clone()?, 0);
             MmapRegion::from_file(file, Self::bytes(vcpus) as usize).map_err(io::Error::other)
         };
-        let region = map().map_err(|source| Error::Vault { step: "map the pages of its vcpus", source })?;
+        let region = map().map_err(Error::vault("map the pages of its vcpus"))?;
         Ok(Self { region, looks: worth_looking() })
     }
 

@@ -4,8 +4,8 @@ use super::page::{Asking, NoReply, Page, Pages};
 use super::protocol::{Malformed, Message, Order, Reply, Report, Request};
 use super::socket::{self, Received};
 use super::{MARK, NAME, Program};
-use crate::Error;
 use crate::local::Backing;
+use crate::{Error, lock};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::RecvFlags;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -14,20 +14,11 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 
 /// How long a vault may take to say that it is there, where processors are emulated and files come over a network.
 const PATIENCE: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
-
-fn failed<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> Error {
-    move |error| Error::Vault { step, source: error.into() }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What a thread that panicked leaves behind is a sequence number that is in order or is refused.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// The socket with the number of the last order.
 #[derive(Debug)]
@@ -50,17 +41,17 @@ pub(super) struct Vault {
 
 /// Starts the process; the socket is its standard input.
 fn start(program: &Program, device: &Path) -> Result<(Child, OwnedFd), Error> {
-    let (ours, theirs) = socket::pair().map_err(failed("make a socket"))?;
+    let (ours, theirs) = socket::pair().map_err(Error::vault("make a socket"))?;
     let mut command = Command::new(program.path());
     // An absolute path, for the vault leaves its directory.
-    command.arg0(NAME).arg(std::path::absolute(device).map_err(failed("find the device"))?);
+    command.arg0(NAME).arg(std::path::absolute(device).map_err(Error::vault("find the device"))?);
     command.env_clear().env(MARK, "1");
     // A program whose libraries are found by it could not start without.
     command.envs(std::env::var_os("LD_LIBRARY_PATH").map(|path| ("LD_LIBRARY_PATH", path)));
     command.stdin(theirs).stdout(Stdio::null()).stderr(Stdio::null());
     // What a terminal sends to the VMM is not for the vault.
     command.process_group(0);
-    let child = command.spawn().map_err(failed("start its process"))?;
+    let child = command.spawn().map_err(Error::vault("start its process"))?;
     Ok((child, ours))
 }
 
@@ -70,7 +61,7 @@ impl Vault {
         let (mut child, socket) = start(program, device)?;
         let process = Pid::from_raw(child.id() as i32).ok_or(io::Error::from(ErrorKind::NotFound));
         let process = process.and_then(|pid| Ok(pidfd_open(pid, PidfdFlags::empty())?));
-        let process = process.inspect_err(|_| drop(child.kill())).map_err(failed("get hold of its process"))?;
+        let process = process.inspect_err(|_| drop(child.kill())).map_err(Error::vault("get hold of its process"))?;
         let end = Arc::<OnceLock<String>>::default();
         let watcher = {
             let (end, pages) = (Arc::clone(&end), Arc::clone(&pages));
@@ -89,7 +80,7 @@ impl Vault {
             pages,
         };
         // Without its watcher the process is killed and not waited for: there is no thread to be had to do so.
-        vault.watcher = Some(watcher.map_err(failed("start a thread that watches it"))?);
+        vault.watcher = Some(watcher.map_err(Error::vault("start a thread that watches it"))?);
         vault.await_greeting()?;
         Ok(vault)
     }
@@ -97,7 +88,7 @@ impl Vault {
     fn await_greeting(&self) -> Result<(), Error> {
         let orders = lock(&self.orders);
         let ready = poll(&mut [PollFd::new(&orders.socket, PollFlags::IN)], Some(&PATIENCE));
-        if ready.map_err(failed("wait for it"))? == 0 {
+        if ready.map_err(Error::vault("wait for it"))? == 0 {
             let what = "it did not answer: does main begin with cvm::kvm::vault::init()?";
             return Err(Error::VaultProtocol { what });
         }
@@ -120,7 +111,7 @@ impl Vault {
         let received = match socket::receive(&orders.socket, RecvFlags::empty()) {
             Ok(Some(received)) => received,
             Ok(None) => return Err(self.dead()),
-            Err(source) => return Err(failed("hear from it")(source)),
+            Err(source) => return Err(Error::vault("hear from it")(source)),
         };
         let Received { message, text, descriptors } = received;
         if message.sequence != sequence {
@@ -139,7 +130,7 @@ impl Vault {
             Err(error) if [ErrorKind::BrokenPipe, ErrorKind::ConnectionReset].contains(&error.kind()) => {
                 return Err(self.dead());
             }
-            Err(source) => return Err(failed("order something")(source)),
+            Err(source) => return Err(Error::vault("order something")(source)),
         }
         match self.receive(&orders, orders.last)? {
             (Report::Failed(reason), _) => Err(Error::VaultRefused { reason }),

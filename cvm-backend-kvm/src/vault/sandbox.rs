@@ -17,26 +17,22 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 
-/// For `map_err`: `step` was what could not be done.
-fn failed<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> Error {
-    move |error| Error::Vault { step, source: error.into() }
-}
-
 /// The first thing that a vault does: nobody looks into it from now on. `keep` is the only descriptor that it has kept.
 pub(super) fn close_the_doors(keep: u32) -> Result<(), Error> {
-    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(failed("refuse to be dumped"))?;
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(Error::vault("refuse to be dumped"))?;
     // Who had attached himself before that is still there.
-    let status = fs::read_to_string("/proc/self/status").map_err(failed("look for a tracer"))?;
+    let status = fs::read_to_string("/proc/self/status").map_err(Error::vault("look for a tracer"))?;
     if status.lines().filter_map(|line| line.strip_prefix("TracerPid:")).any(|tracer| tracer.trim() != "0") {
-        return Err(failed("be alone")(io::Error::other("another process traces it")));
+        return Err(Error::vault("be alone")(io::Error::other("another process traces it")));
     }
     // SAFETY: nothing of this process uses a descriptor above the standard ones yet.
     let closed = unsafe { libc::syscall(libc::SYS_close_range, keep + 1, u32::MAX, 0) };
     if closed != 0 {
-        return Err(failed("close descriptors")(io::Error::last_os_error()));
+        return Err(Error::vault("close descriptors")(io::Error::last_os_error()));
     }
-    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) }).map_err(failed("forbid core dumps"))?;
-    set_no_new_privs(true).map_err(failed("give up new privileges"))?;
+    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })
+        .map_err(Error::vault("forbid core dumps"))?;
+    set_no_new_privs(true).map_err(Error::vault("give up new privileges"))?;
     // Where it is not root, it has no say about what it could get, and cannot get it.
     for capability in CapabilitySet::all().iter() {
         let _ = remove_capability_from_bounding_set(capability);
@@ -44,9 +40,9 @@ pub(super) fn close_the_doors(keep: u32) -> Result<(), Error> {
     let _ = clear_ambient_capability_set();
     let none = CapabilitySet::empty();
     set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
-        .map_err(failed("give up its capabilities"))?;
-    set_name(c"cvm-vault").map_err(failed("name itself"))?;
-    std::env::set_current_dir("/").map_err(failed("leave its directory"))
+        .map_err(Error::vault("give up its capabilities"))?;
+    set_name(c"cvm-vault").map_err(Error::vault("name itself"))?;
+    std::env::set_current_dir("/").map_err(Error::vault("leave its directory"))
 }
 
 /// The last thing that a vault does before it takes orders: it can open nothing any more, and make no system call but
@@ -63,11 +59,12 @@ pub(super) fn lock_down() -> Result<(), Error> {
             .create()?
             .restrict_self()
     };
-    landlock().map_err(|error| failed("restrict itself by landlock")(io::Error::other(error)))?;
-    let filters = filters().map_err(|error| failed("make a filter of system calls")(io::Error::other(error)))?;
+    landlock().map_err(|error| Error::vault("restrict itself by landlock")(io::Error::other(error)))?;
+    let filters = filters().map_err(|error| Error::vault("make a filter of system calls")(io::Error::other(error)))?;
     // The list last: it does not have the call that sets a filter.
     filters.iter().try_for_each(|filter| {
-        seccompiler::apply_filter(filter).map_err(|error| failed("filter its system calls")(io::Error::other(error)))
+        seccompiler::apply_filter(filter)
+            .map_err(|error| Error::vault("filter its system calls")(io::Error::other(error)))
     })
 }
 

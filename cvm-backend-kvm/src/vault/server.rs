@@ -4,7 +4,7 @@ use super::page::{self, Answering, Page, Pages};
 use super::protocol::{Failure, Given, Malformed, Order, Reply, Report, Request};
 use super::socket::{self, Received};
 use super::{MOST_LOADED, sandbox};
-use crate::local::{Backing, LocalLoader, LocalVcpu, LocalVm, take_signal};
+use crate::local::{Backing, Layout, LocalLoader, LocalVcpu, LocalVm, take_signal};
 use crate::{Error, KvmPlatform};
 use cvm_core::launch::VmConfig;
 use cvm_core::memory::LeftAs;
@@ -66,6 +66,7 @@ enum Stage {
         launch: Box<Launch<LocalLoader>>,
         pages: Arc<Pages>,
         shared: Backing,
+        layout: Layout,
     },
     Running {
         vm: LocalVm,
@@ -210,8 +211,8 @@ impl Server {
                 self.create(config, descriptors)?;
                 Ok(Report::Done)
             }
-            (Order::Load { range, kind }, Stage::Loading { launch, shared, .. }) => {
-                load(launch, shared, range, kind)?;
+            (Order::Load { range, kind }, Stage::Loading { launch, shared, layout, .. }) => {
+                load(launch, shared, layout, range, kind)?;
                 Ok(Report::Done)
             }
             (Order::SetVcpu { index, state }, Stage::Loading { launch, .. }) => {
@@ -257,14 +258,14 @@ impl Server {
     fn create(&mut self, config: VmConfig, descriptors: Vec<OwnedFd>) -> Result<(), BoxError> {
         config.check()?;
         let [shared, pages] = <[OwnedFd; 2]>::try_from(descriptors).map_err(|_| "it takes two descriptors")?;
-        let bytes = config.memory.iter().map(GpaRange::len).sum();
-        let shared = Backing::adopt(shared, bytes)?;
+        let layout = Layout::new(&config.memory)?;
+        let shared = Backing::adopt(shared, layout.bytes())?;
         let pages = Pages::map(&Backing::adopt(pages, Pages::bytes(config.vcpus))?, config.vcpus)?;
         let kicks = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let launch = self.platform.launch_in_vault(config, shared.try_clone()?)?;
         self.handed_over = Some(kicks.try_clone()?);
         self.kicks = Some(kicks);
-        self.stage = Stage::Loading { launch: Box::new(launch), pages: Arc::new(pages), shared };
+        self.stage = Stage::Loading { launch: Box::new(launch), pages: Arc::new(pages), shared, layout };
         Ok(())
     }
 
@@ -285,14 +286,19 @@ impl Server {
 }
 
 /// Takes pages from the shared side into the launch, by one copy, so that what is measured is what is loaded.
-fn load(launch: &mut Launch<LocalLoader>, shared: &Backing, range: GpaRange, kind: PageKind) -> Result<(), BoxError> {
+fn load(
+    launch: &mut Launch<LocalLoader>,
+    shared: &Backing,
+    layout: &Layout,
+    range: GpaRange,
+    kind: PageKind,
+) -> Result<(), BoxError> {
     if kind == PageKind::Zero {
         return Ok(launch.zero(range)?);
     }
     if range.len() > MOST_LOADED {
         return Err("these are too many pages at once".into());
     }
-    let layout = crate::local::Layout::new(&launch.config().memory)?;
     let offset = layout.offset(range).ok_or("these pages are in no slot")?;
     let mut contents = vec![0; range.len() as usize];
     shared.file().read_exact_at(&mut contents, offset)?;

@@ -1,8 +1,9 @@
 //! A vCPU that a vault holds, as its VMM finds it.
 
-use super::client::{Held, Shared, backend};
+use super::client::{Held, Shared};
 use super::protocol::{Failure, Given, Reply, Request};
 use crate::Error;
+use crate::local::failed;
 use cvm_core::memory::Ticket;
 use cvm_core::x86::Register;
 use cvm_core::{Answer, Conversion, Error as CoreError, Event, Exit, Kick, RegisterRead, Vcpu};
@@ -43,11 +44,11 @@ impl VaultVcpu {
     }
 
     fn ask(&self, step: &'static str, request: &Request) -> Result<Reply, CoreError> {
-        self.shared.held.vault.ask(self.index, request).map_err(backend(step))
+        self.shared.held.vault.ask(self.index, request).map_err(failed(step))
     }
 
     fn no_fit<T>(&self, step: &'static str) -> Result<T, CoreError> {
-        Err(backend(step)(self.shared.held.vault.disown("its reply does not fit the request")))
+        Err(failed(step)(self.shared.held.vault.disown("its reply does not fit the request")))
     }
 
     fn run_on(&mut self) -> Result<Exit, CoreError> {
@@ -75,7 +76,7 @@ impl VaultVcpu {
                         }
                         Failure::Crashed(reason) => CoreError::Crashed { vcpu, reason },
                         Failure::Lost => CoreError::Lost,
-                        Failure::Host(reason) => backend("run a vcpu")(Error::VaultRefused { reason }),
+                        Failure::Host(reason) => failed("run a vcpu")(Error::VaultRefused { reason }),
                     });
                 }
                 _ => return self.no_fit("run a vcpu"),
@@ -154,7 +155,7 @@ impl Vcpu for VaultVcpu {
         match self.ask("inject an event", &Request::Inject(event))? {
             Reply::Done => Ok(()),
             Reply::InjectionRefused(source) => Err(CoreError::InjectionRefused { vcpu: self.index, event, source }),
-            Reply::Failed(Failure::Host(reason)) => Err(backend("inject an event")(Error::VaultRefused { reason })),
+            Reply::Failed(Failure::Host(reason)) => Err(failed("inject an event")(Error::VaultRefused { reason })),
             _ => self.no_fit("inject an event"),
         }
     }
