@@ -18,7 +18,7 @@ fuzz_target!(|bytes: &[u8]| {
         if let Some(given) = ANSWERS.get(usize::from(what >> 1)) {
             answer = *given;
             // Some pages on, or what is no place on the way.
-            let reached = u64::from(frame).wrapping_add(u32::from_le_bytes(value).cast_signed() as u64);
+            let reached = u64::from(frame).wrapping_add(value.cast_signed() as u64);
             registers.answer(answer, Gpa(reached.wrapping_mul(PAGE_SIZE)));
             let done = (reached.wrapping_mul(PAGE_SIZE) / PAGE_SIZE).checked_sub(frame.into());
             if let Some(done) = done.filter(|done| answer == Answer::Retry && *done < u64::from(pages))

@@ -229,7 +229,7 @@ impl<C: Converter> ConversionEngine<C> {
         // Pages on their way to the shared side were never in the view, so nobody can hold them.
         if to == Side::Private {
             self.set(claim, range, PageState::Private);
-            if let Err(holders) = self.memory.pins().drain(PIN_PATIENCE) {
+            if let Err(holders) = self.memory.pins().drain(claim.shard(), PIN_PATIENCE) {
                 run.roll_back();
                 return Err(Error::Pinned { range, waited: PIN_PATIENCE, holders });
             }

@@ -17,15 +17,21 @@ use std::time::Duration;
 #[derive(Debug)]
 pub(super) struct Pins<T> {
     phase: AtomicUsize,
-    /// Whoever takes pins, as long as he or a pin of his is there.
-    holders: Mutex<Vec<Arc<Tokens<T>>>>,
-    /// Held while somebody drains.
+    /// Whoever takes pins, as long as he or a pin of his is there. The same list several times, so that those who ask at
+    /// once do not wait for each other.
+    holders: [Padded<Mutex<Holders<T>>>; LISTS],
+    /// Held while somebody waits for pins.
     draining: Mutex<()>,
 }
 
+type Holders<T> = Vec<Arc<Tokens<T>>>;
+
+const LISTS: usize = 4;
+
 impl<T> Default for Pins<T> {
     fn default() -> Self {
-        Self { phase: AtomicUsize::new(0), holders: Mutex::new(Vec::new()), draining: Mutex::new(()) }
+        let holders = [(); LISTS].map(|()| Padded(Mutex::new(Vec::new())));
+        Self { phase: AtomicUsize::new(0), holders, draining: Mutex::new(()) }
     }
 }
 
@@ -66,11 +72,13 @@ impl<T: Clone> Holder<T> {
     pub(super) fn new(pins: &Arc<Pins<T>>, name: String, value: T) -> Self {
         let phases = [(); 2].map(|()| Counted::new(Padded(value.clone())));
         let tokens = Arc::new(Tokens { name, phases });
-        let mut holders = pins.holders.lock().unwrap_or_else(PoisonError::into_inner);
-        // Of the others, nothing is left but this list's.
-        holders.retain(|holder| Arc::strong_count(holder) > 1 || [0, 1].iter().any(|phase| holder.pins(*phase) > 0));
-        holders.push(Arc::clone(&tokens));
-        drop(holders);
+        // All lists at once, so that they agree whenever somebody changes them.
+        let lists = pins.holders.iter().map(|list| list.0.lock().unwrap_or_else(PoisonError::into_inner));
+        for mut holders in lists.collect::<Vec<_>>() {
+            // Of some, nothing is left but what the lists have.
+            holders.retain(|holder| Arc::strong_count(holder) > LISTS || holder.pins(0) + holder.pins(1) > 0);
+            holders.push(Arc::clone(&tokens));
+        }
         Self { tokens, pins: Arc::clone(pins) }
     }
 
@@ -99,12 +107,12 @@ impl<T: Clone> Holder<T> {
 
 impl<T> Pins<T> {
     /// Waits until the pins are gone that were taken before the call, at most for `patience`. Pins that come later do not
-    /// matter.
+    /// matter. Calls with different numbers for `caller` get less into each other's way.
     ///
     /// # Errors
     /// The names of those who still have one.
-    pub(super) fn drain(&self, patience: Duration) -> Result<(), Vec<String>> {
-        let holders = self.holders.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(super) fn drain(&self, caller: usize, patience: Duration) -> Result<(), Vec<String>> {
+        let holders = self.holders[caller % LISTS].0.lock().unwrap_or_else(PoisonError::into_inner);
         // Mostly nobody has one, and then there is nothing to wait for. Who becomes a holder after this sees the map as it
         // is now.
         let left: Vec<_> = holders.iter().filter(|holder| holder.pins(0) + holder.pins(1) > 0).cloned().collect();
@@ -170,18 +178,18 @@ mod tests {
     fn earlier_pins_and_their_clones_are_waited_for_and_later_ones_are_not() {
         let pins = Arc::<Pins<_>>::default();
         let (disk, net) = (holder(&pins, "disk"), holder(&pins, "net"));
-        pins.drain(SOON).unwrap();
+        pins.drain(0, SOON).unwrap();
         let early = disk.pin();
-        assert_eq!(pins.drain(SOON), Err(vec!["disk".into()]));
+        assert_eq!(pins.drain(0, SOON), Err(vec!["disk".into()]));
         let late = net.pin();
-        assert_eq!(pins.drain(SOON), Err(vec!["disk".into()]), "the early pin is still there");
+        assert_eq!(pins.drain(0, SOON), Err(vec!["disk".into()]), "the early pin is still there");
         let clone = early.clone();
         drop(early);
         drop(disk);
-        assert_eq!(pins.drain(SOON), Err(vec!["disk".into()]), "its clone is still there, although its holder is not");
+        assert_eq!(pins.drain(0, SOON), Err(vec!["disk".into()]), "its clone is still there, although its holder is not");
         drop(clone);
         drop(late);
-        pins.drain(SOON).unwrap();
+        pins.drain(0, SOON).unwrap();
     }
 
     #[test]
@@ -191,7 +199,7 @@ mod tests {
             drop(holder(&pins, "passing"));
         }
         let _stays = holder(&pins, "stays");
-        assert_eq!(pins.holders.lock().unwrap().len(), 1);
+        assert!(pins.holders.iter().all(|list| list.0.lock().unwrap().len() == 1));
     }
 
     #[test]
@@ -211,7 +219,7 @@ mod tests {
                     drop(pin);
                 });
             }
-            let drained = (0..20).all(|_| pins.drain(Duration::from_secs(20)).is_ok());
+            let drained = (0..20).all(|round| pins.drain(round, Duration::from_secs(20)).is_ok());
             stop.store(true, Ordering::SeqCst);
             assert!(drained, "starved");
         });
@@ -252,7 +260,7 @@ mod model {
                 .collect();
             for _ in 0..conversions {
                 page.shared.store(0, Ordering::Release);
-                pins.drain(Duration::from_secs(1)).unwrap();
+                pins.drain(0, Duration::from_secs(1)).unwrap();
                 page.private.store(1, Ordering::Relaxed);
                 // And back, so that a later conversion finds it shared.
                 page.private.store(0, Ordering::Relaxed);
