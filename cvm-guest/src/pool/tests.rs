@@ -12,17 +12,25 @@ mod use_cases;
 
 const CHUNK: u64 = CHUNK_LEN as u64;
 
-/// 2 MiB of the test's own, as the chunk with this number.
-pub(crate) fn region(number: u64) -> SharedRegion {
+/// 2 MiB that are there for good.
+fn memory() -> NonNull<u8> {
     #[derive(Clone)]
     #[repr(align(4096))]
     struct Page {
         _bytes: [u8; 4096],
     }
-    let memory = vec![Page { _bytes: [0; 4096] }; CHUNK_LEN / PAGE_SIZE as usize].leak();
-    let range = GpaRange::new(0x4000_0000 + number * CHUNK, CHUNK).unwrap();
-    // SAFETY: the memory is leaked, so it lives long enough, it is pages, and the only reference to it is gone.
-    unsafe { SharedRegion::mapped_at(NonNull::from(memory).cast(), range) }
+    NonNull::from(vec![Page { _bytes: [0; 4096] }; CHUNK_LEN / PAGE_SIZE as usize].leak()).cast()
+}
+
+/// The addresses of the chunk with this number.
+fn range(number: u64) -> GpaRange {
+    GpaRange::new(0x4000_0000 + number * CHUNK, CHUNK).unwrap()
+}
+
+/// Memory of the test's own, as the chunk with this number.
+pub(crate) fn region(number: u64) -> SharedRegion {
+    // SAFETY: the memory is there for good, it is pages, and there are no references to it.
+    unsafe { SharedRegion::mapped_at(memory(), range(number)) }
 }
 
 /// A pool without chunks.

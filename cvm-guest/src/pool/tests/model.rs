@@ -75,7 +75,31 @@ struct Live {
 }
 
 fn contents(seed: u8, len: usize) -> Vec<u8> {
-    (0..len).map(|at| seed ^ (at >> 3) as u8).collect()
+    vec![seed; len]
+}
+
+/// Chunks that one case after the other uses, each of them only once in a case.
+#[derive(Default)]
+struct Memory {
+    chunks: Vec<NonNull<u8>>,
+    used: usize,
+}
+
+impl Memory {
+    fn region(&mut self, number: u64) -> SharedRegion {
+        if self.used == self.chunks.len() {
+            self.chunks.push(memory());
+        }
+        // SAFETY: the memory is there for good, and nobody uses it: the cases before are over.
+        let region = unsafe { SharedRegion::mapped_at(self.chunks[self.used], range(number)) };
+        self.used += 1;
+        region.zero(0, CHUNK_LEN).unwrap();
+        region
+    }
+}
+
+thread_local! {
+    static MEMORY: RefCell<Memory> = RefCell::default();
 }
 
 /// The bytes of the slot or run that a buffer has for itself.
@@ -129,7 +153,7 @@ fn check(pool: &Pool, queues: &[Queue<'_>], live: &[Live], limits: &[u64]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
     #[test]
     fn nothing_overlaps_nothing_is_lost_and_all_is_accounted_for(
         steps in prop::collection::vec(step(), 1..120),
@@ -146,7 +170,9 @@ proptest! {
         let mut queues: Vec<_> = (0..QUEUES).map(|queue| pool.queue(options(queue)).unwrap()).collect();
         let mut live: Vec<Live> = Vec::new();
         let mut seed = 0u8;
-        pool.add(region(0)).unwrap();
+        let mut memory = MEMORY.take();
+        memory.used = 0;
+        pool.add(memory.region(0)).unwrap();
         for step in steps {
             match step {
                 Step::Map(queue, len, bits, low) => {
@@ -208,7 +234,7 @@ proptest! {
                 }
                 Step::Grow(number) => {
                     let full = pool.chunks() == CHUNKS;
-                    prop_assert_eq!(pool.add(region(number)).is_err(), full);
+                    prop_assert_eq!(pool.add(memory.region(number)).is_err(), full);
                 }
                 Step::Shrink => {
                     let before = pool.usage();
@@ -236,6 +262,7 @@ proptest! {
             queues[queue].release(handle);
         }
         drop(queues);
+        MEMORY.set(memory);
         let usage = pool.usage();
         prop_assert_eq!((usage.empty, usage.taken, usage.strays), (usage.bytes, 0, 0));
     }
@@ -246,7 +273,7 @@ fn growing_shares_a_chunk_and_shrinking_makes_it_private() {
     let pool = bare(1, 1, PoolOptions::default());
     let host = Host::default();
     let platform = platform(&host);
-    let (first, second) = (region(0).range(), region(1).range());
+    let (first, second) = (range(0), range(1));
     let odd = GpaRange::new(first.start().0 + PAGE_SIZE, CHUNK).unwrap();
     // SAFETY: nothing is ever mapped there, and nothing is accessed.
     unsafe {
@@ -290,7 +317,7 @@ fn a_chunk_that_the_host_refuses_is_none_and_its_record_is_free_again() {
     let boot = BootPage { magic: boot::MAGIC, transport: Transport::Hypercall as u32, ..BootPage::new_zeroed() };
     let platform = Platform::new(&boot, Refuser).unwrap();
     // SAFETY: nothing is accessed.
-    let refused = unsafe { pool.grow(&platform, region(0).range()) };
+    let refused = unsafe { pool.grow(&platform, range(0)) };
     assert!(matches!(refused, Err(Error::NotConverted { .. })));
     assert_eq!(pool.usage(), bare(1, 1, PoolOptions::default()).usage());
     pool.add(region(0)).unwrap();

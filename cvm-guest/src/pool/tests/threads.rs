@@ -68,6 +68,7 @@ fn queues_of_different_sizes_take_the_same_blocks_in_turn() {
                         queue.trim();
                     }
                 }
+                held.into_iter().for_each(|buffer| queue.release(buffer));
             });
         }
     });
