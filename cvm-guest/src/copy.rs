@@ -55,9 +55,18 @@ pub(crate) unsafe fn copy(mut from: *const u8, mut to: *mut u8, mut len: usize) 
     #[cfg(target_feature = "sse2")]
     {
         while len >= 64 {
-            step!(64, xmm_reg, "movups {a}, [{from}]", "movups {b}, [{from} + 16]", "movups {c}, [{from} + 32]",
-                  "movups {d}, [{from} + 48]", "movups [{to}], {a}", "movups [{to} + 16], {b}",
-                  "movups [{to} + 32], {c}", "movups [{to} + 48], {d}");
+            step!(
+                64,
+                xmm_reg,
+                "movups {a}, [{from}]",
+                "movups {b}, [{from} + 16]",
+                "movups {c}, [{from} + 32]",
+                "movups {d}, [{from} + 48]",
+                "movups [{to}], {a}",
+                "movups [{to} + 16], {b}",
+                "movups [{to} + 32], {c}",
+                "movups [{to} + 48], {d}"
+            );
         }
         if len & 32 != 0 {
             step!(16, xmm_reg: "movups {a}, [{from}]", "movups [{to}], {a}");
@@ -66,9 +75,18 @@ pub(crate) unsafe fn copy(mut from: *const u8, mut to: *mut u8, mut len: usize) 
     }
     #[cfg(not(target_feature = "sse2"))]
     while len >= 32 {
-        step!(32, reg, "mov {a}, [{from}]", "mov {b}, [{from} + 8]", "mov {c}, [{from} + 16]",
-              "mov {d}, [{from} + 24]", "mov [{to}], {a}", "mov [{to} + 8], {b}", "mov [{to} + 16], {c}",
-              "mov [{to} + 24], {d}");
+        step!(
+            32,
+            reg,
+            "mov {a}, [{from}]",
+            "mov {b}, [{from} + 8]",
+            "mov {c}, [{from} + 16]",
+            "mov {d}, [{from} + 24]",
+            "mov [{to}], {a}",
+            "mov [{to} + 8], {b}",
+            "mov [{to} + 16], {c}",
+            "mov [{to} + 24], {d}"
+        );
     }
     if len & 31 == 0 {
         return;

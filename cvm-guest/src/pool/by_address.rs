@@ -10,7 +10,7 @@ impl Pool {
     pub(crate) fn offset(&self, gpa: Gpa) -> Option<u64> {
         let holds = |block: &Block| !block.base().is_null() && gpa.0.wrapping_sub(block.gpa()) < BLOCK_LEN as u64;
         let index = (0..self.extent()).find(|index| self.block(*index).is_some_and(holds))?;
-        Some((index << BLOCK_SHIFT) as u64 | gpa.0 % BLOCK_LEN as u64)
+        Some((index << BLOCK_SHIFT) as u64 | (gpa.0 % BLOCK_LEN as u64))
     }
 }
 

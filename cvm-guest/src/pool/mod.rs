@@ -51,7 +51,10 @@ use cvm_core::Gpa;
 use handle::Raw;
 
 /// Why there is no buffer. All but the last may be otherwise later: see [`Queue::poll_room`].
+///
+/// As wide as a handle, because a result of both is then returned in registers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[repr(u64)]
 pub enum Refusal {
     /// Nothing that is long enough is free.
     #[error("the pool is exhausted")]
@@ -121,11 +124,7 @@ struct Line<T>(T);
 
 impl Pool {
     /// A pool without memory, for as many chunks as there are records (8192 at most count) and as many queues (256).
-    pub const fn new(
-        chunks: &'static [ChunkRecord],
-        queues: &'static [QueueRecord],
-        options: PoolOptions,
-    ) -> Self {
+    pub const fn new(chunks: &'static [ChunkRecord], queues: &'static [QueueRecord], options: PoolOptions) -> Self {
         let shelf = Shelf {
             hints: [const { AtomicU32::new(0) }; _],
             taken: AtomicU64::new(0),

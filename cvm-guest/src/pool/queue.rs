@@ -118,7 +118,8 @@ impl<'p> Queue<'p> {
         self.usage.from_device += len as u64;
     }
 
-    #[inline]
+    // Part of the few functions that use it, rather than called by them: what it returns stays in registers.
+    #[inline(always)]
     fn map(&mut self, len: usize, placement: Placement) -> Result<Raw, Refusal> {
         let Placement { mask, low } = placement;
         let class = class_of(low.saturating_add(len).max(mask.saturating_add(1)));
@@ -348,7 +349,7 @@ impl<'p> Queue<'p> {
             // A window may have larger slots than its own.
             let class = pool.block(index).map_or(class, Block::class);
             bytes += 1 << MIN_SHIFT << class;
-            let slot = (offset as usize % BLOCK_LEN >> MIN_SHIFT >> class) as u32;
+            let slot = ((offset as usize % BLOCK_LEN) >> MIN_SHIFT >> class) as u32;
             if (together.0, together.1) != (index, slot / 64) {
                 flush(together);
                 together = (index, slot / 64, 0);

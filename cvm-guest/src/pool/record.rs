@@ -91,7 +91,7 @@ impl Window {
     #[cold]
     pub(super) fn shuffle(&mut self, random: fn() -> u64) {
         let half = self.len().div_ceil(2);
-        let step = (random() >> 32) * u64::from(half) >> 32;
+        let step = ((random() >> 32) * u64::from(half)) >> 32;
         let other = self.head.wrapping_add(step as u32);
         self.slots.swap(self.head as usize % WINDOW_SLOTS, other as usize % WINDOW_SLOTS);
     }

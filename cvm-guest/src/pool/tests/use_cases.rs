@@ -61,17 +61,18 @@ fn a_run_is_contiguous_for_the_device_and_keeps_its_length() {
     assert_eq!(pool.gpa(&long).0, 0x4000_0000 + 8 * CHUNK + 5);
     assert_eq!(pool.len(&long), data.len());
     assert!(seen(&pool, &long) == data);
+    let mut held = vec![];
     for (len, expected) in [(CHUNK_LEN, 0x4000_0000 + 4 * CHUNK), (300_001, 0)] {
         match queue.from_device(len) {
             Ok(run) => {
                 assert_eq!((pool.gpa(&run).0, pool.len(&run)), (expected, len));
-                core::mem::forget(run);
+                held.push(run);
             }
             Err(refusal) => assert_eq!((refusal, expected), (Refusal::Exhausted, 0)),
         }
     }
     queue.release(long);
-    assert_eq!(pool.usage().empty, 2 * CHUNK);
+    assert_eq!((pool.usage().empty, held.len()), (2 * CHUNK, 1));
     assert_eq!(queue.from_device(usize::MAX), Err(Refusal::Impossible));
 }
 
