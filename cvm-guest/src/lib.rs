@@ -2,13 +2,14 @@
 //!
 //! - [`Platform`]: what the boot page says, and the calls that follow from it: convert pages, write to the console, end.
 //! - [`SharedRegion`]: memory that the host can write at any time. It copies in and out, and never lends a reference.
-//! - [`Pool`]: bounce buffers in a shared region, for the payloads of devices.
+//! - [`Pool`]: bounce buffers in shared memory for the payloads of devices, and a [`Queue`] of them for each device queue.
 //! - [`virtio`] (feature `virtio`): a `Hal` and a transport for the crate `virtio-drivers`.
 //!
 //! [`Machine`] stands for the instructions that reach the host, so that all of this runs in ordinary tests too.
 
 #![cfg_attr(not(test), no_std)]
 
+mod copy;
 mod error;
 mod machine;
 mod platform;
@@ -22,7 +23,10 @@ mod x86;
 pub use error::Error;
 pub use machine::Machine;
 pub use platform::{Console, DeviceRegisters, Platform};
-pub use pool::{FromDevice, GRANULE, Pool, ToDevice};
+pub use pool::{
+    Buffer, CHUNK_LEN, CLASSES, ChunkRecord, ClassUse, FromDevice, Lent, Placement, Pool, PoolOptions, PoolUse, Queue,
+    QueueOptions, QueueRecord, QueueUse, Refusal, Ring, Sent, ToDevice,
+};
 pub use shared::SharedRegion;
 #[cfg(target_arch = "x86_64")]
 pub use x86::Processor;

@@ -3,5 +3,5 @@
 mod hal;
 mod transport;
 
-pub use hal::{PoolHal, StaticPool};
+pub use hal::{DeviceQueue, QueueHal};
 pub use transport::{DoorbellTransport, TransportError};
