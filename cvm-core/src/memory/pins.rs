@@ -186,7 +186,11 @@ mod tests {
         let clone = early.clone();
         drop(early);
         drop(disk);
-        assert_eq!(pins.drain(0, SOON), Err(vec!["disk".into()]), "its clone is still there, although its holder is not");
+        assert_eq!(
+            pins.drain(0, SOON),
+            Err(vec!["disk".into()]),
+            "its clone is still there, although its holder is not"
+        );
         drop(clone);
         drop(late);
         pins.drain(0, SOON).unwrap();
