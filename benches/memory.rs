@@ -3,20 +3,26 @@
 //!
 //! | row | one iteration | floor |
 //! |---|---|---|
-//! | `read/view/N`, `write/view/N` | an access to N bytes through a pinned view | `read/raw/N`, `write/raw/N`: `GuestMemoryMmap` |
+//! | `read/view/N`, `write/view/N` | an access to N bytes through a pinned view | the same to `GuestMemoryMmap` |
 //! | `read/pinned/N`, `write/pinned/N` | the same, with a pin for each | the same |
 //! | `map/lookup` | the state of a page | |
 //! | `map/runs/2MiB` | all runs of 1 TiB on alternating sides, 2 MiB each | |
 //! | `map/runs/4KiB` | all runs of 1 GiB on alternating sides, a page each | |
 //! | `convert/4KiB`, `convert/2MiB` | a conversion there and back | |
-//! | `convert/two-threads` | 1000 of them on each of two threads, of pages far apart | `convert/one-thread`: 1000 |
+//! | `convert/two/threads` | the same on each of two threads, of pages far apart | on one |
+//!
+//! Floors take turns with what is compared with them.
 
-use criterion::{BenchmarkId, Criterion, Throughput};
+#[path = "paired/mod.rs"]
+mod paired;
+
+use criterion::{Criterion, Throughput};
 use cvm::memory::{ConversionEngine, Converter, ConverterError, PageStateMap, Slots};
 use cvm::{Answer, BoxError, ConversionRequest, Gpa, GpaRange, PAGE_SIZE, SharedMemory, Side};
+use paired::{Worker, paired};
 use std::hint::black_box;
-use std::sync::{Arc, Barrier};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 
 /// A backend that has nothing to do.
@@ -64,22 +70,26 @@ fn accesses(criterion: &mut Criterion) {
     let raw = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), BYTES as usize)]).unwrap();
     let at = GuestAddress(0x1_2340);
     for size in [8, 64, 4096] {
-        let mut buffer = vec![1u8; size];
-        raw.write_slice(&buffer, at).unwrap();
-        memory.memory().write_slice(&buffer, at).unwrap();
-        let mut row = |name: &str, access: &mut dyn FnMut(&mut [u8])| {
-            let id = BenchmarkId::from_parameter(size);
-            criterion
-                .benchmark_group(name)
-                .bench_function(id, |bencher| bencher.iter(|| access(black_box(&mut buffer))));
-        };
+        let buffers = [(); 2].map(|()| vec![1u8; size]);
+        raw.write_slice(&buffers[0], at).unwrap();
+        memory.memory().write_slice(&buffers[0], at).unwrap();
         let view = memory.memory();
-        row("read/raw", &mut |buffer| raw.read_slice(buffer, at).unwrap());
-        row("read/view", &mut |buffer| view.read_slice(buffer, at).unwrap());
-        row("read/pinned", &mut |buffer| memory.memory().read_slice(buffer, at).unwrap());
-        row("write/raw", &mut |buffer| raw.write_slice(buffer, at).unwrap());
-        row("write/view", &mut |buffer| view.write_slice(buffer, at).unwrap());
-        row("write/pinned", &mut |buffer| memory.memory().write_slice(buffer, at).unwrap());
+        let parameter = size.to_string();
+        let mut row = |group: &str, name: &str, access: &mut dyn FnMut(&mut [u8]), floor: &mut dyn FnMut(&mut [u8])| {
+            let [mut buffer, mut other] = buffers.clone();
+            paired(
+                &mut criterion.benchmark_group(group),
+                (group, name, &parameter),
+                |iterations| (0..iterations).for_each(|_| access(black_box(&mut buffer))),
+                |iterations| (0..iterations).for_each(|_| floor(black_box(&mut other))),
+            );
+        };
+        let read = &mut |buffer: &mut [u8]| raw.read_slice(buffer, at).unwrap();
+        row("read", "view", &mut |buffer| view.read_slice(buffer, at).unwrap(), read);
+        row("read", "pinned", &mut |buffer| memory.memory().read_slice(buffer, at).unwrap(), read);
+        let write = &mut |buffer: &mut [u8]| raw.write_slice(buffer, at).unwrap();
+        row("write", "view", &mut |buffer| view.write_slice(buffer, at).unwrap(), write);
+        row("write", "pinned", &mut |buffer| memory.memory().write_slice(buffer, at).unwrap(), write);
     }
 }
 
@@ -107,35 +117,26 @@ fn map(criterion: &mut Criterion) {
     group.bench_function("runs/4KiB", |bencher| bencher.iter(|| runs(some)));
 }
 
-/// How long so many rounds of 1000 conversions there and back take, on each of `threads` threads.
-fn on_threads(engine: &ConversionEngine<Nothing>, threads: u32, rounds: u64) -> Duration {
-    let barrier = Barrier::new(threads as usize);
-    std::thread::scope(|scope| {
-        let run = |thread: u32| {
-            let (engine, barrier) = (&engine, &barrier);
-            move || {
-                let start = u64::from(thread) << 30;
-                barrier.wait();
-                let begin = Instant::now();
-                (0..rounds * 1000).for_each(|_| there_and_back(engine, thread, start, PAGE_SIZE));
-                begin.elapsed()
-            }
-        };
-        let others: Vec<_> = (1..threads).map(|thread| scope.spawn(run(thread))).collect();
-        let mine = run(0)();
-        others.into_iter().map(|other| other.join().unwrap()).fold(mine, Duration::max)
-    })
-}
-
 fn conversions(criterion: &mut Criterion) {
     let engine = engine(4 << 30);
     let mut group = criterion.benchmark_group("convert");
     group.bench_function("4KiB", |bencher| bencher.iter(|| there_and_back(&engine, 0, 0x5000, 4 << 10)));
     group.bench_function("2MiB", |bencher| bencher.iter(|| there_and_back(&engine, 0, 2 << 20, 2 << 20)));
-    group.sample_size(20);
-    for (threads, name) in [(1, "one-thread"), (2, "two-threads")] {
-        group.bench_function(name, |bencher| bencher.iter_custom(|rounds| on_threads(&engine, threads, rounds)));
-    }
+    let run = |engine: &ConversionEngine<Nothing>, thread: u32, iterations| {
+        let start = u64::from(thread) << 30;
+        (0..iterations).for_each(|_| there_and_back(engine, thread, start, PAGE_SIZE));
+    };
+    let engine = Arc::new(engine);
+    let worker = Worker::new({
+        let engine = Arc::clone(&engine);
+        move |iterations| run(&engine, 1, iterations)
+    });
+    let two = |iterations| {
+        worker.start(iterations);
+        run(&engine, 0, iterations);
+        worker.wait();
+    };
+    paired(&mut group, ("convert", "two", "threads"), two, |iterations| run(&engine, 0, iterations));
 }
 
 fn main() {

@@ -14,48 +14,120 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Context, Error, Result};
 use crate::workspace;
 
-/// What one benchmark takes as a multiple of another one, and the most that it is to take.
+/// Something that was measured, and the most that it is to be.
 struct Target {
     name: &'static str,
-    /// Criterion's name of a benchmark: `group/function/parameter`.
-    numerator: &'static str,
-    denominator: &'static str,
-    /// Nothing where the ratio is only reported.
+    measure: Measure,
+    /// Nothing where it is only reported.
     most: Option<f64>,
+}
+
+/// Names are criterion's: `group/function/parameter`.
+#[derive(Clone, Copy)]
+enum Measure {
+    /// What one benchmark takes as a multiple of another one.
+    Ratio(&'static str, &'static str),
+    /// What a benchmark takes as a multiple of the floor that took turns with it.
+    ToFloor(&'static str),
+    /// What a benchmark takes, in nanoseconds.
+    Nanoseconds(&'static str),
+    /// What a benchmark takes more than its floor, in nanoseconds.
+    AboveFloor(&'static str),
 }
 
 /// Every target there is, in the order of the report.
 const TARGETS: &[Target] = &[
-    // Mapping, copying and unmapping a buffer of this size, to a plain copy of it.
-    target("bounce to device, 64 B", "bounce/to_device/64", "bounce/memcpy/64", 2.0),
-    target("bounce to device, 256 B", "bounce/to_device/256", "bounce/memcpy/256", 1.5),
-    target("bounce to device, 1500 B", "bounce/to_device/1500", "bounce/memcpy/1500", 1.2),
-    target("bounce to device, 4 KiB", "bounce/to_device/4096", "bounce/memcpy/4096", 1.05),
-    target("bounce to device, 16 KiB", "bounce/to_device/16384", "bounce/memcpy/16384", 1.05),
-    target("bounce to device, 64 KiB", "bounce/to_device/65536", "bounce/memcpy/65536", 1.05),
-    target("bounce to device, 256 KiB", "bounce/to_device/262144", "bounce/memcpy/262144", 1.05),
-    target("bounce from device, 64 B", "bounce/from_device/64", "bounce/memcpy/64", 2.0),
-    target("bounce from device, 256 B", "bounce/from_device/256", "bounce/memcpy/256", 1.5),
-    target("bounce from device, 1500 B", "bounce/from_device/1500", "bounce/memcpy/1500", 1.2),
-    target("bounce from device, 4 KiB", "bounce/from_device/4096", "bounce/memcpy/4096", 1.05),
-    target("bounce from device, 16 KiB", "bounce/from_device/16384", "bounce/memcpy/16384", 1.05),
-    target("bounce from device, 64 KiB", "bounce/from_device/65536", "bounce/memcpy/65536", 1.05),
-    target("bounce from device, 256 KiB", "bounce/from_device/262144", "bounce/memcpy/262144", 1.05),
+    // Taking a buffer, copying and giving it back, to a plain copy.
+    to_floor("bounce to device, 64 B", "bounce/to_device/64", 2.0),
+    to_floor("bounce to device, 256 B", "bounce/to_device/256", 1.5),
+    to_floor("bounce to device, 1500 B", "bounce/to_device/1500", 1.2),
+    to_floor("bounce to device, 4 KiB", "bounce/to_device/4096", 1.05),
+    to_floor("bounce to device, 16 KiB", "bounce/to_device/16384", 1.05),
+    to_floor("bounce to device, 64 KiB", "bounce/to_device/65536", 1.05),
+    to_floor("bounce to device, 256 KiB", "bounce/to_device/262144", 1.05),
+    to_floor("bounce from device, 64 B", "bounce/from_device/64", 2.0),
+    to_floor("bounce from device, 256 B", "bounce/from_device/256", 1.5),
+    to_floor("bounce from device, 1500 B", "bounce/from_device/1500", 1.2),
+    to_floor("bounce from device, 4 KiB", "bounce/from_device/4096", 1.05),
+    to_floor("bounce from device, 16 KiB", "bounce/from_device/16384", 1.05),
+    to_floor("bounce from device, 64 KiB", "bounce/from_device/65536", 1.05),
+    to_floor("bounce from device, 256 KiB", "bounce/from_device/262144", 1.05),
+    to_floor("bounce by ring, 64 B", "bounce/ring/64", 2.0),
+    to_floor("bounce by ring, 256 B", "bounce/ring/256", 1.5),
+    // The same without a copy.
+    nanoseconds("map and release, 64 B", "bounce/map/64", 10.0),
+    nanoseconds("map and release, 256 B", "bounce/map/256", 10.0),
+    nanoseconds("map and release, 1500 B", "bounce/map/1500", 10.0),
+    nanoseconds("map and release, 4 KiB", "bounce/map/4096", 10.0),
+    nanoseconds("map and release, 16 KiB", "bounce/map/16384", 10.0),
+    nanoseconds("map and release, 64 KiB", "bounce/map/65536", 10.0),
+    nanoseconds("map and release, 256 KiB", "bounce/map/262144", 10.0),
+    nanoseconds("map and release, 1500 B, 50% full", "bounce/map-full-50/1500", 10.0),
+    nanoseconds("map and release, 4 KiB, 50% full", "bounce/map-full-50/4096", 10.0),
+    nanoseconds("map and release, 64 KiB, 50% full", "bounce/map-full-50/65536", 10.0),
+    nanoseconds("map and release, 256 KiB, 50% full", "bounce/map-full-50/262144", 10.0),
+    nanoseconds("map and release, 1500 B, 90% full", "bounce/map-full-90/1500", 10.0),
+    nanoseconds("map and release, 4 KiB, 90% full", "bounce/map-full-90/4096", 10.0),
+    nanoseconds("map and release, 64 KiB, 90% full", "bounce/map-full-90/65536", 10.0),
+    nanoseconds("map and release, 256 KiB, 90% full", "bounce/map-full-90/262144", 10.0),
+    // Lending a buffer, of which a header of 64 bytes is read.
+    nanoseconds("lend, 64 B", "bounce/lend/64", 15.0),
+    nanoseconds("lend, 256 B", "bounce/lend/256", 15.0),
+    nanoseconds("lend, 1500 B", "bounce/lend/1500", 15.0),
+    nanoseconds("lend, 4 KiB", "bounce/lend/4096", 15.0),
+    nanoseconds("lend, 16 KiB", "bounce/lend/16384", 15.0),
+    nanoseconds("lend, 64 KiB", "bounce/lend/65536", 15.0),
+    nanoseconds("lend, 256 KiB", "bounce/lend/262144", 15.0),
+    // In and out of other circumstances: how full the pool is, how many are in flight, where payloads come from.
+    to_floor("bounce to device, 1500 B, 50% full", "bounce/to_device-full-50/1500", 1.2),
+    to_floor("bounce to device, 4 KiB, 50% full", "bounce/to_device-full-50/4096", 1.05),
+    to_floor("bounce to device, 64 KiB, 50% full", "bounce/to_device-full-50/65536", 1.05),
+    to_floor("bounce to device, 256 KiB, 50% full", "bounce/to_device-full-50/262144", 1.05),
+    to_floor("bounce to device, 1500 B, 90% full", "bounce/to_device-full-90/1500", 1.2),
+    to_floor("bounce to device, 4 KiB, 90% full", "bounce/to_device-full-90/4096", 1.05),
+    to_floor("bounce to device, 64 KiB, 90% full", "bounce/to_device-full-90/65536", 1.05),
+    to_floor("bounce to device, 256 KiB, 90% full", "bounce/to_device-full-90/262144", 1.05),
+    to_floor("bounce to device, 1500 B, 1 in flight", "bounce/to_device-depth-1/1500", 1.2),
+    to_floor("bounce to device, 4 KiB, 1 in flight", "bounce/to_device-depth-1/4096", 1.05),
+    to_floor("bounce to device, 1500 B, 8 in flight", "bounce/to_device-depth-8/1500", 1.2),
+    to_floor("bounce to device, 4 KiB, 8 in flight", "bounce/to_device-depth-8/4096", 1.05),
+    to_floor("bounce to device, 1500 B, 32 in flight", "bounce/to_device-depth-32/1500", 1.2),
+    to_floor("bounce to device, 4 KiB, 32 in flight", "bounce/to_device-depth-32/4096", 1.05),
+    to_floor("bounce to device, 4 KiB, from DRAM", "bounce/to_device-dram/4096", 1.05),
+    to_floor("bounce to device, 64 KiB, from DRAM", "bounce/to_device-dram/65536", 1.05),
+    // While another core reads or writes all that is shared.
+    to_floor("bounce to device, 4 KiB, watched", "bounce/to_device-watched/4096", 1.05),
+    to_floor("bounce from device, 4 KiB, watched", "bounce/from_device-watched/4096", 1.05),
+    nanoseconds("lend, 4 KiB, watched", "bounce/lend-watched/4096", 150.0),
+    // As many on each of two threads as on one: 1.9 times as many in all. Taken on one CPU and released on another.
+    to_floor("map and release on two threads", "bounce/threads/two", 1.05),
+    nanoseconds("release on another cpu, 4 KiB", "bounce/across/4096", 80.0),
+    above_floor("gather 16 x 4 KiB, above the copy", "bounce/gather/65536", 80.0),
+    // What options cost.
+    to_floor_reported("bounce to device, 1500 B, zero on release", "bounce/to_device-zeroed/1500"),
+    to_floor_reported("bounce to device, 4 KiB, zero on release", "bounce/to_device-zeroed/4096"),
+    to_floor_reported("bounce to device, 64 KiB, zero on release", "bounce/to_device-zeroed/65536"),
+    to_floor_reported("bounce to device, 1500 B, random slots", "bounce/to_device-random/1500"),
+    to_floor_reported("bounce to device, 4 KiB, random slots", "bounce/to_device-random/4096"),
+    to_floor_reported("bounce to device, 64 KiB, random slots", "bounce/to_device-random/65536"),
     // An access to the shared view, with a pin for many and with one for each, to one by vm-memory alone.
-    target("view, read 8 B", "read/view/8", "read/raw/8", 1.15),
-    target("view, read 64 B", "read/view/64", "read/raw/64", 1.15),
-    target("view, read 4 KiB", "read/view/4096", "read/raw/4096", 1.15),
-    target("view, write 8 B", "write/view/8", "write/raw/8", 1.15),
-    target("view, write 64 B", "write/view/64", "write/raw/64", 1.15),
-    target("view, write 4 KiB", "write/view/4096", "write/raw/4096", 1.15),
-    target("view, pin and read 8 B", "read/pinned/8", "read/raw/8", 1.5),
-    target("view, pin and read 64 B", "read/pinned/64", "read/raw/64", 1.5),
-    target("view, pin and read 4 KiB", "read/pinned/4096", "read/raw/4096", 1.5),
-    target("view, pin and write 8 B", "write/pinned/8", "write/raw/8", 1.5),
-    target("view, pin and write 64 B", "write/pinned/64", "write/raw/64", 1.5),
-    target("view, pin and write 4 KiB", "write/pinned/4096", "write/raw/4096", 1.5),
-    // As many conversions on each of two threads as on one: 1.8 times as many in all.
-    target("convert on two threads", "convert/two-threads", "convert/one-thread", 1.11),
+    to_floor("view, read 8 B", "read/view/8", 1.15),
+    to_floor("view, read 64 B", "read/view/64", 1.15),
+    to_floor("view, read 4 KiB", "read/view/4096", 1.15),
+    to_floor("view, write 8 B", "write/view/8", 1.15),
+    to_floor("view, write 64 B", "write/view/64", 1.15),
+    to_floor("view, write 4 KiB", "write/view/4096", 1.15),
+    to_floor("view, pin and read 8 B", "read/pinned/8", 1.5),
+    to_floor("view, pin and read 64 B", "read/pinned/64", 1.5),
+    to_floor("view, pin and read 4 KiB", "read/pinned/4096", 1.5),
+    to_floor("view, pin and write 8 B", "write/pinned/8", 1.5),
+    to_floor("view, pin and write 64 B", "write/pinned/64", 1.5),
+    to_floor("view, pin and write 4 KiB", "write/pinned/4096", 1.5),
+    // Without a backend; an iteration is two conversions. On two threads, as many on each as on one: 1.8 times as many.
+    nanoseconds("state of a page", "map/lookup", 2.0),
+    nanoseconds("convert 4 KiB, there and back", "convert/4KiB", 600.0),
+    nanoseconds("convert 2 MiB, there and back", "convert/2MiB", 600.0),
+    to_floor("convert on two threads", "convert/two/threads", 1.11),
     // An exit, to one by the bare ioctl; where a process of its own holds the vCPU, to one where this process does.
     report("exit, none", "none/exit", "raw/exit"),
     report("exit, guest-memfd", "guest-memfd/exit", "raw/exit"),
@@ -87,20 +159,36 @@ const TARGETS: &[Target] = &[
 ];
 
 const fn target(name: &'static str, numerator: &'static str, denominator: &'static str, most: f64) -> Target {
-    Target { name, numerator, denominator, most: Some(most) }
+    Target { name, measure: Measure::Ratio(numerator, denominator), most: Some(most) }
 }
 
 const fn report(name: &'static str, numerator: &'static str, denominator: &'static str) -> Target {
-    Target { name, numerator, denominator, most: None }
+    Target { name, measure: Measure::Ratio(numerator, denominator), most: None }
 }
 
-/// Print the last results of the benchmarks as ratios, next to their targets.
+const fn to_floor(name: &'static str, benchmark: &'static str, most: f64) -> Target {
+    Target { name, measure: Measure::ToFloor(benchmark), most: Some(most) }
+}
+
+const fn to_floor_reported(name: &'static str, benchmark: &'static str) -> Target {
+    Target { name, measure: Measure::ToFloor(benchmark), most: None }
+}
+
+const fn nanoseconds(name: &'static str, benchmark: &'static str, most: f64) -> Target {
+    Target { name, measure: Measure::Nanoseconds(benchmark), most: Some(most) }
+}
+
+const fn above_floor(name: &'static str, benchmark: &'static str, most: f64) -> Target {
+    Target { name, measure: Measure::AboveFloor(benchmark), most: Some(most) }
+}
+
+/// Print the last results of the benchmarks next to their targets, mostly as ratios.
 ///
 /// The results are those of `cargo bench`, as medians. This is a report: it succeeds when targets
 /// are missed, too.
 #[derive(Args)]
 pub struct Ratios {
-    /// Print an array of {name, ratio, target, holds}; the last two are null where there is no target
+    /// Print an array of {name, value, unit, target, holds}; the last two are null where there is no target
     #[arg(long)]
     json: bool,
 }
@@ -108,8 +196,8 @@ pub struct Ratios {
 impl Ratios {
     /// Prints the report.
     pub fn run(&self) -> Result<ExitCode> {
-        let medians = medians(&workspace::cargo_target().join("criterion"))?;
-        let report = Report::new(TARGETS, &medians)?;
+        let results = Results::read(&workspace::cargo_target().join("criterion"))?;
+        let report = Report::new(TARGETS, &results)?;
         if self.json {
             let rows = serde_json::to_string_pretty(&report.rows);
             println!("{}", rows.context(|| "writing JSON".into())?);
@@ -120,7 +208,7 @@ impl Ratios {
     }
 }
 
-/// The ratios that there are results for.
+/// The targets that there are results for.
 #[derive(Debug)]
 struct Report {
     rows: Vec<Row>,
@@ -130,23 +218,37 @@ struct Report {
 #[derive(Debug, PartialEq, Serialize)]
 struct Row {
     name: &'static str,
-    ratio: f64,
+    value: f64,
+    unit: Unit,
     target: Option<f64>,
     holds: Option<bool>,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Unit {
+    Ratio,
+    Ns,
+}
+
+impl Unit {
+    fn show(self, value: f64) -> String {
+        match self {
+            Self::Ratio => format!("{value:7.2}   "),
+            Self::Ns => format!("{value:7.1} ns"),
+        }
+    }
+}
+
 impl Report {
-    fn new(targets: &[Target], medians: &HashMap<String, f64>) -> Result<Self> {
+    fn new(targets: &[Target], results: &Results) -> Result<Self> {
         let (mut rows, mut not_measured) = (Vec::new(), Vec::new());
-        for target in targets {
-            let (above, below) = (medians.get(target.numerator), medians.get(target.denominator));
-            let Some((above, below)) = above.zip(below) else {
-                not_measured.push(target.name);
+        for Target { name, measure, most } in targets {
+            let Some((value, unit)) = results.get(*measure) else {
+                not_measured.push(*name);
                 continue;
             };
-            let ratio = above / below;
-            let holds = target.most.map(|most| ratio <= most);
-            rows.push(Row { name: target.name, ratio, target: target.most, holds });
+            rows.push(Row { name, value, unit, target: *most, holds: most.map(|most| value <= most) });
         }
         if rows.is_empty() {
             return Err(Error::new("no results of the benchmarks; run `cargo bench` first"));
@@ -158,13 +260,14 @@ impl Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let width = self.rows.iter().map(|row| row.name.len()).max().unwrap_or(0);
-        writeln!(f, "{:width$}  {:>7}  {:>7}", "", "ratio", "target")?;
+        writeln!(f, "{:width$}  {:>7}     {:>7}", "", "", "target")?;
         for row in &self.rows {
-            let Row { name, ratio, target, holds } = row;
-            write!(f, "{name:width$}  {ratio:7.2}")?;
-            match target.zip(*holds) {
-                Some((target, holds)) => writeln!(f, "  {target:7.2}  {}", if holds { "holds" } else { "misses" })?,
-                None => writeln!(f)?,
+            let line = format!("{:width$}  {}", row.name, row.unit.show(row.value));
+            match row.target.zip(row.holds) {
+                Some((target, holds)) => {
+                    writeln!(f, "{line}  {}  {}", row.unit.show(target), if holds { "holds" } else { "misses" })?;
+                }
+                None => writeln!(f, "{}", line.trim_end())?,
             }
         }
         let count = |verdict| self.rows.iter().filter(|row| row.holds == Some(verdict)).count();
@@ -173,6 +276,63 @@ impl fmt::Display for Report {
             write!(f, "; not measured: {}", self.not_measured.join("; "))?;
         }
         Ok(())
+    }
+}
+
+/// What was measured last, by the benchmarks' names.
+#[derive(Debug, Default)]
+struct Results {
+    /// In nanoseconds.
+    medians: HashMap<String, f64>,
+    /// Where a floor took turns.
+    paired: HashMap<String, Paired>,
+}
+
+/// What `benches/paired` writes.
+#[derive(Debug, Deserialize)]
+struct Paired {
+    nanoseconds: f64,
+    floor: f64,
+    ratio: f64,
+}
+
+impl Results {
+    fn get(&self, measure: Measure) -> Option<(f64, Unit)> {
+        Some(match measure {
+            Measure::Ratio(above, below) => (self.medians.get(above)? / self.medians.get(below)?, Unit::Ratio),
+            Measure::ToFloor(name) => (self.paired.get(name)?.ratio, Unit::Ratio),
+            Measure::Nanoseconds(name) => (*self.medians.get(name)?, Unit::Ns),
+            Measure::AboveFloor(name) => {
+                let paired = self.paired.get(name)?;
+                (paired.nanoseconds - paired.floor, Unit::Ns)
+            }
+        })
+    }
+
+    /// The results below criterion's directory.
+    fn read(criterion: &Path) -> Result<Self> {
+        let mut results = Self::default();
+        let paired = criterion.join("paired");
+        let mut unread = vec![criterion.to_owned()];
+        while let Some(directory) = unread.pop() {
+            let benchmark = directory.join("benchmark.json");
+            if directory.ends_with("new") && benchmark.is_file() {
+                let Benchmark { group_id, function_id, value_str } = read(&benchmark)?;
+                let estimates: Estimates = read(&directory.join("estimates.json"))?;
+                let parts = [Some(group_id), function_id, value_str];
+                let name = parts.into_iter().flatten().collect::<Vec<_>>().join("/");
+                results.medians.insert(name, estimates.median.point_estimate);
+            }
+            // What is no directory has no entries.
+            for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
+                let path = entry.path();
+                if let Some(name) = path.strip_prefix(&paired).ok().filter(|_| path.is_file()) {
+                    results.paired.insert(name.with_extension("").display().to_string(), read(&path)?);
+                }
+                unread.push(path);
+            }
+        }
+        Ok(results)
     }
 }
 
@@ -193,26 +353,6 @@ struct Estimates {
 #[derive(Deserialize)]
 struct Estimate {
     point_estimate: f64,
-}
-
-/// The last results below criterion's directory: nanoseconds by the benchmark's name.
-fn medians(directory: &Path) -> Result<HashMap<String, f64>> {
-    let mut medians = HashMap::new();
-    let mut unread = vec![directory.to_owned()];
-    while let Some(directory) = unread.pop() {
-        let benchmark = directory.join("benchmark.json");
-        if directory.ends_with("new") && benchmark.is_file() {
-            let Benchmark { group_id, function_id, value_str } = read(&benchmark)?;
-            let estimates: Estimates = read(&directory.join("estimates.json"))?;
-            let parts = [Some(group_id), function_id, value_str];
-            let name = parts.into_iter().flatten().collect::<Vec<_>>().join("/");
-            medians.insert(name, estimates.median.point_estimate);
-        }
-        // What is no directory has no entries.
-        let entries = fs::read_dir(&directory).into_iter().flatten();
-        unread.extend(entries.filter_map(|entry| Some(entry.ok()?.path())));
-    }
-    Ok(medians)
 }
 
 fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
@@ -256,17 +396,17 @@ mod tests {
         measured(directory.path(), "plain", "4096", 100.0);
         measured(directory.path(), "safe", "4096", 110.0);
 
-        let report = Report::new(TWO, &medians(directory.path()).unwrap()).unwrap();
+        let report = Report::new(TWO, &Results::read(directory.path()).unwrap()).unwrap();
         assert_eq!(
             report.to_string(),
-            "         ratio   target\n\
-             small     1.50     2.00  holds\n\
-             large     1.10     1.05  misses\n\
+            "                    target\n\
+             small     1.50        2.00     holds\n\
+             large     1.10        1.05     misses\n\
              1 hold, 1 miss"
         );
         assert_eq!(
             serde_json::to_value(&report.rows).unwrap()[0],
-            serde_json::json!({"name": "small", "ratio": 1.5, "target": 2.0, "holds": true})
+            serde_json::json!({"name": "small", "value": 1.5, "unit": "ratio", "target": 2.0, "holds": true})
         );
     }
 
@@ -276,11 +416,34 @@ mod tests {
         measured(directory.path(), "plain", "64", 10.0);
         measured(directory.path(), "safe", "64", 30.0);
 
-        let report = Report::new(WITHOUT, &medians(directory.path()).unwrap()).unwrap();
-        assert_eq!(report.to_string(), "          ratio   target\neither     3.00\n0 hold, 0 miss");
+        let report = Report::new(WITHOUT, &Results::read(directory.path()).unwrap()).unwrap();
+        assert_eq!(report.to_string(), "                     target\neither     3.00\n0 hold, 0 miss");
         assert_eq!(
             serde_json::to_value(&report.rows).unwrap()[0],
-            serde_json::json!({"name": "either", "ratio": 3.0, "target": null, "holds": null})
+            serde_json::json!({"name": "either", "value": 3.0, "unit": "ratio", "target": null, "holds": null})
+        );
+    }
+
+    #[test]
+    fn a_floor_that_took_turns_is_what_counts() {
+        const PAIRED: &[Target] = &[
+            to_floor("send", "copy/safe/64", 1.2),
+            nanoseconds("time", "copy/safe/64", 10.0),
+            above_floor("more", "copy/safe/64", 4.0),
+        ];
+        let directory = tempfile::tempdir().unwrap();
+        measured(directory.path(), "safe", "64", 12.0);
+        let paired = directory.path().join("paired/copy/safe");
+        fs::create_dir_all(&paired).unwrap();
+        fs::write(paired.join("64.json"), r#"{"nanoseconds":13.0,"floor":10.0,"ratio":1.25}"#).unwrap();
+        let report = Report::new(PAIRED, &Results::read(directory.path()).unwrap()).unwrap();
+        assert_eq!(
+            report.to_string(),
+            "                   target\n\
+             send     1.25        1.20     misses\n\
+             time     12.0 ns     10.0 ns  misses\n\
+             more      3.0 ns      4.0 ns  holds\n\
+             1 hold, 2 miss"
         );
     }
 
@@ -291,14 +454,14 @@ mod tests {
         measured(directory.path(), "safe", "64", 15.0);
         measured(directory.path(), "safe", "4096", 110.0);
 
-        let report = Report::new(TWO, &medians(directory.path()).unwrap()).unwrap();
+        let report = Report::new(TWO, &Results::read(directory.path()).unwrap()).unwrap();
         assert!(report.to_string().ends_with("1 hold, 0 miss; not measured: large"));
     }
 
     #[test]
     fn no_results_at_all_say_what_to_run() {
         let directory = tempfile::tempdir().unwrap();
-        let none = medians(&directory.path().join("missing")).unwrap();
+        let none = Results::read(&directory.path().join("missing")).unwrap();
         let error = Report::new(TWO, &none).unwrap_err().to_string();
         assert!(error.contains("cargo bench"), "{error}");
     }
@@ -309,7 +472,7 @@ mod tests {
         measured(directory.path(), "plain", "64", 10.0);
         let damaged = directory.path().join("copy/plain/64/new/estimates.json");
         fs::write(&damaged, "{").unwrap();
-        let error = medians(directory.path()).unwrap_err().to_string();
+        let error = Results::read(directory.path()).unwrap_err().to_string();
         assert!(error.contains("estimates.json"), "{error}");
     }
 }
