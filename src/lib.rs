@@ -5,6 +5,7 @@
 //! | feature | module | protection |
 //! |---|---|---|
 //! | `kvm` (default) | `kvm` | software-only isolation on Linux KVM |
+//! | `sev` (default) | `sev` | AMD SEV, SEV-ES, SEV-SNP: what launches of others are measured as |
 //! | `linux` | `linux` | none of its own: launches from Linux's images |
 //!
 //! The feature `listeners` adds the module `listeners`: who outside of the VMM must know of conversions. It is off by
@@ -24,6 +25,9 @@ pub use cvm_core::*;
 
 #[cfg(feature = "kvm")]
 pub use cvm_backend_kvm as kvm;
+
+#[cfg(feature = "sev")]
+pub use cvm_backend_sev as sev;
 
 #[cfg(feature = "listeners")]
 pub use cvm_listeners as listeners;

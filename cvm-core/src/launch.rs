@@ -150,8 +150,8 @@ pub enum Entry {
     Vcpu {
         /// Its index.
         index: u32,
-        /// SHA-384 of the state's bytes.
-        state: [u8; 48],
+        /// The state.
+        state: VcpuState,
     },
 }
 
@@ -172,9 +172,9 @@ impl Transcript {
     /// It starts as SHA-384 of the ASCII text `cvm software launch 1`. Each page, vCPU and configuration makes it
     /// SHA-384 of: the measurement so far (48 bytes), a kind (8 bytes, little endian: the [`PageKind`], 16 for a
     /// configuration, 17 for a vCPU), a place (8 bytes, little endian: the GPA, the number of vCPUs, the vCPU's index),
-    /// and a digest (48 bytes: the entry's; of a configuration, SHA-384 of five things, little endian: 32 bytes of
-    /// accepted vectors, 32 of those that are levels, 8 of the most interrupts in a second, 8 of the policy, 8 of the
-    /// [`InterruptController`]; of a zero page, zeros).
+    /// and a digest (48 bytes: of a page, the entry's; of a vCPU, SHA-384 of its state's bytes; of a configuration,
+    /// SHA-384 of five things, little endian: 32 bytes of accepted vectors, 32 of those that are levels, 8 of the most
+    /// interrupts in a second, 8 of the policy, 8 of the [`InterruptController`]; of a zero page, zeros).
     pub fn measurement(&self) -> Measurement {
         let mut chain = digest(b"cvm software launch 1");
         let mut extend = |kind: u64, place: u64, contents: &[u8; 48]| {
@@ -195,14 +195,14 @@ impl Transcript {
                         extend(PageKind::Zero as u64, range.start().0 + page * PAGE_SIZE, &[0; 48]);
                     }
                 }
-                Entry::Vcpu { index, state } => extend(17, u64::from(*index), state),
+                Entry::Vcpu { index, state } => extend(17, u64::from(*index), &digest(state.as_bytes())),
             }
         }
         Measurement(chain)
     }
 }
 
-/// What enters the transcript for the contents of a page, or for the bytes of a vCPU's state: SHA-384.
+/// What enters the measurement for the contents of a page, or for the bytes of a vCPU's state: SHA-384.
 pub fn digest(contents: &[u8]) -> [u8; 48] {
     Sha384::digest(contents).into()
 }
@@ -443,7 +443,7 @@ impl<L: Loader> Launch<L> {
         }
         let set = self.loader.set_vcpu(index, state);
         self.done("set the first state of a vcpu", None, set)?;
-        self.transcript.entries.push(Entry::Vcpu { index, state: digest(state.as_bytes()) });
+        self.transcript.entries.push(Entry::Vcpu { index, state: *state });
         Ok(())
     }
 

@@ -1,0 +1,34 @@
+//! AMD SEV, SEV-ES and SEV-SNP: what a launch is measured as.
+//!
+//! | module | what is there |
+//! |---|---|
+//! | [`snp`] | the launch digest of SEV-SNP: of a [`Transcript`](cvm_core::Transcript), and of firmware as QEMU, EC2 and GCE load it |
+//! | [`sev`] | the digest of SEV and SEV-ES, and the measurement that a guest's owner compares |
+//! | [`digest`] | the chain of pages under the first |
+//! | [`ovmf`], [`kernel`] | what firmware says of how it is launched, and the kernel beside it |
+//! | [`vmsa`], [`vcpu`] | the initial state of vCPUs, and the processors that they are |
+//! | [`policy`] | what a guest's owner allows |
+//!
+//! It is arithmetic on bytes, for every operating system and architecture: who checks evidence needs no AMD processor.
+
+#![forbid(unsafe_code)]
+
+pub mod digest;
+mod error;
+mod guid;
+pub mod kernel;
+pub mod ovmf;
+pub mod policy;
+pub mod sev;
+pub mod snp;
+pub mod vcpu;
+pub mod vmsa;
+
+pub use digest::{LaunchDigest, PageType};
+pub use error::Error;
+pub use kernel::KernelHashes;
+pub use ovmf::Firmware;
+pub use policy::{SevFlags, SevPolicy, SnpFlags, SnpPolicy};
+pub use snp::Vcpus;
+pub use vcpu::CpuSignature;
+pub use vmsa::{SevFeatures, Vmm, Vmsa};

@@ -1,0 +1,128 @@
+//! The measurement of SEV-SNP launches: of this project's own, and of firmware as other VMMs load it.
+
+use crate::digest::LaunchDigest;
+use crate::ovmf::{Firmware, SectionKind};
+use crate::vmsa::RESET_VECTOR;
+use crate::{CpuSignature, Error, KernelHashes, PageType, SevFeatures, Vmm, Vmsa};
+use cvm_core::launch::{Entry, MAX_VCPUS, PageKind};
+use cvm_core::{Measurement, PAGE_SIZE, Transcript};
+use std::collections::BTreeMap;
+
+/// What the vCPUs of a guest start as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Vcpus {
+    /// How many there are.
+    pub count: u32,
+    /// What they say they are; nothing to VMMs other than QEMU.
+    pub signature: CpuSignature,
+    /// Who makes their state.
+    pub vmm: Vmm,
+    /// What is active in the guest.
+    pub features: SevFeatures,
+}
+
+impl Vcpus {
+    /// Their states: the first starts at the reset vector, the others where the firmware says.
+    ///
+    /// # Errors
+    /// [`Error::Vcpus`] for none or more than [`MAX_VCPUS`]; [`Error::FirmwareLacks`].
+    pub(crate) fn with_states<T>(
+        &self,
+        firmware: &Firmware<'_>,
+        then: impl FnOnce(States<'_>) -> T,
+    ) -> Result<T, Error> {
+        if !(1..=MAX_VCPUS).contains(&self.count) {
+            return Err(Error::Vcpus { vcpus: self.count });
+        }
+        let state = |start| Vmsa::reset(self.vmm, start, self.signature, self.features);
+        let (first, others) = (state(RESET_VECTOR), state(firmware.reset_vector()?));
+        Ok(then(States { first: Some(&first), others: &others, left: self.count - 1 }))
+    }
+}
+
+/// The states of vCPUs, of which all but the first are alike.
+pub(crate) struct States<'a> {
+    first: Option<&'a Vmsa>,
+    others: &'a Vmsa,
+    left: u32,
+}
+
+impl<'a> Iterator for States<'a> {
+    type Item = &'a Vmsa;
+
+    fn next(&mut self) -> Option<&'a Vmsa> {
+        self.first.take().or_else(|| {
+            self.left = self.left.checked_sub(1)?;
+            Some(self.others)
+        })
+    }
+}
+
+/// The expected measurement of a launch through this project's contract: pages in the order in which they were loaded, then
+/// the vCPUs in that of their indices, as KVM makes their states.
+///
+/// The configuration is not measured: SEV-SNP has no place for it but in its policy and host data.
+pub fn of_transcript(transcript: &Transcript, features: SevFeatures) -> Measurement {
+    let mut digest = LaunchDigest::new();
+    let mut vcpus = BTreeMap::new();
+    for entry in transcript.entries() {
+        match entry {
+            Entry::Config { .. } => {}
+            Entry::Page { kind, gpa, contents } => digest.extend(page_type(*kind), *gpa, contents),
+            Entry::Zero { range } => digest.without_contents(PageType::Zero, *range),
+            Entry::Vcpu { index, state } => _ = vcpus.insert(*index, Vmsa::long_mode(state, features)),
+        }
+    }
+    digest.vcpus(vcpus.values());
+    digest.measurement()
+}
+
+fn page_type(kind: PageKind) -> PageType {
+    match kind {
+        PageKind::Measured => PageType::Normal,
+        PageKind::Zero => PageType::Zero,
+        PageKind::Unmeasured => PageType::Unmeasured,
+    }
+}
+
+/// The expected measurement of a launch of OVMF, as the VMM of `vcpus` makes it: the image, the sections of its metadata, the
+/// vCPUs. With a kernel its hashes are in the page that the firmware has for them, which is otherwise zero.
+///
+/// # Errors
+/// [`Error::Vcpus`]; [`Error::FirmwareLacks`] when it does not say where vCPUs start, or does not check a kernel.
+pub fn of_firmware(
+    firmware: &Firmware<'_>,
+    vcpus: &Vcpus,
+    kernel: Option<&KernelHashes>,
+) -> Result<Measurement, Error> {
+    let mut digest = LaunchDigest::new();
+    digest.normal(firmware.range().start(), firmware.image())?;
+    let mut sections: Vec<_> = firmware.sections().iter().collect();
+    if vcpus.vmm == Vmm::Ec2 {
+        // It prepares what the firmware is told about the processor last.
+        sections.sort_by_key(|section| section.kind == SectionKind::Cpuid);
+    }
+    let mut kernel_is_in = kernel.is_none();
+    for section in sections {
+        match (section.kind, vcpus.vmm, kernel) {
+            (SectionKind::KernelHashes, _, Some(kernel)) => {
+                let table = firmware.hash_table()?.0;
+                let offset = table.checked_sub(section.range.start().0).filter(|offset| *offset < PAGE_SIZE);
+                let page = offset.and_then(|offset| kernel.page(offset as usize));
+                let lacks = "has the hashes of a kernel elsewhere than in the page for them";
+                digest.normal(section.range.start(), &page.ok_or(Error::FirmwareLacks { lacks })?)?;
+                kernel_is_in = true;
+            }
+            (SectionKind::Memory, Vmm::Gce, _) => digest.without_contents(PageType::Unmeasured, section.range),
+            (kind, _, _) => digest.without_contents(kind.page_type(), section.range),
+        }
+    }
+    if !kernel_is_in {
+        return Err(Error::FirmwareLacks { lacks: "has no page for the hashes of a kernel: it would not check them" });
+    }
+    vcpus.with_states(firmware, |states| digest.vcpus(states))?;
+    Ok(digest.measurement())
+}
+
+#[cfg(test)]
+mod tests;

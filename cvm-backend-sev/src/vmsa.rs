@@ -1,0 +1,245 @@
+//! The initial state of a vCPU as SEV-ES and SEV-SNP measure it: a page, the VM save area.
+
+use crate::CpuSignature;
+use cvm_core::PAGE_SIZE;
+use cvm_core::x86::VcpuState;
+use std::fmt;
+
+/// Who makes the initial state, and so what it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Vmm {
+    /// QEMU.
+    Qemu,
+    /// Amazon's EC2.
+    Ec2,
+    /// Google's Compute Engine.
+    Gce,
+}
+
+bitflags::bitflags! {
+    /// What is active in a guest: `SEV_FEATURES` (AMD64 APM volume 2, table B-4, offset 0x3b0).
+    #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+    pub struct SevFeatures: u64 {
+        /// SEV-SNP.
+        const SNP_ACTIVE = 1;
+        /// Virtual top of memory.
+        const VIRTUAL_TOM = 1 << 1;
+        /// `#VC` is reflected to another VMPL.
+        const REFLECT_VC = 1 << 2;
+        /// The host can inject `#HV` only.
+        const RESTRICTED_INJECTION = 1 << 3;
+        /// The host's injections go through the guest's own save area.
+        const ALTERNATE_INJECTION = 1 << 4;
+        /// More debug registers are swapped.
+        const DEBUG_SWAP = 1 << 5;
+        /// The host's instruction-based sampling is off in the guest.
+        const PREVENT_HOST_IBS = 1 << 6;
+        /// Branch prediction is isolated from the host's.
+        const BTB_ISOLATION = 1 << 7;
+        /// Supervisor shadow stacks by VMPL.
+        const VMPL_SSS = 1 << 8;
+        /// The guest's time-stamp counter is its own.
+        const SECURE_TSC = 1 << 9;
+        /// The guest has a parameter for its exits.
+        const VMGEXIT_PARAMETER = 1 << 10;
+        /// Virtual instruction-based sampling.
+        const IBS_VIRTUALIZATION = 1 << 12;
+        /// Some registers of the save area are obscured.
+        const VMSA_REG_PROTECTION = 1 << 14;
+        /// The sibling thread is idle while the guest runs.
+        const SMT_PROTECTION = 1 << 15;
+    }
+}
+
+/// Where a processor starts after reset.
+pub const RESET_VECTOR: u32 = 0xffff_fff0;
+
+/// Offsets in the save area (AMD64 APM volume 2, table B-4).
+mod at {
+    pub const ES: usize = 0x000;
+    pub const CS: usize = 0x010;
+    pub const SS: usize = 0x020;
+    pub const DS: usize = 0x030;
+    pub const FS: usize = 0x040;
+    pub const GS: usize = 0x050;
+    pub const GDTR: usize = 0x060;
+    pub const LDTR: usize = 0x070;
+    pub const IDTR: usize = 0x080;
+    pub const TR: usize = 0x090;
+    pub const EFER: usize = 0x0d0;
+    pub const CR4: usize = 0x148;
+    pub const CR3: usize = 0x150;
+    pub const CR0: usize = 0x158;
+    pub const DR7: usize = 0x160;
+    pub const DR6: usize = 0x168;
+    pub const RFLAGS: usize = 0x170;
+    pub const RIP: usize = 0x178;
+    pub const RSP: usize = 0x1d8;
+    pub const G_PAT: usize = 0x268;
+    pub const RDX: usize = 0x310;
+    pub const RSI: usize = 0x330;
+    pub const RDI: usize = 0x338;
+    pub const SEV_FEATURES: usize = 0x3b0;
+    pub const XCR0: usize = 0x3e8;
+    pub const MXCSR: usize = 0x408;
+    pub const X87_FCW: usize = 0x410;
+}
+
+// Registers that a reset gives other values than zero (AMD64 APM volume 2, table 14-1), and what KVM adds to them: EFER.SVME
+// and CR4.MCE.
+const EFER_SVME: u64 = 1 << 12;
+const CR4_MCE: u64 = 1 << 6;
+const CR0_ET: u64 = 1 << 4;
+const DR6: u64 = 0xffff_0ff0;
+const DR7: u64 = 0x400;
+const RFLAGS: u64 = 1 << 1;
+const PAT: u64 = 0x0007_0406_0007_0406;
+const XCR0: u64 = 1;
+const MXCSR: u32 = 0x1f80;
+const FCW: u16 = 0x37f;
+
+// What a vCPU in 64-bit mode has besides.
+const CR0_PE_MP_NE_WP_PG: u64 = 1 | 1 << 1 | 1 << 5 | 1 << 16 | 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
+
+/// A segment register: selector, attributes (AMD64 APM volume 2, section 15.5.1), limit and base.
+type Segment = (u16, u16, u32, u64);
+
+/// A VM save area.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Vmsa(Box<[u8; PAGE_SIZE as usize]>);
+
+impl Vmsa {
+    /// That of a vCPU which starts in real mode at `start`, as after a reset, made by a VMM for firmware. Compare
+    /// [`RESET_VECTOR`].
+    pub fn reset(vmm: Vmm, start: u32, signature: CpuSignature, features: SevFeatures) -> Self {
+        let mut vmsa = Self::common(features);
+        let (code, stack, task, rdx) = match vmm {
+            Vmm::Qemu => (0x9b, 0x93, 0x8b, signature.0),
+            Vmm::Ec2 if start == RESET_VECTOR => (0x9a, 0x92, 0x83, 0x600),
+            Vmm::Ec2 => (0x9b, 0x92, 0x83, 0x600),
+            Vmm::Gce => (0x9b, 0x93, 0x8b, 0x600),
+        };
+        for place in [at::ES, at::DS, at::FS, at::GS] {
+            vmsa.segment(place, (0, 0x93, 0xffff, 0));
+        }
+        vmsa.segment(at::CS, (0xf000, code, 0xffff, u64::from(start & 0xffff_0000)));
+        vmsa.segment(at::SS, (0, stack, 0xffff, 0));
+        vmsa.segment(at::TR, (0, task, 0xffff, 0));
+        vmsa.number(at::RIP, u64::from(start & 0xffff));
+        vmsa.number(at::RDX, rdx.into());
+        match vmm {
+            Vmm::Qemu => vmsa.floating_point(),
+            Vmm::Ec2 => {}
+            // Not the architecture's page attributes but its own.
+            Vmm::Gce => vmsa.number(at::G_PAT, 0x0007_0106),
+        }
+        vmsa
+    }
+
+    /// That of a vCPU whose state KVM was given as [`VcpuState`] has it: 64-bit mode, flat segments.
+    pub fn long_mode(state: &VcpuState, features: SevFeatures) -> Self {
+        let mut vmsa = Self::common(features);
+        // Code and data, accessed, present, granularity of pages; 64-bit code, 32-bit data.
+        vmsa.segment(at::CS, (8, 0xa9b, u32::MAX, 0));
+        for place in [at::ES, at::SS, at::DS, at::FS, at::GS] {
+            vmsa.segment(place, (16, 0xc93, u32::MAX, 0));
+        }
+        // KVM's own: a busy 16-bit task.
+        vmsa.segment(at::TR, (0, 0x83, 0xffff, 0));
+        vmsa.number(at::EFER, EFER_SVME | EFER_LME_LMA);
+        vmsa.number(at::CR4, CR4_MCE | CR4_PAE);
+        vmsa.number(at::CR0, CR0_ET | CR0_PE_MP_NE_WP_PG);
+        vmsa.number(at::CR3, state.cr3);
+        vmsa.number(at::RIP, state.rip);
+        vmsa.number(at::RSP, state.rsp);
+        vmsa.number(at::RSI, state.rsi);
+        vmsa.number(at::RDI, state.rdi);
+        vmsa.floating_point();
+        vmsa
+    }
+
+    /// What all have in common, but for real or 64-bit mode.
+    fn common(features: SevFeatures) -> Self {
+        let mut vmsa = Self(Box::new([0; PAGE_SIZE as usize]));
+        vmsa.segment(at::GDTR, (0, 0, 0xffff, 0));
+        vmsa.segment(at::IDTR, (0, 0, 0xffff, 0));
+        vmsa.segment(at::LDTR, (0, 0x82, 0xffff, 0));
+        for (place, value) in [
+            (at::EFER, EFER_SVME),
+            (at::CR4, CR4_MCE),
+            (at::CR0, CR0_ET),
+            (at::DR7, DR7),
+            (at::DR6, DR6),
+            (at::RFLAGS, RFLAGS),
+            (at::G_PAT, PAT),
+            (at::SEV_FEATURES, features.bits()),
+            (at::XCR0, XCR0),
+        ] {
+            vmsa.number(place, value);
+        }
+        vmsa
+    }
+
+    /// Its 4096 bytes.
+    pub fn as_bytes(&self) -> &[u8; PAGE_SIZE as usize] {
+        &self.0
+    }
+
+    fn put(&mut self, place: usize, bytes: &[u8]) {
+        self.0[place..place + bytes.len()].copy_from_slice(bytes);
+    }
+
+    fn number(&mut self, place: usize, value: u64) {
+        self.put(place, &value.to_le_bytes());
+    }
+
+    fn segment(&mut self, place: usize, (selector, attributes, limit, base): Segment) {
+        self.put(place, &selector.to_le_bytes());
+        self.put(place + 2, &attributes.to_le_bytes());
+        self.put(place + 4, &limit.to_le_bytes());
+        self.put(place + 8, &base.to_le_bytes());
+    }
+
+    fn floating_point(&mut self) {
+        self.put(at::MXCSR, &MXCSR.to_le_bytes());
+        self.put(at::X87_FCW, &FCW.to_le_bytes());
+    }
+}
+
+impl fmt::Debug for Vmsa {
+    /// What is not zero in it, by eight bytes.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let numbers = self.0.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes));
+        let given = (0..).step_by(8).zip(numbers).filter(|(_, number)| *number != 0);
+        f.debug_map().entries(given.map(|(place, number): (u32, _)| (place, number))).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn number(vmsa: &Vmsa, place: usize) -> u64 {
+        u64::from_le_bytes(vmsa.0[place..place + 8].try_into().unwrap())
+    }
+
+    #[test]
+    fn a_vcpu_after_reset_starts_at_its_vector() {
+        let signature = CpuSignature(0x80_0f12);
+        let vmsa = Vmsa::reset(Vmm::Qemu, 0x80_b004, signature, SevFeatures::SNP_ACTIVE);
+        assert_eq!((number(&vmsa, at::CS + 8), number(&vmsa, at::RIP)), (0x80_0000, 0xb004));
+        assert_eq!((number(&vmsa, at::RDX), number(&vmsa, at::SEV_FEATURES)), (0x80_0f12, 1));
+    }
+
+    #[test]
+    fn a_vcpu_in_64_bit_mode_has_what_it_was_given() {
+        let state = VcpuState { rip: 0x10_0000, rsp: 0x2000, rdi: 3, rsi: 0x4000, cr3: 0x5000 };
+        let vmsa = Vmsa::long_mode(&state, SevFeatures::SNP_ACTIVE);
+        let places = [at::RIP, at::RSP, at::RDI, at::RSI, at::CR3];
+        assert_eq!(places.map(|place| number(&vmsa, place)), [0x10_0000, 0x2000, 3, 0x4000, 0x5000]);
+        assert_eq!((number(&vmsa, at::CR0), number(&vmsa, at::EFER)), (0x8001_0033, 0x1500));
+        assert_eq!((number(&vmsa, at::CS), number(&vmsa, at::DS)), (0xffff_ffff_0a9b_0008, 0xffff_ffff_0c93_0010));
+    }
+}

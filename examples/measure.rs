@@ -1,0 +1,167 @@
+//! What a launch of AMD SEV, SEV-ES or SEV-SNP is measured as, computed from its files.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use cvm::sev::{CpuSignature, Firmware, KernelHashes, SevFeatures, Vcpus, Vmm, sev, snp};
+use serde_json::{Value, json};
+use std::error::Error;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// Compute what a launch of AMD SEV, SEV-ES or SEV-SNP is measured as.
+///
+/// The digest is alone on the last line. It is that of the launch digest field of an SEV-SNP report, or what the launch
+/// measurement of SEV and SEV-ES is an HMAC of.
+#[derive(Debug, Parser)]
+#[command(name = "measure")]
+struct Options {
+    #[command(subcommand)]
+    mode: Mode,
+    /// Print an object {mode, digest, firmware, sections}
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Mode {
+    /// SEV-SNP: SHA-384 over a chain of pages
+    Snp {
+        #[command(flatten)]
+        files: Files,
+        #[command(flatten)]
+        vcpus: VcpuOptions,
+        /// What is active in the guest, as the bits of SEV_FEATURES
+        #[arg(long, value_name = "BITS", default_value = "0x1", value_parser = number)]
+        features: u64,
+    },
+    /// SEV-ES: SHA-256 of firmware, hashes of a kernel, and vCPUs
+    SevEs {
+        #[command(flatten)]
+        files: Files,
+        #[command(flatten)]
+        vcpus: VcpuOptions,
+    },
+    /// SEV: SHA-256 of firmware and hashes of a kernel
+    Sev {
+        #[command(flatten)]
+        files: Files,
+    },
+}
+
+#[derive(Debug, Args)]
+struct Files {
+    /// The firmware; on Debian, the package ovmf-amdsev has one that checks kernels
+    #[arg(long, value_name = "FILE")]
+    ovmf: PathBuf,
+    /// A kernel that the VMM loads beside it
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// The kernel's initial RAM disk
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    initrd: Option<PathBuf>,
+    /// The kernel's command line
+    #[arg(long, value_name = "TEXT", requires = "kernel")]
+    append: Option<String>,
+}
+
+#[derive(Debug, Args)]
+struct VcpuOptions {
+    /// How many vCPUs
+    #[arg(long, value_name = "N")]
+    vcpus: u32,
+    /// QEMU's name of their model, such as EPYC-v4
+    #[arg(long, value_name = "MODEL", required_unless_present = "vcpu_sig", conflicts_with = "vcpu_sig")]
+    vcpu_type: Option<CpuSignature>,
+    /// Their signature, CPUID leaf 1 EAX, instead
+    #[arg(long, value_name = "NUMBER", value_parser = signature)]
+    vcpu_sig: Option<CpuSignature>,
+    /// Who makes their initial state
+    #[arg(long, value_enum, default_value = "qemu")]
+    vmm: VmmName,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum VmmName {
+    Qemu,
+    Ec2,
+    Gce,
+}
+
+/// A number, hexadecimal after 0x.
+fn number(text: &str) -> Result<u64, std::num::ParseIntError> {
+    text.strip_prefix("0x").map_or_else(|| text.parse(), |digits| u64::from_str_radix(digits, 16))
+}
+
+fn signature(text: &str) -> Result<CpuSignature, String> {
+    let number = number(text).map_err(|error| error.to_string())?;
+    u32::try_from(number).map(CpuSignature).map_err(|error| error.to_string())
+}
+
+impl VcpuOptions {
+    fn vcpus(&self, features: SevFeatures) -> Vcpus {
+        let vmm = match self.vmm {
+            VmmName::Qemu => Vmm::Qemu,
+            VmmName::Ec2 => Vmm::Ec2,
+            VmmName::Gce => Vmm::Gce,
+        };
+        let signature = self.vcpu_type.or(self.vcpu_sig).unwrap_or(CpuSignature(0));
+        Vcpus { count: self.vcpus, signature, vmm, features }
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, String> {
+    fs::read(path).map_err(|error| format!("reading {}: {error}", path.display()))
+}
+
+impl Files {
+    fn kernel(&self) -> Result<Option<KernelHashes>, Box<dyn Error>> {
+        let Some(kernel) = &self.kernel else { return Ok(None) };
+        let initrd = self.initrd.as_deref().map(read).transpose()?.unwrap_or_default();
+        let command_line = self.append.as_deref().unwrap_or_default().as_bytes();
+        Ok(Some(KernelHashes::new(&read(kernel)?, &initrd, command_line)))
+    }
+}
+
+fn measure(mode: &Mode) -> Result<Value, Box<dyn Error>> {
+    let (Mode::Snp { files, .. } | Mode::SevEs { files, .. } | Mode::Sev { files }) = mode;
+    let (image, kernel) = (read(&files.ovmf)?, files.kernel()?);
+    let firmware = Firmware::parse(&image)?;
+    let (name, digest) = match mode {
+        Mode::Snp { vcpus, features, .. } => {
+            let features = SevFeatures::from_bits(*features).ok_or("there are unknown bits among the features")?;
+            ("snp", snp::of_firmware(&firmware, &vcpus.vcpus(features), kernel.as_ref())?.to_string())
+        }
+        Mode::SevEs { vcpus, .. } => {
+            let vcpus = vcpus.vcpus(SevFeatures::empty());
+            ("sev-es", sev::of_firmware(&firmware, Some(&vcpus), kernel.as_ref())?.to_string())
+        }
+        Mode::Sev { .. } => ("sev", sev::of_firmware(&firmware, None, kernel.as_ref())?.to_string()),
+    };
+    let sections = firmware.sections().iter();
+    let sections =
+        sections.map(|section| json!({ "kind": format!("{:?}", section.kind), "range": section.range.to_string() }));
+    let sections = sections.collect::<Value>();
+    Ok(json!({ "mode": name, "digest": digest, "firmware": firmware.range().to_string(), "sections": sections }))
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let measured = match measure(&options.mode) {
+        Ok(measured) => measured,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    if options.json {
+        println!("{measured:#}");
+        return ExitCode::SUCCESS;
+    }
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    println!("{:<16}{}", "firmware", text(&measured["firmware"]));
+    for section in measured["sections"].as_array().into_iter().flatten() {
+        println!("{:<16}{}", text(&section["kind"]), text(&section["range"]));
+    }
+    println!("{}", text(&measured["digest"]));
+    ExitCode::SUCCESS
+}
