@@ -1,7 +1,7 @@
 //! What a launch of AMD SEV, SEV-ES or SEV-SNP is measured as, computed from its files.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use cvm::sev::{CpuSignature, Firmware, KernelHashes, SevFeatures, Vcpus, Vmm, sev, snp};
+use cvm::sev::{CpuSignature, Firmware, Igvm, KernelHashes, SevFeatures, Vcpus, Vmm, sev, snp};
 use serde_json::{Value, json};
 use std::error::Error;
 use std::fs;
@@ -17,7 +17,7 @@ use std::process::ExitCode;
 struct Options {
     #[command(subcommand)]
     mode: Mode,
-    /// Print an object {mode, digest, firmware, sections}
+    /// Print an object {mode, digest, firmware, sections}, or {mode, digest, policy} of an IGVM file
     #[arg(long, global = true)]
     json: bool,
 }
@@ -51,8 +51,11 @@ enum Mode {
 #[derive(Debug, Args)]
 struct Files {
     /// The firmware; on Debian, the package ovmf-amdsev has one that checks kernels
-    #[arg(long, value_name = "FILE")]
-    ovmf: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "igvm")]
+    ovmf: Option<PathBuf>,
+    /// An IGVM file instead, which says all that there is to measure; with snp only
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["ovmf", "kernel"])]
+    igvm: Option<PathBuf>,
     /// A kernel that the VMM loads beside it
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
@@ -67,10 +70,10 @@ struct Files {
 #[derive(Debug, Args)]
 struct VcpuOptions {
     /// How many vCPUs
-    #[arg(long, value_name = "N")]
-    vcpus: u32,
+    #[arg(long, value_name = "N", required_unless_present = "igvm")]
+    vcpus: Option<u32>,
     /// QEMU's name of their model, such as EPYC-v4
-    #[arg(long, value_name = "MODEL", required_unless_present = "vcpu_sig", conflicts_with = "vcpu_sig")]
+    #[arg(long, value_name = "MODEL", required_unless_present_any = ["vcpu_sig", "igvm"], conflicts_with = "vcpu_sig")]
     vcpu_type: Option<CpuSignature>,
     /// Their signature, CPUID leaf 1 EAX, instead
     #[arg(long, value_name = "NUMBER", value_parser = signature)]
@@ -105,7 +108,7 @@ impl VcpuOptions {
             VmmName::Gce => Vmm::Gce,
         };
         let signature = self.vcpu_type.or(self.vcpu_sig).unwrap_or(CpuSignature(0));
-        Vcpus { count: self.vcpus, signature, vmm, features }
+        Vcpus { count: self.vcpus.unwrap_or(0), signature, vmm, features }
     }
 }
 
@@ -124,7 +127,15 @@ impl Files {
 
 fn measure(mode: &Mode) -> Result<Value, Box<dyn Error>> {
     let (Mode::Snp { files, .. } | Mode::SevEs { files, .. } | Mode::Sev { files }) = mode;
-    let (image, kernel) = (read(&files.ovmf)?, files.kernel()?);
+    if let Some(path) = &files.igvm {
+        let file = read(path)?;
+        let igvm = Igvm::parse(&file)?;
+        let Mode::Snp { .. } = mode else { return Err("an igvm file is measured for snp only".into()) };
+        let policy = format!("{:#x}", igvm.policy().bits());
+        return Ok(json!({ "mode": "snp", "digest": igvm.measurement()?.to_string(), "policy": policy }));
+    }
+    let path = files.ovmf.as_deref().ok_or("it takes a firmware or an igvm file")?;
+    let (image, kernel) = (read(path)?, files.kernel()?);
     let firmware = Firmware::parse(&image)?;
     let (name, digest) = match mode {
         Mode::Snp { vcpus, features, .. } => {
@@ -158,7 +169,11 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    println!("{:<16}{}", "firmware", text(&measured["firmware"]));
+    for fact in ["firmware", "policy"] {
+        if let Some(value) = measured[fact].as_str() {
+            println!("{fact:<16}{value}");
+        }
+    }
     for section in measured["sections"].as_array().into_iter().flatten() {
         println!("{:<16}{}", text(&section["kind"]), text(&section["range"]));
     }

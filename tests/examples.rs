@@ -291,3 +291,24 @@ fn the_readme_shows_the_smallest_vmm_as_it_is() {
     let block = format!("```rust\n{code}```\n");
     assert!(readme.contains(&block), "README.md does not have the code of examples/minimal_vmm.rs");
 }
+
+#[test]
+fn measure_prints_the_digest_alone_on_its_last_line_and_says_what_firmware_lacks() {
+    // What the Python package sev-snp-measure 0.0.13 computes for this image.
+    let digest = "d806ef9bcfdb2717d82b1eb5b9ef2c62231dca3afa56617cfae8333d91edf13eb0a2e6c6736345687bc002df969c291c";
+    let image = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/seeds/ovmf/all-sections");
+    let arguments = ["snp", "--ovmf", image, "--vcpus", "3", "--vcpu-type", "EPYC-Milan"];
+    let output = run("measure", &arguments);
+    assert_eq!(stdout(&output).lines().last(), Some(digest), "{}", stderr(&output));
+    let output = run("measure", &[&arguments[..], &["--json"]].concat());
+    let json: Value = serde_json::from_str(&stdout(&output)).unwrap();
+    assert_eq!((&json["digest"], &json["firmware"]), (&digest.into(), &"0xffffd000..0x100000000".into()));
+
+    let plain = tempfile::NamedTempFile::new().unwrap();
+    fs::write(&plain, [0; 0x1000]).unwrap();
+    let plain = plain.path().to_str().unwrap();
+    let output = run("measure", &["snp", "--ovmf", plain, "--vcpus", "1", "--vcpu-type", "EPYC"]);
+    assert!(!output.status.success() && stderr(&output).contains("where vcpus"), "{}", stderr(&output));
+    let output = run("measure", &["snp", "--igvm", plain]);
+    assert!(!output.status.success() && stderr(&output).contains("no igvm file"), "{}", stderr(&output));
+}

@@ -29,9 +29,9 @@ pub enum PageType {
     Cpuid = 6,
 }
 
-/// Where every vCPU's state is to the measurement: all ones, cut to the pages of 52 bits of address (the firmware's
-/// specification, section 8.17.2; so does KVM).
-pub const VMSA_GPA: Gpa = Gpa(0xf_ffff_ffff_f000);
+/// Where every vCPU's state is to the measurement: all ones, cut to whole pages and 48 bits of address (KVM,
+/// `SEV_SNP_LAUNCH_FINISH`; the same in all evidence).
+pub const VMSA_GPA: Gpa = Gpa(0xffff_ffff_f000);
 
 /// `LENGTH` of the structure that each page is measured as.
 const PAGE_INFO_BYTES: u16 = 0x70;

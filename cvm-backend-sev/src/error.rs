@@ -50,4 +50,18 @@ pub enum Error {
         /// What is wrong.
         problem: &'static str,
     },
+    /// An ID block, its signatures or a key is not what it should be.
+    #[error("the id block: {problem}")]
+    IdBlock {
+        /// What is wrong.
+        problem: &'static str,
+    },
+    /// An IGVM file is damaged, or cannot be launched on SEV-SNP.
+    #[error("the igvm file at offset {offset:#x}: {problem}")]
+    Igvm {
+        /// Where in the file.
+        offset: usize,
+        /// What is wrong there.
+        problem: String,
+    },
 }

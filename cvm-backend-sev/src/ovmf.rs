@@ -9,6 +9,7 @@ use crate::guid::{Guid, guid};
 use crate::kernel::TABLE_BYTES;
 use crate::{Error, PageType};
 use cvm_core::{Gpa, GpaRange, PAGE_SIZE};
+use std::fmt;
 
 /// The end of an image's place in memory.
 const END: u64 = 1 << 32;
@@ -58,7 +59,7 @@ pub struct Section {
 }
 
 /// A firmware image whose metadata are sound.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Firmware<'a> {
     image: &'a [u8],
     range: GpaRange,
@@ -132,6 +133,15 @@ impl<'a> Firmware<'a> {
     pub fn hash_table(&self) -> Result<Gpa, Error> {
         let table = self.hash_table.filter(|gpa| gpa.0 != 0);
         table.ok_or(Error::FirmwareLacks { lacks: "has no place for the hashes of a kernel: it would not check them" })
+    }
+}
+
+impl fmt::Debug for Firmware<'_> {
+    /// All but the image.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut debug = f.debug_struct("Firmware");
+        debug.field("range", &self.range).field("reset_vector", &self.reset_vector);
+        debug.field("hash_table", &self.hash_table).field("sections", &self.sections).finish_non_exhaustive()
     }
 }
 

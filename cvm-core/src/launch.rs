@@ -202,6 +202,13 @@ impl Transcript {
     }
 }
 
+/// For whoever computes the measurement of a launch that somebody else made.
+impl FromIterator<Entry> for Transcript {
+    fn from_iter<I: IntoIterator<Item = Entry>>(entries: I) -> Self {
+        Self { entries: entries.into_iter().collect() }
+    }
+}
+
 /// What enters the measurement for the contents of a page, or for the bytes of a vCPU's state: SHA-384.
 pub fn digest(contents: &[u8]) -> [u8; 48] {
     Sha384::digest(contents).into()

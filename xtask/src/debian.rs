@@ -1,4 +1,4 @@
-//! Packages from Debian's backports, without installing them or touching apt's configuration.
+//! Packages from Debian, without installing them or touching apt's configuration.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,16 +9,16 @@ use tempfile::TempDir;
 use crate::error::{Context, Error, Result};
 use crate::{tools, workspace};
 
-/// The suite that has the recent compilers and kernels. It need not be this machine's: packages
-/// are only unpacked, and the ones we take hold nothing but sources.
-const SUITE: &str = "trixie-backports";
+/// The suite that has the recent compilers and kernels. No suite need be this machine's: packages
+/// are only unpacked, and the ones we take hold nothing but sources and images.
+pub const BACKPORTS: &str = "trixie-backports";
 
 /// The key that signs the suite, which apt itself brings.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// Puts `part`, a file or directory of `package`, at the new place `into`; `version` may be a
+/// Puts `part`, a file or directory of a suite's `package`, at the new place `into`; `version` may be a
 /// pattern such as `1.2.*`.
-pub fn fetch(package: &str, version: &str, part: &str, into: &Path) -> Result<()> {
+pub fn fetch(suite: &str, package: &str, version: &str, part: &str, into: &Path) -> Result<()> {
     let name = into.display();
     let parent = into.parent().unwrap_or(into);
     let make = || {
@@ -27,8 +27,8 @@ pub fn fetch(package: &str, version: &str, part: &str, into: &Path) -> Result<()
     };
     let scratch = make().context(|| format!("making a directory next to {name}"))?;
 
-    eprintln!("fetching {package} from Debian's {SUITE}");
-    let archive = Apt::new()?.download(&format!("{package}={version}"), scratch.path())?;
+    eprintln!("fetching {package} from Debian's {suite}");
+    let archive = Apt::new(suite)?.download(&format!("{package}={version}"), scratch.path())?;
     let unpacked = scratch.path().join("unpacked");
     let mut dpkg = Command::new(tools::find("dpkg-deb", "dpkg")?);
     tools::run(dpkg.arg("-x").arg(archive).arg(&unpacked))?;
@@ -37,12 +37,13 @@ pub fn fetch(package: &str, version: &str, part: &str, into: &Path) -> Result<()
 }
 
 /// An apt that knows one suite only and keeps everything in a directory of its own.
-struct Apt {
+struct Apt<'a> {
+    suite: &'a str,
     directory: TempDir,
 }
 
-impl Apt {
-    fn new() -> Result<Self> {
+impl<'a> Apt<'a> {
+    fn new(suite: &'a str) -> Result<Self> {
         let mirror = mirror()?;
         let make = || {
             fs::create_dir_all(workspace::cache())?;
@@ -50,19 +51,19 @@ impl Apt {
             fs::create_dir_all(directory.path().join("lists/partial"))?;
             fs::write(
                 directory.path().join("sources.list"),
-                format!("deb [signed-by={KEYRING}] {mirror} {SUITE} main\n"),
+                format!("deb [signed-by={KEYRING}] {mirror} {suite} main\n"),
             )?;
             Ok::<_, std::io::Error>(directory)
         };
         let directory = make().context(|| "preparing apt's directory".into())?;
-        let apt = Self { directory };
+        let apt = Self { suite, directory };
         tools::run(apt.command()?.arg("update"))?;
         Ok(apt)
     }
 
     fn download(&self, package: &str, into: &Path) -> Result<PathBuf> {
         tools::run(self.command()?.args(["download", package]).current_dir(into))
-            .context(|| format!("Debian's {SUITE} may not have {package} any more, or not yet"))?;
+            .context(|| format!("Debian's {} may not have {package} any more, or not yet", self.suite))?;
         let downloaded = fs::read_dir(into).context(|| format!("reading {}", into.display()))?;
         downloaded
             .filter_map(|entry| Some(entry.ok()?.path()))

@@ -119,7 +119,7 @@ fn unpack(source: &Path) -> Result<()> {
     if !archive.exists() {
         let package = format!("linux-source-{VERSION}");
         let part = format!("usr/src/{package}.tar.xz");
-        debian::fetch(&package, &format!("{VERSION}*"), &part, &archive).context(|| {
+        debian::fetch(debian::BACKPORTS, &package, &format!("{VERSION}*"), &part, &archive).context(|| {
             format!(
                 "no sources of Linux {VERSION}; when Debian has a later version only, set VERSION in \
                  xtask/src/l1_kernel.rs to it and bring the patches in xtask/l1 up to date"

@@ -128,6 +128,9 @@ const TARGETS: &[Target] = &[
     nanoseconds("convert 4 KiB, there and back", "convert/4KiB", 600.0),
     nanoseconds("convert 2 MiB, there and back", "convert/2MiB", 600.0),
     to_floor("convert on two threads", "convert/two/threads", 1.11),
+    // The launch digest of SEV-SNP, to SHA-384 of the same bytes on as many threads.
+    to_floor("measure snp, one thread", "measure/snp/1", 1.1),
+    to_floor("measure snp, two threads", "measure/snp/2", 1.1),
     // An exit, to one by the bare ioctl; where a process of its own holds the vCPU, to one where this process does.
     report("exit, none", "none/exit", "raw/exit"),
     report("exit, guest-memfd", "guest-memfd/exit", "raw/exit"),

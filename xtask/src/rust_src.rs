@@ -75,7 +75,7 @@ impl Rustc {
         let library = workspace::cache().join(format!("rust-src/debian-{release}"));
         if !library.exists() {
             let part = "usr/lib/rustlib/src/rust/library";
-            debian::fetch("rust-src", &format!("{release}*"), part, &library)?;
+            debian::fetch(debian::BACKPORTS, "rust-src", &format!("{release}*"), part, &library)?;
         }
         Ok(library)
     }
