@@ -112,8 +112,8 @@ impl BlockDevice {
 
     /// As [`Registers::listen`].
     #[allow(dead_code, reason = "only a device with a thread of its own need say")]
-    pub fn listen(&mut self, on: bool, memory: &SharedMemory) -> bool {
-        self.registers.listen(on, memory)
+    pub fn listen(&mut self, on: bool, memory: &SharedMemory) {
+        self.registers.listen(0, on, memory);
     }
 }
 

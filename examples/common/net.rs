@@ -111,8 +111,9 @@ impl<R: Responder> NetDevice<R> {
         taken + given
     }
 
-    /// As [`Registers::listen`].
-    pub fn listen(&mut self, on: bool, memory: &SharedMemory) -> bool {
-        self.registers.listen(on, memory)
+    /// As [`Registers::listen`]. Of buffers for frames the device need only know while a frame waits for one.
+    pub fn listen(&mut self, on: bool, memory: &SharedMemory) {
+        self.registers.listen(SEND, on, memory);
+        self.registers.listen(RECEIVE, on && self.next.1, memory);
     }
 }

@@ -126,14 +126,16 @@ impl<const QUEUES: usize> Registers<QUEUES> {
         self.queues[index].ready()
     }
 
-    /// Tells the guest whether to ring when it adds to the queues. Returns whether something came before it knew.
-    pub fn listen(&mut self, on: bool, memory: &SharedMemory) -> bool {
-        let memory = memory.memory();
-        let queues = self.queues.iter_mut().filter(|queue| queue.ready() && queue.is_valid(&*memory));
-        // What fails here fails again when the queue is served.
-        queues.fold(false, |more, queue| match on {
-            true => queue.enable_notification(&*memory).unwrap_or(false) || more,
-            false => queue.disable_notification(&*memory).is_err() && more,
-        })
+    /// Tells the guest whether to ring when it adds to queue `index`. What it has added before it knew, it did not ring
+    /// for: look again after saying yes.
+    pub fn listen(&mut self, index: usize, on: bool, memory: &SharedMemory) {
+        let (memory, queue) = (memory.memory(), &mut self.queues[index]);
+        if queue.ready() && queue.is_valid(&*memory) {
+            // What fails here fails again when the queue is served.
+            let _ = match on {
+                true => queue.enable_notification(&*memory).map(drop),
+                false => queue.disable_notification(&*memory),
+            };
+        }
     }
 }

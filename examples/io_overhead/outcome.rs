@@ -230,7 +230,12 @@ struct Short(f64);
 
 impl fmt::Display for Short {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let places = if self.0 >= 100.0 { 0 } else { usize::from(self.0 < 10.0) + 1 };
+        let places = match self.0 {
+            100.0.. => 0,
+            10.0.. => 1,
+            1.0.. => 2,
+            _ => 4,
+        };
         f.pad(&format!("{:.places$}", self.0))
     }
 }

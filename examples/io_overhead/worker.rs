@@ -18,8 +18,8 @@ use std::time::Duration;
 pub trait Device: Send + 'static {
     /// Serves what is in the queues. Returns how much there was.
     fn serve(&mut self, memory: &SharedMemory) -> usize;
-    /// Tells the guest whether to ring. Returns whether something came before it knew.
-    fn listen(&mut self, on: bool, memory: &SharedMemory) -> bool;
+    /// Tells the guest whether to ring from now on.
+    fn listen(&mut self, on: bool, memory: &SharedMemory);
 }
 
 impl Device for BlockDevice {
@@ -27,8 +27,8 @@ impl Device for BlockDevice {
         self.serve(memory)
     }
 
-    fn listen(&mut self, on: bool, memory: &SharedMemory) -> bool {
-        self.listen(on, memory)
+    fn listen(&mut self, on: bool, memory: &SharedMemory) {
+        self.listen(on, memory);
     }
 }
 
@@ -37,8 +37,8 @@ impl Device for NetDevice<Responder> {
         self.serve(memory)
     }
 
-    fn listen(&mut self, on: bool, memory: &SharedMemory) -> bool {
-        self.listen(on, memory)
+    fn listen(&mut self, on: bool, memory: &SharedMemory) {
+        self.listen(on, memory);
     }
 }
 
@@ -98,17 +98,21 @@ impl<D> Worker<D> {
 impl<D: Device> Shared<D> {
     fn work(&self) {
         let lock = || self.device.lock().unwrap_or_else(PoisonError::into_inner);
+        // The lock is let go in between, for whoever else needs the device.
+        let serve = || !self.stopping.load(Ordering::Acquire) && lock().serve(&self.memory) > 0;
         while !self.stopping.load(Ordering::Acquire) {
             // Signals are no reason to stop, and the eventfd can be read by nobody else.
             let _ = poll(&mut [PollFd::new(&self.bell, PollFlags::IN)], None);
             let _ = rustix::io::read(&self.bell, &mut [0; 8]);
             lock().listen(false, &self.memory);
             loop {
-                // The lock is let go in between, for whoever else needs the device.
-                while lock().serve(&self.memory) > 0 && !self.stopping.load(Ordering::Acquire) {}
-                if self.stopping.load(Ordering::Acquire) || !lock().listen(true, &self.memory) {
+                while serve() {}
+                lock().listen(true, &self.memory);
+                // What came before the guest knew.
+                if !serve() {
                     break;
                 }
+                lock().listen(false, &self.memory);
             }
         }
     }
