@@ -33,7 +33,7 @@ pub struct NetDevice<R> {
     max_frame: usize,
     /// Room for what the guest sends.
     sent: Box<[u8]>,
-    /// The next frame for the guest, and whether there is one.
+    /// The next frame for the guest, and whether there is one: known before there is a buffer for it.
     next: (Vec<u8>, bool),
     /// How many frames of the guest's were too long or not in shared memory, and how many for it had no room.
     refused: u64,
@@ -91,13 +91,12 @@ impl<R: Responder> NetDevice<R> {
             }
             Ok(Some(0))
         });
+        let (frame, there) = next;
+        *there = *there || responder.give(frame);
         let given = registers.serve(RECEIVE, memory, |chain, memory| {
-            let (frame, there) = &mut *next;
-            *there = *there || responder.give(frame);
             if !*there {
                 return Ok(None);
             }
-            *there = false;
             frame.truncate(*max_frame);
             let len = HEADER_LEN + frame.len();
             let written = chain.writer(memory).ok().filter(|writer| writer.available_bytes() >= len);
@@ -106,6 +105,7 @@ impl<R: Responder> NetDevice<R> {
                 writer.write_all(frame).ok()
             });
             *refused += u64::from(written.is_none());
+            *there = responder.give(frame);
             Ok(Some(if written.is_some() { len as u32 } else { 0 }))
         });
         taken + given

@@ -20,8 +20,8 @@ mod virtio;
 mod worker;
 
 use clap::Parser;
-use cvm::kvm::KvmPlatform;
 use cvm::Protection;
+use cvm::kvm::KvmPlatform;
 use guest::{Guest, Sample};
 use io_guest::{Case, MAX_DATAGRAM, Operation};
 use options::{IsolationChoice, chain};
@@ -55,7 +55,7 @@ struct Options {
     isolation: Option<IsolationChoice>,
 
     /// How long all measuring should take, about; a case has two I/Os at least, however long they take
-    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=3600))]
     seconds: u32,
 
     /// How many I/Os each case has in each round, whatever the time
@@ -87,7 +87,7 @@ const MOST_IOS: u32 = 20_000;
 /// How many I/Os of each case are done before, to see how long they take.
 const FIRST_IOS: u32 = 2;
 
-/// What is measured: operation and size. The network stack comes last, as it writes over the frames that are prepared.
+/// What is measured: operation and size.
 fn cases() -> Vec<(Operation, u32)> {
     let of = |operations: &[Operation], sizes: &[u32]| -> Vec<_> {
         operations.iter().flat_map(|operation| sizes.iter().map(|size| (*operation, *size))).collect()

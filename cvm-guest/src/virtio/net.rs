@@ -189,6 +189,12 @@ impl<H: FrameHal, T: Transport, const N: usize> Net<H, T, N> {
         Ok(self.line.idle.iter().all(Option::is_some))
     }
 
+    /// The buffers to send with that the device does not have, without room for the header: for a frame of which little
+    /// changes, to prepare.
+    pub fn idle(&mut self) -> impl Iterator<Item = &mut [u8]> {
+        self.line.idle.iter_mut().flatten().map(|buffer| &mut buffer[HEADER_LEN..])
+    }
+
     /// The frame that was received, and what there is to send with.
     #[cfg(feature = "smoltcp")]
     pub(super) fn parts(&mut self) -> (Option<&[u8]>, &mut Line<H, T, N>) {

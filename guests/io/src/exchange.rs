@@ -25,7 +25,6 @@ pub fn run(card: &mut Card<'_>, case: &Case, control: &Control<'_>, report: &mut
     if case.count == 0 || size == 0 || size > MAX_DATAGRAM {
         return Err(failure::CASE);
     }
-    card.prepared = false;
     let mut config = Config::new(EthernetAddress(card.driver.mac_address()).into());
     config.random_seed = cycles();
     let mut interface = Interface::new(config, &mut card.driver, now());
@@ -75,5 +74,8 @@ pub fn run(card: &mut Card<'_>, case: &Case, control: &Control<'_>, report: &mut
     let done = exchange();
     clock.stop(report);
     hal::report(report);
-    done
+    done?;
+    wait(|| Ok(card.driver.all_sent().map_err(|_| failure::DEVICE)?.then_some(())))?;
+    card.prepare();
+    Ok(())
 }

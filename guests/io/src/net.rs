@@ -13,8 +13,6 @@ pub type Driver<'a> = Net<NetHal, Transport<'a>, NET_DEPTH>;
 pub struct Card<'a> {
     pub driver: Driver<'a>,
     nonce: u64,
-    /// Whether all buffers to send with have the words of a frame from the start, so that only stamps change.
-    pub prepared: bool,
 }
 
 fn fill(frame: &mut [u8], nonce: u64) {
@@ -36,9 +34,15 @@ impl<'a> Card<'a> {
             }
             Some(buffers)
         };
-        let (receive, mut send) = (buffers()?, buffers()?);
-        send.iter_mut().for_each(|buffer| fill(&mut buffer[HEADER_LEN..], nonce));
-        Some(Self { driver: Net::new(transport, receive, send).ok()?, nonce, prepared: true })
+        let (receive, send) = (buffers()?, buffers()?);
+        let mut card = Self { driver: Net::new(transport, receive, send).ok()?, nonce };
+        card.prepare();
+        Some(card)
+    }
+
+    /// Puts the words of a frame into all buffers to send with, so that only stamps change from then on.
+    pub fn prepare(&mut self) {
+        self.driver.idle().for_each(|frame| fill(frame, self.nonce));
     }
 
     /// Does what `case` says.
@@ -95,11 +99,7 @@ impl<'a> Card<'a> {
     }
 
     fn send(&mut self, index: u32, case: &Case) -> Result<bool, u64> {
-        let (nonce, prepared) = (self.nonce, self.prepared);
         let sent = self.driver.send(case.size as usize, |frame| {
-            if !prepared {
-                fill(frame, nonce);
-            }
             frame[FRAME_WORDS..FRAME_WORDS + 8].copy_from_slice(&case.stamp(index as usize).to_le_bytes());
         });
         match sent {
