@@ -1,6 +1,6 @@
 //! The throughput of both guests as a picture.
 
-use crate::outcome::{Measured, Outcome};
+use crate::outcome::{Measured, Outcome, Short};
 use std::fmt::Write;
 
 const WIDTH: f64 = 860.0;
@@ -58,7 +58,7 @@ text {{ fill: #57606a }} .p {{ fill: #d4730c }} .u {{ fill: #2f81c7 }} .grid {{ 
             );
         }
         let end = x(protected.mb_per_s.max(unprotected.mb_per_s)) + 8.0;
-        let _ = writeln!(svg, r#"<text x="{end:.1}" y="{middle:.1}">{slowdown:.2} times as long</text>"#);
+        let _ = writeln!(svg, r#"<text x="{end:.1}" y="{middle:.1}">{} times as long</text>"#, Short(*slowdown));
     }
     svg.push_str("</svg>\n");
     svg

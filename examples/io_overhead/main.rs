@@ -55,7 +55,7 @@ struct Options {
     isolation: Option<IsolationChoice>,
 
     /// How long all measuring should take, about; a case has two I/Os at least, however long they take
-    #[arg(long, value_name = "SECONDS", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..=3600))]
     seconds: u32,
 
     /// How many I/Os each case has in each round, whatever the time
@@ -84,8 +84,8 @@ const FRAME_SIZES: [u32; 5] = [64, 256, 1500, 4096, 9000];
 
 /// The most I/Os of a case in one round.
 const MOST_IOS: u32 = 20_000;
-/// How many I/Os of each case are done before, to see how long they take.
-const FIRST_IOS: u32 = 2;
+/// The fewest.
+const FEWEST_IOS: u32 = 2;
 
 /// What is measured: operation and size.
 fn cases() -> Vec<(Operation, u32)> {
@@ -136,10 +136,11 @@ fn run(options: &Options) -> Result<Outcome, BoxError> {
         let count = match options.ios {
             Some(ios) => ios,
             None => {
-                let first = pair.measure(*operation, *size, FIRST_IOS)?;
-                let slower = first.iter().map(|sample| sample.wall).max().unwrap_or_default() / FIRST_IOS;
+                // One, to see how long it takes.
+                let first = pair.measure(*operation, *size, 1)?;
+                let slower = first.iter().map(|sample| sample.wall).max().unwrap_or_default();
                 let count = budget.as_nanos() / slower.as_nanos().max(1);
-                u32::try_from(count).unwrap_or(MOST_IOS).clamp(FIRST_IOS, MOST_IOS)
+                u32::try_from(count).unwrap_or(MOST_IOS).clamp(FEWEST_IOS, MOST_IOS)
             }
         };
         rows.push(Row::new(*operation, *size, count));

@@ -226,7 +226,7 @@ impl Outcome {
 }
 
 /// A number with three digits that count.
-struct Short(f64);
+pub struct Short(pub f64);
 
 impl fmt::Display for Short {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

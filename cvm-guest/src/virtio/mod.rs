@@ -1,5 +1,9 @@
 //! Virtio for protected guests: payloads bounce through a shared pool, and registers are reached by doorbell.
 
+#[cfg(test)]
+mod disk_tests;
+#[cfg(test)]
+mod fake;
 mod hal;
 mod net;
 #[cfg(feature = "smoltcp")]

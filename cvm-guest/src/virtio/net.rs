@@ -289,3 +289,6 @@ impl<H: FrameHal, T: Transport, const N: usize> Line<H, T, N> {
         result
     }
 }
+
+#[cfg(test)]
+mod tests;
