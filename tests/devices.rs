@@ -8,21 +8,49 @@ mod net;
 mod virtio;
 
 use block::BlockDevice;
-use cvm::memory::{PageStateMap, Slots};
-use cvm::{GpaRange, PAGE_SIZE, PageState, SharedMemory};
+use cvm::memory::{ConversionEngine, Converter, ConverterError, PageStateMap, Slots};
+use cvm::{Answer, ConversionRequest, GpaRange, PAGE_SIZE, SharedMemory, Side};
 use net::{NetDevice, Responder};
 use proptest::prelude::*;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use virtio_bindings::virtio_mmio::*;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 
-/// Memory of 16 pages, of which all but the last four are shared.
-fn memory() -> SharedMemory {
+/// A backend without memory of its own.
+struct Nothing;
+
+impl Converter for Nothing {
+    fn convert(&self, _: u32, _: GpaRange, _: Side) -> Result<(), ConverterError> {
+        Ok(())
+    }
+
+    fn poison(&self, _: u32, _: GpaRange) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        Ok(())
+    }
+
+    fn most_runs(&self) -> u64 {
+        u64::MAX
+    }
+}
+
+/// Memory of 16 pages, of which all but the last four are shared; and what is behind it.
+fn memory() -> (SharedMemory, GuestMemoryMmap) {
     let range = GpaRange::from_pages(0, 16).unwrap();
     let map = Arc::new(PageStateMap::new(Slots::new(&[range]).unwrap()).unwrap());
-    map.set(GpaRange::from_pages(0, 12).unwrap(), PageState::Shared);
     let backing = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), range.len() as usize)]).unwrap();
-    SharedMemory::new(backing, map).unwrap()
+    let engine = ConversionEngine::new(Nothing, SharedMemory::new(backing.clone(), map).unwrap());
+    let request = ConversionRequest::from_guest(0, 0, 12, Side::Shared);
+    engine.ask(request);
+    assert_eq!(engine.convert(&request).answer(), Answer::Done);
+    (engine.memory().clone(), backing)
+}
+
+/// Whether the private pages are as they were.
+fn is_untouched(backing: &GuestMemoryMmap) -> bool {
+    let mut private = vec![1; 4 * PAGE_SIZE as usize];
+    backing.read_slice(&mut private, GuestAddress(12 * PAGE_SIZE)).unwrap();
+    private.iter().all(|byte| *byte == 0)
 }
 
 /// Echoes, but keeps 16 frames at most.
@@ -125,7 +153,7 @@ proptest! {
     fn whatever_a_guest_does_the_network_card_goes_on_and_keeps_off_private_memory(
         steps in prop::collection::vec(step(), 0..60),
     ) {
-        let memory = memory();
+        let (memory, backing) = memory();
         let mut card = NetDevice::new([2; 6], 1514, Echo::default());
         (0..2).for_each(|queue| set_up(|offset, value| card.write(offset as u16, value, &memory), queue));
         for step in &steps {
@@ -138,14 +166,14 @@ proptest! {
             prop_assert!(card.serve(&memory) <= 32);
             card.listen(true, &memory);
         }
-        prop_assert!(card.responder.longest <= 1514);
+        prop_assert!(card.responder.longest <= 1514 && is_untouched(&backing));
     }
 
     #[test]
     fn whatever_a_guest_does_the_disk_goes_on_and_keeps_its_length(steps in prop::collection::vec(step(), 0..60)) {
-        let memory = memory();
+        let (memory, backing) = memory();
         let file = tempfile::tempfile().unwrap();
-        file.set_len(64 * 512).unwrap();
+        file.write_all_at(&[0xaa; 64 * 512], 0).unwrap();
         let mut disk = BlockDevice::new(file.try_clone().unwrap(), 64);
         set_up(|offset, value| disk.write(offset as u16, value, &memory), 0);
         for step in &steps {
@@ -158,6 +186,7 @@ proptest! {
             disk.listen(true, &memory);
         }
         prop_assert_eq!(file.metadata().unwrap().len(), 64 * 512);
+        prop_assert!(is_untouched(&backing));
     }
 }
 
@@ -170,7 +199,7 @@ fn offer_frame(memory: &SharedMemory, address: u64, len: u32) {
 
 #[test]
 fn a_frame_in_private_memory_or_too_long_is_refused_and_the_next_one_is_taken() {
-    let memory = memory();
+    let (memory, _) = memory();
     let mut card = NetDevice::new([2; 6], 1514, Echo::default());
     (0..2).for_each(|queue| set_up(|offset, value| card.write(offset as u16, value, &memory), queue));
     for (address, len) in
