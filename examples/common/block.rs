@@ -118,8 +118,8 @@ impl BlockDevice {
 }
 
 impl Disk {
-    /// Carries out one request, all of it but its last descriptor; returns the answer, and how many bytes of the rest were
-    /// written to.
+    /// Carries out one request, all of it but its last descriptor; returns the answer, and how many bytes of the rest
+    /// were written to.
     fn answer(&mut self, descriptors: &[Descriptor], memory: &SharedView) -> (u8, u32) {
         let (answer, written) = match self.carry_out(descriptors, memory) {
             Ok(written) => (VIRTIO_BLK_S_OK, written),

@@ -86,8 +86,8 @@ impl<const QUEUES: usize> Registers<QUEUES> {
     /// nothing to leave it for later. At most as many as fit into the queue, or a guest that adds while we serve would
     /// keep us here. Returns how many there were.
     ///
-    /// A ring that is not shared, or a chain that cannot be answered, leaves nothing to answer with, so the device asks to
-    /// be reset.
+    /// A ring that is not shared, or a chain that cannot be answered, leaves nothing to answer with, so the device asks
+    /// to be reset.
     pub fn serve(
         &mut self,
         index: usize,

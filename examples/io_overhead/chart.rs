@@ -11,8 +11,8 @@ const TOP: f64 = 70.0;
 const BAR: f64 = 9.0;
 const GROUP: f64 = 26.0;
 
-/// Bars for each case: 10^6 bytes in a second, on a logarithmic scale. Colours are such that they can be read on light and
-/// on dark; where the viewer says which, text follows.
+/// Bars for each case: 10^6 bytes in a second, on a logarithmic scale. Colours are such that they can be read on light
+/// and on dark; where the viewer says which, text follows.
 pub fn draw(outcome: &Outcome) -> String {
     let rates = || outcome.cases.iter().flat_map(|case| [case.protected.mb_per_s, case.unprotected.mb_per_s]);
     let decade = |rate: f64| rate.max(1e-6).log10();
@@ -51,11 +51,9 @@ text {{ fill: #57606a }} .p {{ fill: #d4730c }} .u {{ fill: #2f81c7 }} .grid {{ 
         let _ = writeln!(svg, r#"<text x="{}" y="{middle:.1}" text-anchor="end">{name}</text>"#, LEFT - 8.0);
         for (class, side, y) in [("p", protected, y), ("u", unprotected, y + BAR)] {
             let (rate, end) = (side.mb_per_s, x(side.mb_per_s).max(LEFT + 1.0));
-            let _ = writeln!(
-                svg,
-                r#"<rect class="{class}" x="{LEFT}" y="{y:.1}" width="{:.1}" height="{BAR}"><title>{rate:.3} MB/s</title></rect>"#,
-                end - LEFT,
-            );
+            let width = end - LEFT;
+            let _ = write!(svg, r#"<rect class="{class}" x="{LEFT}" y="{y:.1}" width="{width:.1}" height="{BAR}">"#);
+            let _ = writeln!(svg, "<title>{rate:.3} MB/s</title></rect>");
         }
         let end = x(protected.mb_per_s.max(unprotected.mb_per_s)) + 8.0;
         let _ = writeln!(svg, r#"<text x="{end:.1}" y="{middle:.1}">{} times as long</text>"#, Short(*slowdown));

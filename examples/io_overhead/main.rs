@@ -35,8 +35,8 @@ type BoxError = Box<dyn std::error::Error + Send + Sync>;
 /// Measure what bounce buffers cost: virtio disk and network card of a protected guest beside those of a guest without.
 ///
 /// Two guests are launched with the same isolation. One keeps its buffers private and bounces payloads through a shared
-/// pool; the other shares its buffers at its start, and nothing is copied. They do the same I/O, with up to 5 requests to
-/// the disk or 8 frames in flight, and take turns case by case and round by round. Both poll.
+/// pool; the other shares its buffers at its start, and nothing is copied. They do the same I/O, with up to 5 requests
+/// to the disk or 8 frames in flight, and take turns case by case and round by round. Both poll.
 ///
 /// What is measured, from the guest's first request to its last answer, and given as medians of the rounds:
 ///

@@ -21,11 +21,14 @@ const MIN_BUFFER: usize = 1526;
 /// The driver gives a buffer back before it says how long the frame is. So what [`Hal::unshare`] would copy waits for
 /// [`FrameHal::take`].
 pub trait FrameHal: Hal {
-    /// Makes the first `len` bytes of `buffer`, which has just been unshared, those that the device wrote.
+    /// Makes the first `len` bytes of `buffer` those that the device wrote.
+    ///
+    /// # Safety
+    /// The buffer must have been unshared since it was shared, and not been touched since.
     ///
     /// # Errors
     /// [`Error::IoError`] if that is more than the buffer has: the length is the device's word.
-    fn take(buffer: &mut [u8], len: usize) -> Result;
+    unsafe fn take(buffer: &mut [u8], len: usize) -> Result;
 }
 
 /// [`PoolHal`], as a [`FrameHal`].
@@ -68,7 +71,7 @@ unsafe impl<P: StaticPool> Hal for PoolFrames<P> {
 }
 
 impl<P: StaticPool> FrameHal for PoolFrames<P> {
-    fn take(buffer: &mut [u8], len: usize) -> Result {
+    unsafe fn take(buffer: &mut [u8], len: usize) -> Result {
         let paddr = PhysAddr::from_ne_bytes(*buffer.first_chunk().ok_or(Error::InvalidParam)?);
         let region = P::pool().region();
         let copied = match (paddr.checked_sub(region.range().start().0), buffer.get_mut(..len)) {
@@ -77,7 +80,7 @@ impl<P: StaticPool> FrameHal for PoolFrames<P> {
             (None, _) => Err(Error::DmaError),
             (_, None) => Err(Error::IoError),
         };
-        // SAFETY: the buffer is borrowed exclusively; in this direction its run is given back and nothing is copied.
+        // SAFETY: the caller promises that it has not been given back yet; in this direction nothing is copied.
         unsafe { PoolHal::<P>::unshare(paddr, NonNull::from(buffer), BufferDirection::DriverToDevice) };
         copied
     }
@@ -238,9 +241,11 @@ impl<H: FrameHal, T: Transport, const N: usize> Line<H, T, N> {
         };
         // SAFETY: this is the buffer that the token was returned for.
         let frame = match unsafe { self.driver.receive_complete(token, buffer) } {
-            Ok((header, len)) => H::take(buffer, header.saturating_add(len)).map(|()| header..header + len),
-            // The buffer has been given back, but the device has written less than a header.
-            Err(Error::IoError) => H::take(buffer, 0).and(Err(Error::IoError)),
+            // SAFETY: the driver has unshared it.
+            Ok((header, len)) => unsafe { H::take(buffer, header.saturating_add(len)) }.map(|()| header..header + len),
+            // The driver has done so too if the device has written less than a header.
+            // SAFETY: as above.
+            Err(Error::IoError) => unsafe { H::take(buffer, 0) }.and(Err(Error::IoError)),
             Err(error) => Err(error),
         };
         match frame {

@@ -13,8 +13,8 @@ const fn address([a, b, c, d]: [u8; 4]) -> IpAddress {
     IpAddress::Ipv4(Ipv4Address::new(a, b, c, d))
 }
 
-/// The time for the stack, which only needs it for what did not come in seconds: a thousand cycles are a microsecond, or
-/// less.
+/// The time for the stack, which only needs it for what did not come in seconds: a thousand cycles are a microsecond,
+/// or less.
 fn now() -> Instant {
     Instant::from_micros((cycles() / 1000) as i64)
 }

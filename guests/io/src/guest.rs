@@ -37,8 +37,8 @@ impl Arena {
         let start = self.next.next_multiple_of(PAGE_SIZE);
         let end = start.checked_add(len as u64).filter(|end| *end <= self.end)?;
         self.next = end;
-        // SAFETY: all memory is mapped to its own addresses; nothing else is in the arena, and each part of it is handed
-        // out once.
+        // SAFETY: all memory is mapped to its own addresses; nothing else is in the arena, and each part of it is
+        // handed out once.
         Some(unsafe { core::slice::from_raw_parts_mut(core::ptr::with_exposed_provenance_mut(start as usize), len) })
     }
 }

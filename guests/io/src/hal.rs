@@ -164,11 +164,12 @@ unsafe impl Hal for NetHal {
 }
 
 impl FrameHal for NetHal {
-    fn take(buffer: &mut [u8], len: usize) -> Result {
+    unsafe fn take(buffer: &mut [u8], len: usize) -> Result {
         if !BOUNCE.load(Relaxed) {
             return if len <= buffer.len() { Ok(()) } else { Err(virtio_drivers::Error::IoError) };
         }
         count(&FROM_DEVICE, len.min(buffer.len()), HEADER_LEN);
-        PoolFrames::<ThePool>::take(buffer, len)
+        // SAFETY: passed on from the caller.
+        unsafe { PoolFrames::<ThePool>::take(buffer, len) }
     }
 }

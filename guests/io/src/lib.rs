@@ -2,8 +2,8 @@
 //!
 //! The boot page's arguments are whether payloads bounce (1) or buffers are shared (0), and a nonce. The guest shares a
 //! page and names its frame by [`register::REPORT`]. Then it asks for a [`Case`] by reading [`register::OPERATION`],
-//! gets ready, writes [`register::MARK`] when it begins and when all I/Os are done, leaves a [`Report`] in the page, and
-//! asks for the next.
+//! gets ready, writes [`register::MARK`] when it begins and when all I/Os are done, leaves a [`Report`] in the page,
+//! and asks for the next.
 
 #![cfg_attr(target_os = "none", no_std)]
 
@@ -152,7 +152,7 @@ impl Case {
     pub fn offset(&self, index: u32) -> usize {
         let blocks = (WRITTEN / self.size as usize) as u32;
         let block = match self.operation {
-            // An odd factor makes a permutation of any power of two; this one is Knuth's for 32 bits.
+            // Knuth's multiplicative hash for 32 bits, without the bits that vary least.
             Operation::ReadRandom | Operation::WriteRandom => index.wrapping_mul(2_654_435_761) >> 7,
             _ => index,
         };

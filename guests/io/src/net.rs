@@ -93,7 +93,7 @@ impl<'a> Card<'a> {
     fn may_send(&self, sent: u32, received: u32, case: &Case) -> bool {
         match case.operation {
             Operation::Send => sent < case.count,
-            Operation::Echo => sent < case.count && sent - received < NET_DEPTH as u32,
+            Operation::Echo => sent < case.count && sent.saturating_sub(received) < NET_DEPTH as u32,
             _ => false,
         }
     }
