@@ -14,8 +14,8 @@ use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use zerocopy::{FromBytes, FromZeros};
 
-/// How long one guest may run in all.
-const LIMIT: Duration = Duration::from_secs(1800);
+/// How long a guest may take for one case.
+const LIMIT: Duration = Duration::from_secs(300);
 
 /// What one case came to in one round.
 #[derive(Debug, Clone)]
@@ -48,7 +48,6 @@ pub struct Guest<V: Vm> {
     memory: SharedMemory,
     /// Where its reports are.
     page: u64,
-    _watchdog: Watchdog,
     // Last, so that it outlives the rest.
     vm: V,
 }
@@ -74,9 +73,8 @@ impl<V: Vm> Guest<V> {
         let net = Worker::start("net", card, vm.memory().named("net"), bell(NET)?)?;
         let blk = Worker::start("disk", disk.device()?, vm.memory().named("disk"), bell(DISK)?)?;
         let vcpu = vm.take_vcpus().remove(0);
-        let watchdog = Watchdog::new(LIMIT, vec![vcpu.kicker()])?;
         let memory = vm.memory().named("reports");
-        let mut guest = Self { vcpu, net, blk, disk, memory, page: 0, _watchdog: watchdog, vm };
+        let mut guest = Self { vcpu, net, blk, disk, memory, page: 0, vm };
         guest.run_until_it_asks(None)?;
         Ok(guest)
     }
@@ -111,6 +109,7 @@ impl<V: Vm> Guest<V> {
 
     /// Runs the guest until it asks for a case, the answer to which is still due.
     fn run_until_it_asks(&mut self, case: Option<&Case>) -> Result<Option<Sample>, BoxError> {
+        let _watchdog = Watchdog::new(LIMIT, vec![self.vcpu.kicker()])?;
         let (mut begin, mut sample) = (None, None::<Sample>);
         loop {
             match self.vcpu.run()? {
@@ -166,7 +165,7 @@ impl<V: Vm> Guest<V> {
                 },
                 Exit::Console(_) => {}
                 Exit::Ended { code } => return Err(format!("the guest ended with code {code}").into()),
-                Exit::Kicked => return Err("the guest ran too long".into()),
+                Exit::Kicked => return Err(format!("one case took longer than {LIMIT:?}: try fewer --ios").into()),
                 other => {
                     let reason = format!("it uses what this vmm does not have: {other:x?}");
                     return Err(Error::Crashed { vcpu: self.vcpu.index(), reason }.into());

@@ -40,10 +40,13 @@ type BoxError = Box<dyn std::error::Error + Send + Sync>;
 ///
 /// What is measured, from the guest's first request to its last answer, and given as medians of the rounds:
 ///
-/// throughput: payload over wall-clock time;
-/// guest cpu: what the vCPU's thread used, and with isolation vault what the vault used; polling counts;
-/// host cpu: what the threads of the devices used;
-/// copied: payload that the guest itself copied to and from shared memory, as it counted.
+/// - throughput: payload over wall-clock time
+///
+/// - guest cpu: what the vCPU's thread used, and with isolation vault what the vault used; polling counts
+///
+/// - host cpu: what the threads of the devices used
+///
+/// - copied: payload that the guest itself copied to and from shared memory, as it counted
 ///
 /// Threads that run are accounted for by the kernel at every tick of its scheduler, so CPU times are exact to a few
 /// milliseconds in each round; those of the vCPU's own thread to the nanosecond, and those of threads that sleep.
