@@ -67,9 +67,9 @@ fn the_tiny_guest_does_its_work_whatever_the_number_of_vcpus_and_the_size_of_mem
         let json = boot_well(&["--vcpus", vcpus, "--memory", memory]);
         assert_eq!(json["ends"].as_array().unwrap().len(), vcpus.parse::<usize>().unwrap());
         assert_eq!(json["checks"].as_array().unwrap().len(), 13);
-        // The guest shared its pool of 256 pages, one page for the report, and 16 for each further vCPU.
+        // The guest shared its pool of 512 pages, one page for the report, and 16 for each further vCPU.
         let others = vcpus.parse::<u64>().unwrap() - 1;
-        assert_eq!(json["conversions"]["pages_to_shared"], 257 + 16 * others);
+        assert_eq!(json["conversions"]["pages_to_shared"], 513 + 16 * others);
         assert!(json["bounced_from_device"].as_u64().unwrap() >= 32 << 10);
     }
 }

@@ -124,6 +124,11 @@ impl GpaRange {
         self.start <= other.start && other.end <= self.end
     }
 
+    /// The smallest range that holds both.
+    pub fn hull(&self, other: &Self) -> Self {
+        Self { start: self.start.min(other.start), end: self.end.max(other.end) }
+    }
+
     /// What the two have in common.
     pub fn intersection(&self, other: &Self) -> Option<Self> {
         let (start, end) = (self.start.max(other.start), self.end.min(other.end));

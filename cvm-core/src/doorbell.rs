@@ -12,7 +12,7 @@
 //! Register `r` is port [`PORT_BASE`]` + r` (32-bit `in` and `out`) or MSR [`MSR_BASE`]` + r` (upper half zero).
 
 #[cfg(feature = "std")]
-use crate::{Answer, ConversionRequest, Error, Exit, PAGE_SIZE, Side};
+use crate::{Answer, ConversionRequest, Error, Exit, Gpa, PAGE_SIZE, Side};
 
 /// The first port of the register space. Above the ports that PCs use, below the end of the 64 Ki ports.
 pub const PORT_BASE: u16 = 0xa000;
@@ -58,6 +58,8 @@ pub mod control {
     /// Write: how many pages the next conversion has.
     pub const CONVERT_PAGES: u16 = 0x14;
     /// Write: convert to this [`Side`](crate::Side). Read: the [`Answer`](crate::Answer) to this vCPU's last request.
+    /// After [`Answer::Retry`](crate::Answer::Retry) the other two registers hold what is left of it, so that writing this
+    /// one again is enough to go on.
     pub const CONVERT: u16 = 0x18;
 }
 
@@ -177,9 +179,16 @@ impl Registers {
         })
     }
 
-    /// Keeps the answer for the guest to read.
-    pub fn answer(&mut self, answer: Answer) {
+    /// Keeps the answer for the guest to read; `reached` is how far the request got, as
+    /// [`Conversion::reached`](crate::Conversion::reached) has it.
+    pub fn answer(&mut self, answer: Answer, reached: Gpa) {
         self.answer = answer;
+        let done = (reached.0 / PAGE_SIZE).checked_sub(self.frame.into()).and_then(|done| u32::try_from(done).ok());
+        if let Some(done) = done.filter(|done| answer == Answer::Retry && *done < self.pages)
+            && let Some(frame) = self.frame.checked_add(done)
+        {
+            (self.frame, self.pages) = (frame, self.pages - done);
+        }
     }
 }
 
@@ -199,8 +208,28 @@ mod tests {
         };
         assert_eq!(request, ConversionRequest::from_guest(3, 0x20_0000, 2, Side::Shared));
         assert_eq!(registers.access(control::CONVERT, Access::Read).unwrap(), Ring::Value(Answer::Invalid as u32));
-        registers.answer(Answer::Retry);
+        registers.answer(Answer::Retry, Gpa(0x20_0000));
         assert_eq!(registers.access(control::CONVERT, Access::Read).unwrap(), Ring::Value(Answer::Retry as u32));
+    }
+
+    #[test]
+    fn a_guest_that_is_to_ask_again_rings_once_more_for_what_is_left() {
+        let mut registers = Registers::new(0);
+        registers.access(control::CONVERT_FRAME, Access::Write(0x200)).unwrap();
+        registers.access(control::CONVERT_PAGES, Access::Write(8)).unwrap();
+        let mut ring = |answer, reached| {
+            registers.answer(answer, Gpa(reached));
+            match registers.access(control::CONVERT, Access::Write(1)).unwrap() {
+                Ring::Exit(Exit::Conversion(request)) => (request.gpa().0, request.pages()),
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(ring(Answer::Retry, 0x20_3000), (0x20_3000, 5));
+        assert_eq!(ring(Answer::Retry, 0x20_7000), (0x20_7000, 1));
+        for (answer, reached) in [(Answer::Retry, 0x20_8000), (Answer::Retry, 0), (Answer::Retry, u64::MAX)] {
+            assert_eq!(ring(answer, reached), (0x20_7000, 1), "{reached:#x} is not on the way");
+        }
+        assert_eq!(ring(Answer::Invalid, 0x20_8000), (0x20_7000, 1));
     }
 
     #[test]

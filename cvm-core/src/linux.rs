@@ -180,7 +180,7 @@ impl Staging {
         let ranges: Vec<_> = slots.ranges().iter().filter_map(|slot| slot.intersection(&low)).collect();
         let given = GpaRange::new(0, KERNEL_MIN.0).map_err(|error| Error::Layout(error.to_string()))?;
         let slots = Slots::new(&ranges)?;
-        if let Err(error) = slots.split(given) {
+        if let Err(error) = slots.check(given) {
             return Err(Error::Layout(format!("linux starts from the first mib of memory: {error}")));
         }
         let ranges: Vec<_> = ranges.iter().map(|range| (GuestAddress(range.start().0), range.len() as usize)).collect();
@@ -196,7 +196,7 @@ impl Staging {
     /// The pages that hold `len` bytes at `start`, if that is memory where a kernel may lie.
     fn room(&self, start: u64, len: u64) -> Option<GpaRange> {
         let range = GpaRange::covering(start, len).filter(|range| range.start() >= KERNEL_MIN)?;
-        self.slots.split(range).is_ok().then_some(range)
+        self.slots.check(range).is_ok().then_some(range)
     }
 
     /// The same, or the reason why `what` is refused.

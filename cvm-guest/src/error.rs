@@ -1,3 +1,4 @@
+use crate::Refusal;
 use cvm_core::{Answer, GpaRange, Side};
 
 /// What can go wrong in a guest.
@@ -47,18 +48,19 @@ pub enum Error {
         /// How much there is.
         limit: usize,
     },
-    /// No run of the pool is free for that many bytes.
-    #[error("the pool has no {len} bytes in a row")]
-    Exhausted {
-        /// How many bytes were asked for.
-        len: usize,
-    },
-    /// A pool's bookkeeping is too small for its region.
-    #[error("the bookkeeping of a pool of {bytes} bytes has bits for {capacity} only")]
-    PoolSize {
-        /// The region's size.
-        bytes: usize,
-        /// What the bookkeeping can describe.
-        capacity: usize,
-    },
+    /// There is no buffer.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// A buffer of another pool.
+    #[error("the buffer is of another pool")]
+    ForeignBuffer,
+    /// A range that is no chunk of a pool: 2 MiB at a multiple of 2 MiB.
+    #[error("{0} is not 2 MiB at a multiple of 2 MiB")]
+    NotAChunk(GpaRange),
+    /// There is no record for another chunk of a pool.
+    #[error("the pool has no record for another chunk")]
+    PoolFull,
+    /// There is no record for another queue of a pool.
+    #[error("the pool has no record for another queue")]
+    NoQueue,
 }

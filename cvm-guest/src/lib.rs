@@ -2,7 +2,7 @@
 //!
 //! - [`Platform`]: what the boot page says, and the calls that follow from it: convert pages, write to the console, end.
 //! - [`SharedRegion`]: memory that the host can write at any time. It copies in and out, and never lends a reference.
-//! - [`Pool`]: bounce buffers in a shared region, for the payloads of devices.
+//! - [`Pool`]: bounce buffers in shared memory for the payloads of devices, and a [`Queue`] of them for each device queue.
 //! - [`virtio`] (feature `virtio`): a `Hal` and a transport for the crate `virtio-drivers`, and a network card, which
 //!   with the feature `smoltcp` is a device for the crate of that name.
 //! - [`entry`]: where a guest's vCPUs begin.
@@ -11,6 +11,7 @@
 
 #![cfg_attr(not(test), no_std)]
 
+mod copy;
 mod error;
 mod machine;
 mod platform;
@@ -26,7 +27,10 @@ mod x86;
 pub use error::Error;
 pub use machine::Machine;
 pub use platform::{Console, DeviceRegisters, Platform};
-pub use pool::{FromDevice, GRANULE, Pool, ToDevice};
+pub use pool::{
+    Buffer, CHUNK_LEN, CLASSES, ChunkRecord, ClassUse, FromDevice, Lent, Placement, Pool, PoolOptions, PoolUse, Queue,
+    QueueOptions, QueueRecord, QueueUse, Refusal, Ring, Sent, ToDevice,
+};
 pub use shared::SharedRegion;
 #[cfg(target_arch = "x86_64")]
 pub use start::end_after_panic;

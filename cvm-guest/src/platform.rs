@@ -38,11 +38,13 @@ impl<M: Machine> Platform<M> {
     /// [`Error::TooFar`]. Some pages may have been converted then.
     pub fn convert(&self, range: GpaRange, to: Side) -> Result<(), Error> {
         let mut answer = Answer::Retry;
+        let mut is_first = true;
         for _ in 0..TRIES {
             answer = match self.transport {
                 Transport::Hypercall => self.ask_by_hypercall(range, to)?,
-                Transport::Doorbell => self.ask_by_doorbell(range, to)?,
+                Transport::Doorbell => self.ask_by_doorbell(range, to, is_first)?,
             };
+            is_first = false;
             match answer {
                 Answer::Done => return Ok(()),
                 Answer::Invalid => break,
@@ -61,11 +63,14 @@ impl<M: Machine> Platform<M> {
         }
     }
 
-    fn ask_by_doorbell(&self, range: GpaRange, to: Side) -> Result<Answer, Error> {
+    fn ask_by_doorbell(&self, range: GpaRange, to: Side, is_first: bool) -> Result<Answer, Error> {
         let narrow = |number: u64| u32::try_from(number).map_err(|_| Error::TooFar(range));
         let (frame, pages) = (narrow(range.start().0 / PAGE_SIZE)?, narrow(range.pages())?);
-        self.machine.write(control::CONVERT_FRAME, frame);
-        self.machine.write(control::CONVERT_PAGES, pages);
+        // Later the registers have what is left.
+        if is_first {
+            self.machine.write(control::CONVERT_FRAME, frame);
+            self.machine.write(control::CONVERT_PAGES, pages);
+        }
         self.machine.write(control::CONVERT, to as u32);
         let answer = self.machine.read(control::CONVERT);
         Answer::from_u32(answer).ok_or(Error::UnknownAnswer { range, answer: answer.into() })
@@ -172,7 +177,7 @@ impl<M: Machine> DeviceRegisters<M> {
 mod tests {
     use super::*;
     use cvm_core::doorbell::{Access, Registers, Ring};
-    use cvm_core::{ConversionRequest, Exit};
+    use cvm_core::{ConversionRequest, Exit, Gpa};
     use std::cell::{Cell, RefCell};
     use zerocopy::FromZeros;
 
@@ -185,6 +190,8 @@ mod tests {
         console: RefCell<Vec<u8>>,
         accepted: RefCell<Vec<(u8, Trigger)>>,
         raw_answer: Cell<Option<u32>>,
+        /// How far it says that requests get; nowhere if it says nothing.
+        reached: Cell<Option<Gpa>>,
     }
 
     impl Host {
@@ -196,6 +203,7 @@ mod tests {
                 console: RefCell::default(),
                 accepted: RefCell::default(),
                 raw_answer: Cell::default(),
+                reached: Cell::default(),
             }
         }
 
@@ -211,7 +219,10 @@ mod tests {
             match ring {
                 Ring::Exit(Exit::Conversion(request)) => match self.answer(request) {
                     raw if Answer::from_u32(raw as u32).is_none() => self.raw_answer.set(Some(raw as u32)),
-                    known => self.registers.borrow_mut().answer(Answer::from_u32(known as u32).unwrap()),
+                    known => {
+                        let answer = Answer::from_u32(known as u32).unwrap();
+                        self.registers.borrow_mut().answer(answer, self.reached.get().unwrap_or(request.gpa()));
+                    }
                 },
                 Ring::Accept(vector, trigger) => self.accepted.borrow_mut().push((vector, trigger)),
                 Ring::Exit(Exit::Console(byte)) => self.console.borrow_mut().push(byte),
@@ -248,6 +259,15 @@ mod tests {
             let request = ConversionRequest::from_guest(0, 0x20_0000, 3, Side::Shared);
             assert_eq!(*host.requests.borrow(), [request; 3], "{transport:?}");
         }
+    }
+
+    #[test]
+    fn by_doorbell_the_next_try_asks_for_what_is_left() {
+        let host = Host::new(&[Answer::Retry as u64, 0]);
+        host.reached.set(Some(Gpa(0x20_1000)));
+        platform(&host, Transport::Doorbell).convert(range(), Side::Shared).unwrap();
+        let request = |gpa, pages| ConversionRequest::from_guest(0, gpa, pages, Side::Shared);
+        assert_eq!(*host.requests.borrow(), [request(0x20_0000, 3), request(0x20_1000, 2)]);
     }
 
     #[test]

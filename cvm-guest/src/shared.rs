@@ -6,12 +6,13 @@
 )]
 
 use crate::Error;
+use crate::copy::{copy, zero};
 use core::ptr::NonNull;
 use cvm_core::{Gpa, GpaRange};
 
 /// A shared range of guest memory, accessed by copying only.
 ///
-/// Every byte is read or written once, with volatile accesses; what two reads of the same place return may differ,
+/// Each copy reads or writes every byte once; what two reads of the same place return may differ,
 /// since the host writes when it likes.
 #[derive(Debug)]
 pub struct SharedRegion {
@@ -19,13 +20,10 @@ pub struct SharedRegion {
     range: GpaRange,
 }
 
-// SAFETY: the region is only accessed by volatile copies of bytes and words, which may race with anybody: they yield
-// whatever bytes are there.
+// SAFETY: the region is only accessed by copies that may race with anybody: they yield whatever bytes are there.
 unsafe impl Send for SharedRegion {}
 // SAFETY: as above.
 unsafe impl Sync for SharedRegion {}
-
-const WORD: usize = size_of::<u64>();
 
 impl SharedRegion {
     /// The shared range, mapped to its own addresses.
@@ -91,21 +89,8 @@ impl SharedRegion {
         self.check(offset, data.len())?;
         // SAFETY: `check` has compared offset and length with the region.
         let to = unsafe { self.base.add(offset) };
-        let head = to.align_offset(WORD).min(data.len());
-        let (head_data, rest) = data.split_at(head);
-        let (words, tail) = rest.as_chunks::<WORD>();
-        // SAFETY: the three parts follow each other and end at `offset + data.len()`, and the words are aligned.
-        unsafe {
-            for (at, byte) in head_data.iter().enumerate() {
-                to.add(at).write_volatile(*byte);
-            }
-            for (at, word) in words.iter().enumerate() {
-                to.add(head).cast::<u64>().add(at).write_volatile(u64::from_ne_bytes(*word));
-            }
-            for (at, byte) in tail.iter().enumerate() {
-                to.add(head + words.len() * WORD + at).write_volatile(*byte);
-            }
-        }
+        // SAFETY: as above, and `data` is the caller's, so it is no part of the region.
+        unsafe { copy(data.as_ptr(), to.as_ptr(), data.len()) };
         Ok(())
     }
 
@@ -117,22 +102,8 @@ impl SharedRegion {
         self.check(offset, data.len())?;
         // SAFETY: `check` has compared offset and length with the region.
         let from = unsafe { self.base.add(offset) };
-        let head = from.align_offset(WORD).min(data.len());
-        let (head_data, rest) = data.split_at_mut(head);
-        let (words, tail) = rest.as_chunks_mut::<WORD>();
         // SAFETY: as in `write`.
-        unsafe {
-            for (at, byte) in head_data.iter_mut().enumerate() {
-                *byte = from.add(at).read_volatile();
-            }
-            for (at, word) in words.iter_mut().enumerate() {
-                *word = from.add(head).cast::<u64>().add(at).read_volatile().to_ne_bytes();
-            }
-            let done = head + words.len() * WORD;
-            for (at, byte) in tail.iter_mut().enumerate() {
-                *byte = from.add(done + at).read_volatile();
-            }
-        }
+        unsafe { copy(from.as_ptr(), data.as_mut_ptr(), data.len()) };
         Ok(())
     }
 
@@ -142,7 +113,9 @@ impl SharedRegion {
     /// [`Error::OutOfBounds`]; nothing is written then.
     pub fn zero(&self, offset: usize, len: usize) -> Result<(), Error> {
         self.check(offset, len)?;
-        (offset..offset + len).step_by(64).try_for_each(|at| self.write(at, &[0; 64][..64.min(offset + len - at)]))
+        // SAFETY: `check` has compared offset and length with the region.
+        unsafe { zero(self.base.add(offset).as_ptr(), len) };
+        Ok(())
     }
 }
 

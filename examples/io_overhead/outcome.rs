@@ -144,7 +144,7 @@ impl Side {
         let counts = |s: &Sample| {
             let report = s.report;
             let copied = (report.copied_to_device, report.copied_from_device, report.copies, report.headers_copied);
-            (report.ios, report.bytes, copied, report.pool_free)
+            (report.ios, report.bytes, copied, report.pool_used)
         };
         let first = samples.first().map(counts);
         Some(Self {

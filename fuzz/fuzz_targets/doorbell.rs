@@ -3,7 +3,7 @@
 #![no_main]
 
 use cvm_core::doorbell::{Access, Registers, Ring, SPACE, control, device_of};
-use cvm_core::{Answer, ConversionRequest, Error, Exit, PAGE_SIZE, Side, Trigger};
+use cvm_core::{Answer, ConversionRequest, Error, Exit, Gpa, PAGE_SIZE, Side, Trigger};
 use libfuzzer_sys::fuzz_target;
 
 const VCPU: u32 = 5;
@@ -11,13 +11,21 @@ const ANSWERS: [Answer; 3] = [Answer::Done, Answer::Invalid, Answer::Retry];
 
 fuzz_target!(|bytes: &[u8]| {
     let mut registers = Registers::new(VCPU);
-    let (mut frame, mut pages, mut answer) = (0, 0, Answer::Invalid);
+    let (mut frame, mut pages, mut answer) = (0u32, 0u32, Answer::Invalid);
     for step in bytes.as_chunks::<7>().0 {
         let [what, a, b, value @ ..] = *step;
         let (register, value) = (u16::from_le_bytes([a, b]), u32::from_le_bytes(value));
         if let Some(given) = ANSWERS.get(usize::from(what >> 1)) {
             answer = *given;
-            registers.answer(answer);
+            // Some pages on, or what is no place on the way.
+            let reached = u64::from(frame).wrapping_add(value.cast_signed() as u64);
+            registers.answer(answer, Gpa(reached.wrapping_mul(PAGE_SIZE)));
+            let done = (reached.wrapping_mul(PAGE_SIZE) / PAGE_SIZE).checked_sub(frame.into());
+            if let Some(done) = done.filter(|done| answer == Answer::Retry && *done < u64::from(pages))
+                && let Some(next) = u64::from(frame).checked_add(done).and_then(|next| u32::try_from(next).ok())
+            {
+                (frame, pages) = (next, pages - done as u32);
+            }
         }
         let access = if what & 1 == 0 { Access::Read } else { Access::Write(value) };
         let is_device = register < SPACE && register.is_multiple_of(4) && device_of(register).is_some();

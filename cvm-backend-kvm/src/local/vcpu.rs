@@ -315,9 +315,10 @@ impl LocalVcpu {
         self.question = Some(Question::Conversion(self.shared.engine.ask(request), transport));
     }
 
-    fn answer_request(&mut self, transport: Transport, answer: Answer) {
+    fn answer_request(&mut self, transport: Transport, answer: Answer, reached: Gpa) {
         match transport {
-            Transport::Doorbell => self.doorbell.answer(answer),
+            Transport::Doorbell => self.doorbell.answer(answer, reached),
+            // Has no place for how far a request got: the guest repeats it, and what is done is skipped.
             Transport::Hypercall => {
                 // Positive error numbers: KVM passes them to the guest negated where its convention asks for that
                 // (Linux arch/x86/kvm/svm/sev.c and vmx/tdx.c accept these three values only).
@@ -415,7 +416,7 @@ impl LocalVcpu {
                     return Err(CoreError::Crashed { vcpu, reason: format!("it made hypercall {number}") });
                 }
                 let Some(to) = side(attributes) else {
-                    self.answer_request(Transport::Hypercall, Answer::Invalid);
+                    self.answer_request(Transport::Hypercall, Answer::Invalid, Gpa(0));
                     return Ok(None);
                 };
                 let request = ConversionRequest::from_guest(vcpu, gpa, pages, to);
@@ -489,7 +490,7 @@ impl Vcpu for LocalVcpu {
     fn answer_conversion(&mut self, conversion: Conversion) -> Result<(), CoreError> {
         match &self.question {
             Some(Question::Conversion(ticket, transport)) if conversion.answers(*ticket) => {
-                self.answer_request(*transport, conversion.answer());
+                self.answer_request(*transport, conversion.answer(), conversion.reached());
                 self.question = None;
                 Ok(())
             }
@@ -502,7 +503,7 @@ impl Vcpu for LocalVcpu {
         match &self.question {
             Some(Question::Conversion(_, transport)) => {
                 self.shared.engine.withdraw(self.index);
-                self.answer_request(*transport, Answer::Invalid);
+                self.answer_request(*transport, Answer::Invalid, Gpa(0));
                 self.question = None;
                 Ok(())
             }

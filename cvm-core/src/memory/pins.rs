@@ -1,151 +1,165 @@
 //! Pins: how a conversion knows that nobody still looks at a page which it takes away.
 
-use super::sync::{AtomicUsize, Mutex, Ordering, now, order, pause};
+use super::sync::{AtomicUsize, Counted, Mutex, Ordering, fence, now, pause};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 /// Those who may look at a shared view, and the phase that they come in.
 ///
-/// Each holder counts its pins by itself, so that holders do not wait for each other's memory. A holder takes its pin
-/// first and reads the page-state map after; the engine changes the map first and looks at the pins after. All of that
-/// is sequentially consistent, so one of the two sees the other.
-#[derive(Debug, Default)]
-pub(super) struct Pins {
+/// Each holder has a token for each of two phases, and a pin is one more that shares the token, so that the token's count
+/// says how many pins there are, and holders do not wait for each other's memory. A holder takes its pin first and reads
+/// the page-state map after; the engine changes the map first and [asks](Tokens::pins) for pins after. Both change the
+/// count for that, and of two changes of one number one comes after the other: either the engine counts the pin, or the
+/// pin comes after a change that comes after the map's, so that its holder sees what has become of the map. That needs no
+/// fence between writing and reading, which would take as long as the pin itself.
+///
+/// The phases are there for those who wait: pins that are taken meanwhile belong to the other phase.
+#[derive(Debug)]
+pub(super) struct Pins<T> {
     phase: AtomicUsize,
-    /// Whoever counts pins, as long as he or a pin of his is there.
-    holders: Mutex<Vec<Arc<Counts>>>,
-    /// Held while somebody drains.
+    /// Whoever takes pins, as long as he or a pin of his is there. The same list several times, so that those who ask at
+    /// once do not wait for each other.
+    holders: [Padded<Mutex<Holders<T>>>; LISTS],
+    /// Held while somebody waits for pins.
     draining: Mutex<()>,
 }
 
-/// The pins of one holder, alone in its cache lines (two, which processors fetch together).
+type Holders<T> = Vec<Arc<Tokens<T>>>;
+
+const LISTS: usize = 4;
+
+impl<T> Default for Pins<T> {
+    fn default() -> Self {
+        let holders = [(); LISTS].map(|()| Padded(Mutex::new(Vec::new())));
+        Self { phase: AtomicUsize::new(0), holders, draining: Mutex::new(()) }
+    }
+}
+
+/// The tokens of one holder.
+#[derive(Debug)]
+struct Tokens<T> {
+    name: String,
+    phases: [Counted<Padded<T>>; 2],
+}
+
+/// Alone in its cache lines (two, which processors fetch together).
 #[derive(Debug)]
 #[repr(align(128))]
-struct Counts {
-    name: String,
-    /// How many came in an even and in an odd phase.
-    held: [AtomicUsize; 2],
+struct Padded<T>(T);
+
+impl<T> Tokens<T> {
+    /// How many pins of a phase there are.
+    fn pins(&self, phase: usize) -> usize {
+        let token = &self.phases[phase % 2];
+        // Giving one back releases what was written to the map before to whoever changes the count from now on.
+        drop(token.clone());
+        let pins = token.count() - 1;
+        // And what those did who are gone has happened.
+        fence(Ordering::Acquire);
+        pins
+    }
 }
 
 /// Somebody who looks at `T`, and pins it for that.
 #[derive(Debug)]
 pub(super) struct Holder<T> {
-    inner: Arc<Held<T>>,
-}
-
-#[derive(Debug)]
-#[repr(align(128))]
-struct Held<T> {
-    value: T,
-    pins: Arc<Pins>,
-    counts: Arc<Counts>,
+    tokens: Arc<Tokens<T>>,
+    pins: Arc<Pins<T>>,
 }
 
 impl<T: Clone> Holder<T> {
     /// A holder called `name`.
-    pub(super) fn new(pins: &Arc<Pins>, name: String, value: T) -> Self {
-        let counts = Arc::new(Counts { name, held: Default::default() });
-        let mut holders = pins.holders.lock().unwrap_or_else(PoisonError::into_inner);
-        // The others have nobody left but this list.
-        holders.retain(|holder| Arc::strong_count(holder) > 1);
-        holders.push(Arc::clone(&counts));
-        drop(holders);
-        Self { inner: Arc::new(Held { value, pins: Arc::clone(pins), counts }) }
+    pub(super) fn new(pins: &Arc<Pins<T>>, name: String, value: T) -> Self {
+        let phases = [(); 2].map(|()| Counted::new(Padded(value.clone())));
+        let tokens = Arc::new(Tokens { name, phases });
+        // All lists at once, so that they agree whenever somebody changes them.
+        let lists = pins.holders.iter().map(|list| list.0.lock().unwrap_or_else(PoisonError::into_inner));
+        for mut holders in lists.collect::<Vec<_>>() {
+            // Of some, nothing is left but what the lists have.
+            holders.retain(|holder| Arc::strong_count(holder) > LISTS || holder.pins(0) + holder.pins(1) > 0);
+            holders.push(Arc::clone(&tokens));
+        }
+        Self { tokens, pins: Arc::clone(pins) }
     }
 
     pub(super) fn name(&self) -> &str {
-        &self.inner.counts.name
+        &self.tokens.name
     }
 
     pub(super) fn value(&self) -> &T {
-        &self.inner.value
+        &self.tokens.phases[0].0
     }
 
-    pub(super) fn pins(&self) -> &Arc<Pins> {
-        &self.inner.pins
+    pub(super) fn pins(&self) -> &Arc<Pins<T>> {
+        &self.pins
     }
 
     /// A pin: as long as it lives, no page that its holder sees as shared leaves the shared side.
+    #[inline]
     pub(super) fn pin(&self) -> Pin<T> {
-        let Held { pins, counts, .. } = &*self.inner;
-        loop {
-            let phase = pins.phase.load(Ordering::SeqCst);
-            counts.held[phase % 2].fetch_add(1, Ordering::SeqCst);
-            order();
-            if pins.phase.load(Ordering::SeqCst) == phase {
-                return Pin { held: Arc::clone(&self.inner), phase };
-            }
-            // The engine may have looked in between and missed this one.
-            counts.held[phase % 2].fetch_sub(1, Ordering::SeqCst);
-        }
+        // A phase of a moment ago is as good: who waits looks at both.
+        let phase = self.pins.phase.load(Ordering::Relaxed);
+        let token = self.tokens.phases[phase % 2].clone();
+        fence(Ordering::Acquire);
+        Pin { token }
     }
 }
 
-impl Pins {
+impl<T> Pins<T> {
     /// Waits until the pins are gone that were taken before the call, at most for `patience`. Pins that come later do not
-    /// matter.
+    /// matter. Calls with different numbers for `caller` get less into each other's way.
     ///
     /// # Errors
     /// The names of those who still have one.
-    pub(super) fn drain(&self, patience: Duration) -> Result<(), Vec<String>> {
-        let _draining = self.draining.lock().unwrap_or_else(PoisonError::into_inner);
-        order();
-        let phase = self.phase.load(Ordering::SeqCst);
-        // What is left of the phase before, when an earlier call has given up.
-        self.wait(phase.wrapping_add(1), patience)?;
-        self.phase.store(phase.wrapping_add(1), Ordering::SeqCst);
-        order();
-        self.wait(phase, patience)
-    }
-
-    /// Waits for the pins of one phase. Who becomes a holder after this has looked takes its pins in a later one.
-    fn wait(&self, phase: usize, patience: Duration) -> Result<(), Vec<String>> {
-        let has_pins = |counts: &Arc<Counts>| counts.held[phase % 2].load(Ordering::SeqCst) > 0;
-        let holders = self.holders.lock().unwrap_or_else(PoisonError::into_inner);
-        // Mostly nobody, and then nothing is allocated and no clock is read.
-        let mut left: Vec<_> = holders.iter().filter(|counts| has_pins(counts)).cloned().collect();
+    pub(super) fn drain(&self, caller: usize, patience: Duration) -> Result<(), Vec<String>> {
+        let holders = self.holders[caller % LISTS].0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Mostly nobody has one, and then there is nothing to wait for. Who becomes a holder after this sees the map as it
+        // is now.
+        let left: Vec<_> = holders.iter().filter(|holder| holder.pins(0) + holder.pins(1) > 0).cloned().collect();
         drop(holders);
         if left.is_empty() {
             return Ok(());
         }
-        let deadline = now() + patience;
-        loop {
-            left.retain(has_pins);
-            if left.is_empty() {
-                return Ok(());
-            }
-            if now() >= deadline {
-                return Err(left.iter().map(|counts| counts.name.clone()).collect());
-            }
-            pause();
-        }
+        let _draining = self.draining.lock().unwrap_or_else(PoisonError::into_inner);
+        let phase = self.phase.load(Ordering::Relaxed);
+        // What is left of the phase before, when an earlier call has given up.
+        wait(left.clone(), phase.wrapping_add(1), patience)?;
+        self.phase.store(phase.wrapping_add(1), Ordering::Relaxed);
+        wait(left, phase, patience)
     }
 }
 
-/// A pin of one holder.
+/// Waits until none of `holders` has a pin of this phase.
+fn wait<T>(mut holders: Vec<Arc<Tokens<T>>>, phase: usize, patience: Duration) -> Result<(), Vec<String>> {
+    let deadline = now() + patience;
+    loop {
+        holders.retain(|holder| holder.pins(phase) > 0);
+        if holders.is_empty() {
+            return Ok(());
+        }
+        if now() >= deadline {
+            return Err(holders.iter().map(|holder| holder.name.clone()).collect());
+        }
+        pause();
+    }
+}
+
+/// A pin of one holder; a clone of it belongs to the same phase, so that who waits for this one waits for both.
 #[derive(Debug)]
 pub(super) struct Pin<T> {
-    held: Arc<Held<T>>,
-    phase: usize,
-}
-
-impl<T> Pin<T> {
-    pub(super) fn value(&self) -> &T {
-        &self.held.value
-    }
+    token: Counted<Padded<T>>,
 }
 
 impl<T> Clone for Pin<T> {
-    /// A pin that is as old as this one, so that who waits for this one waits for both.
     fn clone(&self) -> Self {
-        self.held.counts.held[self.phase % 2].fetch_add(1, Ordering::SeqCst);
-        Self { held: Arc::clone(&self.held), phase: self.phase }
+        Self { token: self.token.clone() }
     }
 }
 
-impl<T> Drop for Pin<T> {
-    fn drop(&mut self) {
-        self.held.counts.held[self.phase % 2].fetch_sub(1, Ordering::SeqCst);
+impl<T> Pin<T> {
+    #[inline]
+    pub(super) fn value(&self) -> &T {
+        &self.token.0
     }
 }
 
@@ -156,41 +170,45 @@ mod tests {
 
     const SOON: Duration = Duration::from_millis(30);
 
-    fn holder(pins: &Arc<Pins>, name: &str) -> Holder<()> {
+    fn holder(pins: &Arc<Pins<()>>, name: &str) -> Holder<()> {
         Holder::new(pins, name.into(), ())
     }
 
     #[test]
     fn earlier_pins_and_their_clones_are_waited_for_and_later_ones_are_not() {
-        let pins = Arc::<Pins>::default();
+        let pins = Arc::<Pins<_>>::default();
         let (disk, net) = (holder(&pins, "disk"), holder(&pins, "net"));
-        pins.drain(SOON).unwrap();
+        pins.drain(0, SOON).unwrap();
         let early = disk.pin();
-        assert_eq!(pins.drain(SOON), Err(vec!["disk".into()]));
+        assert_eq!(pins.drain(0, SOON), Err(vec!["disk".into()]));
         let late = net.pin();
-        assert_eq!(pins.drain(SOON), Err(vec!["disk".into()]), "the early pin is still there");
+        assert_eq!(pins.drain(0, SOON), Err(vec!["disk".into()]), "the early pin is still there");
         let clone = early.clone();
         drop(early);
         drop(disk);
-        assert_eq!(pins.drain(SOON), Err(vec!["disk".into()]), "its clone is still there, although its holder is not");
+        assert_eq!(
+            pins.drain(0, SOON),
+            Err(vec!["disk".into()]),
+            "its clone is still there, although its holder is not"
+        );
         drop(clone);
         drop(late);
-        pins.drain(SOON).unwrap();
+        pins.drain(0, SOON).unwrap();
     }
 
     #[test]
     fn holders_that_are_gone_are_forgotten() {
-        let pins = Arc::<Pins>::default();
+        let pins = Arc::<Pins<_>>::default();
         for _ in 0..100 {
             drop(holder(&pins, "passing"));
         }
         let _stays = holder(&pins, "stays");
-        assert_eq!(pins.holders.lock().unwrap().len(), 1);
+        assert!(pins.holders.iter().all(|list| list.0.lock().unwrap().len() == 1));
     }
 
     #[test]
     fn holders_that_come_and_go_all_the_time_do_not_starve_a_conversion() {
-        let pins = Arc::<Pins>::default();
+        let pins = Arc::<Pins<_>>::default();
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             for _ in 0..3 {
@@ -205,7 +223,7 @@ mod tests {
                     drop(pin);
                 });
             }
-            let drained = (0..20).all(|_| pins.drain(Duration::from_secs(20)).is_ok());
+            let drained = (0..20).all(|round| pins.drain(round, Duration::from_secs(20)).is_ok());
             stop.store(true, Ordering::SeqCst);
             assert!(drained, "starved");
         });
@@ -215,14 +233,13 @@ mod tests {
 /// Every interleaving of a holder and an engine, within loom's bounds.
 #[cfg(all(test, loom))]
 mod model {
-    use super::super::map::PageState;
     use super::*;
     use loom::sync::atomic::AtomicUsize as State;
     use loom::thread;
 
     /// A page-state map of one page, and the page: what the host may see there, or not any more.
     struct Page {
-        state: State,
+        shared: State,
         private: State,
     }
 
@@ -231,28 +248,27 @@ mod model {
         // Each turn of a pin or a drain takes one at most; more of them only repeat what was seen.
         model.preemption_bound = Some(3);
         model.check(move || {
-            let pins = Arc::<Pins>::default();
-            let page = Arc::new(Page { state: State::new(PageState::Shared as usize), private: State::new(0) });
+            let pins = Arc::<Pins<_>>::default();
+            let page = Arc::new(Page { shared: State::new(1), private: State::new(0) });
             let readers: Vec<_> = (0..holders)
                 .map(|_| {
                     let holder = Holder::new(&pins, "reader".into(), Arc::clone(&page));
                     thread::spawn(move || {
                         let pin = holder.pin();
                         let page = pin.value();
-                        if page.state.load(Ordering::SeqCst) == PageState::Shared as usize {
-                            assert_eq!(page.private.load(Ordering::SeqCst), 0, "a private page was seen");
+                        if page.shared.load(Ordering::Acquire) == 1 {
+                            assert_eq!(page.private.load(Ordering::Relaxed), 0, "a private page was seen");
                         }
                     })
                 })
                 .collect();
             for _ in 0..conversions {
-                page.state.store(PageState::Converting as usize, Ordering::SeqCst);
-                pins.drain(Duration::from_secs(1)).unwrap();
-                page.private.store(1, Ordering::SeqCst);
-                page.state.store(PageState::Private as usize, Ordering::SeqCst);
+                page.shared.store(0, Ordering::Release);
+                pins.drain(0, Duration::from_secs(1)).unwrap();
+                page.private.store(1, Ordering::Relaxed);
                 // And back, so that a later conversion finds it shared.
-                page.private.store(0, Ordering::SeqCst);
-                page.state.store(PageState::Shared as usize, Ordering::SeqCst);
+                page.private.store(0, Ordering::Relaxed);
+                page.shared.store(1, Ordering::Release);
             }
             readers.into_iter().for_each(|reader| reader.join().unwrap());
         });

@@ -28,26 +28,42 @@ impl Slots {
         &self.0
     }
 
+    /// From the first address to the last, gaps included.
+    pub fn span(&self) -> GpaRange {
+        // There is one at least, and they are sorted.
+        self.0.iter().skip(1).fold(self.0[0], |all, slot| all.hull(slot))
+    }
+
     /// The number of the slot that `gpa` lies in.
+    #[inline]
     pub fn find(&self, gpa: Gpa) -> Option<usize> {
+        // Most VMs have a few slots, where looking at each in turn is faster than bisection.
+        if let few @ ..=4 = self.0.len() {
+            return self.0[..few].iter().position(|slot| slot.contains(gpa));
+        }
         let after = self.0.partition_point(|slot| slot.end() <= gpa);
         self.0.get(after).filter(|slot| slot.contains(gpa)).map(|_| after)
+    }
+
+    /// Sees to it that every page of `range` lies in a slot.
+    ///
+    /// # Errors
+    /// [`Error::OutsideMemory`] with the first address that lies in none.
+    pub fn check(&self, range: GpaRange) -> Result<(), Error> {
+        let mut next = range.start();
+        while next < range.end() {
+            next = self.0[self.find(next).ok_or(Error::OutsideMemory { gpa: next })?].end();
+        }
+        Ok(())
     }
 
     /// The parts of `range` that lie in a slot each.
     ///
     /// # Errors
-    /// [`Error::OutsideMemory`] with the first address that lies in none.
+    /// As [`Slots::check`].
     pub fn split(&self, range: GpaRange) -> Result<Vec<GpaRange>, Error> {
-        let mut parts = Vec::new();
-        let mut next = range.start();
-        while next < range.end() {
-            let part = self.find(next).and_then(|slot| self.0[slot].intersection(&range));
-            let part = part.ok_or(Error::OutsideMemory { gpa: next })?;
-            next = part.end();
-            parts.push(part);
-        }
-        Ok(parts)
+        self.check(range)?;
+        Ok(self.0.iter().filter_map(|slot| slot.intersection(&range)).collect())
     }
 }
 

@@ -1,18 +1,20 @@
-//! What [`pins`](super::pins) and the map are synchronised by: the standard library, or loom, which tries every
-//! interleaving (`RUSTFLAGS="--cfg loom" cargo test -p cvm-core --release model`).
+//! What [`pins`](super::pins) are synchronised by: the standard library, or loom, which tries every interleaving
+//! (`RUSTFLAGS="--cfg loom" cargo test -p cvm-core --release model`).
 
 #[cfg(not(loom))]
 pub(super) use std::sync::{
     Mutex,
-    atomic::{AtomicUsize, Ordering},
+    atomic::{AtomicUsize, Ordering, fence},
 };
 
 #[cfg(loom)]
 pub(super) use loom::sync::{
     Mutex,
-    atomic::{AtomicUsize, Ordering},
+    atomic::{AtomicUsize, Ordering, fence},
 };
 
+use std::ops::Deref;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// The time; a model has none, and its deadlines never come.
@@ -34,9 +36,59 @@ pub(super) fn pause() {
     loom::thread::yield_now();
 }
 
-/// Between two accesses that are sequentially consistent: loom takes them for less (see its documentation), and has to be
-/// told that they are in one order for all.
-pub(super) fn order() {
+/// Something that counts who shares it: an [`Arc`], whose count a model counts once more, with the orderings that `Arc` has,
+/// to see what loom thinks of them.
+#[derive(Debug)]
+pub(super) struct Counted<T> {
+    shared: Arc<Inner<T>>,
+}
+
+#[derive(Debug)]
+struct Inner<T> {
+    value: T,
     #[cfg(loom)]
-    loom::sync::atomic::fence(Ordering::SeqCst);
+    count: AtomicUsize,
+}
+
+impl<T> Counted<T> {
+    /// The first one.
+    pub(super) fn new(value: T) -> Self {
+        let inner = Inner {
+            value,
+            #[cfg(loom)]
+            count: AtomicUsize::new(1),
+        };
+        Self { shared: Arc::new(inner) }
+    }
+
+    /// How many there are.
+    pub(super) fn count(&self) -> usize {
+        #[cfg(not(loom))]
+        return Arc::strong_count(&self.shared);
+        #[cfg(loom)]
+        self.shared.count.load(Ordering::Relaxed)
+    }
+}
+
+impl<T> Clone for Counted<T> {
+    fn clone(&self) -> Self {
+        #[cfg(loom)]
+        self.shared.count.fetch_add(1, Ordering::Relaxed);
+        Self { shared: Arc::clone(&self.shared) }
+    }
+}
+
+#[cfg(loom)]
+impl<T> Drop for Counted<T> {
+    fn drop(&mut self) {
+        self.shared.count.fetch_sub(1, Ordering::Release);
+    }
+}
+
+impl<T> Deref for Counted<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.shared.value
+    }
 }

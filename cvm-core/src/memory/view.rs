@@ -2,13 +2,14 @@
 
 use super::map::{PageState, PageStateMap};
 use super::pins::{Holder, Pin, Pins};
-use crate::{Error, GpaRange};
+use crate::{Error, Gpa, GpaRange};
+use std::iter::FusedIterator;
 use std::ops::Deref;
 use std::sync::Arc;
 use vm_memory::guest_memory::GuestMemorySliceIterator;
 use vm_memory::{
     FileOffset, GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
-    GuestMemoryRegion, Permissions,
+    GuestMemoryRegion, MmapRegion, Permissions, VolatileMemory, VolatileSlice,
 };
 
 /// Where the shared side of a range lies on the host.
@@ -50,13 +51,18 @@ impl SharedMemory {
     /// # Errors
     /// [`Error::Layout`] if a slot has no backing.
     pub fn new(backing: GuestMemoryMmap, map: Arc<PageStateMap>) -> Result<Self, Error> {
-        for slot in map.slots().ranges() {
+        let region_of = |slot: &GpaRange| {
+            let start = GuestAddress(slot.start().0);
             let len = usize::try_from(slot.len()).unwrap_or(usize::MAX);
-            if !GuestMemoryBackend::check_range(&backing, GuestAddress(slot.start().0), len) {
+            if !GuestMemoryBackend::check_range(&backing, start, len) {
                 return Err(Error::Layout(format!("{slot} has no shared backing")));
             }
-        }
-        Ok(Self { holder: Holder::new(&Arc::default(), "vmm".into(), Arc::new(SharedView { backing, map })) })
+            let (region, at) = backing.to_region_addr(start).ok_or_else(|| Error::Layout(slot.to_string()))?;
+            Ok(Region { memory: region.get_mmap(), offset: at.0 })
+        };
+        let regions = map.slots().ranges().iter().map(region_of).collect::<Result<_, _>>()?;
+        let view = Arc::new(SharedView { backing, regions, map });
+        Ok(Self { holder: Holder::new(&Arc::default(), "vmm".into(), view) })
     }
 
     /// A handle for somebody whom errors call `name`: a device, a thread.
@@ -89,7 +95,7 @@ impl SharedMemory {
         })
     }
 
-    pub(super) fn pins(&self) -> &Pins {
+    pub(super) fn pins(&self) -> &Pins<Arc<SharedView>> {
         self.holder.pins()
     }
 }
@@ -98,6 +104,7 @@ impl GuestAddressSpace for SharedMemory {
     type M = SharedView;
     type T = Pinned;
 
+    #[inline]
     fn memory(&self) -> Pinned {
         Pinned { pin: self.holder.pin() }
     }
@@ -112,6 +119,7 @@ pub struct Pinned {
 impl Deref for Pinned {
     type Target = SharedView;
 
+    #[inline]
     fn deref(&self) -> &SharedView {
         self.pin.value()
     }
@@ -121,10 +129,39 @@ impl Deref for Pinned {
 #[derive(Debug)]
 pub struct SharedView {
     backing: GuestMemoryMmap,
+    /// Where each slot of the map begins in the backing.
+    regions: Vec<Region>,
     map: Arc<PageStateMap>,
 }
 
+#[derive(Debug)]
+struct Region {
+    memory: Arc<MmapRegion>,
+    offset: u64,
+}
+
 impl SharedView {
+    /// These bytes, if one look at the map is enough to know that they are shared, and one slice has them all.
+    #[inline]
+    fn plain_slice(&self, addr: GuestAddress, count: usize) -> Option<VolatileSlice<'_>> {
+        let (slot, offset) = self.map.plainly_shared(Gpa(addr.0), count as u64)?;
+        let region = &self.regions[slot];
+        region.memory.get_slice((region.offset + offset) as usize, count).ok()
+    }
+
+    /// These bytes, wherever they are.
+    #[cold]
+    fn checked_slices(
+        &self,
+        addr: GuestAddress,
+        count: usize,
+    ) -> Result<impl GuestMemorySliceIterator<'_, ()>, GuestMemoryError> {
+        match self.first_unshared(addr, count) {
+            None => Ok(GuestMemoryBackend::get_slices(&self.backing, addr, count)),
+            Some(first) => Err(GuestMemoryError::InvalidGuestAddress(first)),
+        }
+    }
+
     /// The first address of `addr..addr + count` that is not on the shared side.
     fn first_unshared(&self, addr: GuestAddress, count: usize) -> Option<GuestAddress> {
         if count == 0 {
@@ -135,24 +172,49 @@ impl SharedView {
     }
 }
 
+/// The slices of an access: one where its bytes follow each other in one region, else those that the backing makes.
+struct Slices<'a, M> {
+    one: Option<VolatileSlice<'a>>,
+    many: Option<M>,
+}
+
+impl<'a, M: Iterator<Item = Result<VolatileSlice<'a>, GuestMemoryError>>> Iterator for Slices<'a, M> {
+    type Item = M::Item;
+
+    #[inline]
+    fn next(&mut self) -> Option<Self::Item> {
+        match self.one.take() {
+            Some(one) => Some(Ok(one)),
+            None => self.many.as_mut()?.next(),
+        }
+    }
+}
+
+impl<'a, M: GuestMemorySliceIterator<'a, ()>> FusedIterator for Slices<'a, M> {}
+impl<'a, M: GuestMemorySliceIterator<'a, ()>> GuestMemorySliceIterator<'a, ()> for Slices<'a, M> {}
+
 impl GuestMemory for SharedView {
     type PhysicalMemory = GuestMemoryMmap;
     type Bitmap = ();
 
+    #[inline]
     fn check_range(&self, addr: GuestAddress, count: usize, _access: Permissions) -> bool {
-        self.first_unshared(addr, count).is_none()
+        self.map.plainly_shared(Gpa(addr.0), count as u64).is_some() || self.first_unshared(addr, count).is_none()
     }
 
+    #[inline]
     fn get_slices<'a>(
         &'a self,
         addr: GuestAddress,
         count: usize,
         _access: Permissions,
     ) -> Result<impl GuestMemorySliceIterator<'a, ()>, GuestMemoryError> {
-        match self.first_unshared(addr, count) {
-            None => Ok(GuestMemoryBackend::get_slices(&self.backing, addr, count)),
-            Some(first) => Err(GuestMemoryError::InvalidGuestAddress(first)),
-        }
+        let one = self.plain_slice(addr, count);
+        let many = match one {
+            Some(_) => None,
+            None => Some(self.checked_slices(addr, count)?),
+        };
+        Ok(Slices { one, many })
     }
 
     // `physical_memory` stays at nothing: it would lead around the check.

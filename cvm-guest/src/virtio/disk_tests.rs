@@ -2,13 +2,16 @@
 
 #![allow(unsafe_code, reason = "requests in flight lend their buffers to the driver")]
 
-use super::fake::{Host, is_shared, pool};
-use super::{PoolHal, StaticPool};
+use super::QueueHal;
+use super::fake::{Host, device_queue, in_use, is_shared, pool};
 use virtio_drivers::Error;
 use virtio_drivers::device::blk::{BlkReq, BlkResp, SECTOR_SIZE, VirtIOBlk};
 
 /// The device type of a disk (virtio 1.2, section 5).
 const DISK: u32 = 2;
+
+/// What the device has of the pool for a read of a sector: slots for header, sector and answer.
+const LENT: u64 = 256 + SECTOR_SIZE as u64 + 256;
 
 /// A request and its buffers.
 #[derive(Default)]
@@ -34,10 +37,10 @@ fn fill(host: &Host, head: u16, data: u8) {
 
 #[test]
 fn reads_that_are_answered_in_another_order_come_back_right() {
-    pool!(P, 16);
-    let (host, transport) = Host::new(DISK, P::pool());
-    let mut disk = VirtIOBlk::<PoolHal<P>, _>::new(transport).unwrap();
-    let before = P::pool().free();
+    device_queue!(Q);
+    let (host, transport) = Host::new(DISK, pool::<Q>());
+    let mut disk = VirtIOBlk::<QueueHal<Q>, _>::new(transport).unwrap();
+    let before = in_use::<Q>();
     let mut requests = [(); 3].map(|()| Request::new());
     let tokens = requests.each_mut().map(|Request { request, data, response }| {
         // SAFETY: the buffers outlive the requests and are not touched until they are done.
@@ -46,7 +49,7 @@ fn reads_that_are_answered_in_another_order_come_back_right() {
     let heads: Vec<u16> = std::iter::from_fn(|| host.next(0)).collect();
     assert_eq!(heads, tokens);
     for (index, head) in heads.iter().enumerate().rev() {
-        assert!(is_shared(P::pool(), host.descriptor(0, *head).address));
+        assert!(is_shared(pool::<Q>(), host.descriptor(0, *head).address));
         fill(host, *head, index as u8 + 1);
         // How much was written is the device's word, and nobody asks for it.
         host.answer(0, (*head).into(), u32::MAX);
@@ -58,29 +61,29 @@ fn reads_that_are_answered_in_another_order_come_back_right() {
         unsafe { disk.complete_read_blocks(token, request, data, response) }.unwrap();
         assert!(data.iter().all(|byte| *byte == index as u8 + 1));
     }
-    assert_eq!(P::pool().free(), before);
+    assert_eq!(in_use::<Q>(), before);
 }
 
 #[test]
 fn an_answer_to_what_was_not_asked_is_an_error_and_its_memory_is_not_used_again() {
-    pool!(P, 64);
+    device_queue!(Q);
     for id in [1, 3, 15, 16, 0xffff, u32::MAX] {
-        let (host, transport) = Host::new(DISK, P::pool());
-        let mut disk = VirtIOBlk::<PoolHal<P>, _>::new(transport).unwrap();
-        let before = P::pool().free();
+        let (host, transport) = Host::new(DISK, pool::<Q>());
+        let mut disk = VirtIOBlk::<QueueHal<Q>, _>::new(transport).unwrap();
+        let before = in_use::<Q>();
         host.answers.borrow_mut().push_back((id, 0));
         assert_eq!(disk.read_blocks(0, &mut [0; SECTOR_SIZE]).unwrap_err(), Error::WrongToken, "{id:#x}");
         // The device may still write there: header, sector and answer stay lent.
-        assert_eq!(before - P::pool().free(), SECTOR_SIZE + 2 * crate::GRANULE);
+        assert_eq!(in_use::<Q>() - before, LENT);
     }
 }
 
 #[test]
 fn a_request_that_is_answered_twice_is_done_once() {
-    pool!(P, 16);
-    let (host, transport) = Host::new(DISK, P::pool());
-    let mut disk = VirtIOBlk::<PoolHal<P>, _>::new(transport).unwrap();
-    let before = P::pool().free();
+    device_queue!(Q);
+    let (host, transport) = Host::new(DISK, pool::<Q>());
+    let mut disk = VirtIOBlk::<QueueHal<Q>, _>::new(transport).unwrap();
+    let before = in_use::<Q>();
     let Request { mut request, mut data, mut response } = Request::new();
     // SAFETY: as above.
     let token = unsafe { disk.read_blocks_nb(0, &mut request, &mut data, &mut response) }.unwrap();
@@ -90,7 +93,7 @@ fn a_request_that_is_answered_twice_is_done_once() {
     host.answer(0, head.into(), 513);
     // SAFETY: as above.
     unsafe { disk.complete_read_blocks(token, &request, &mut data, &mut response) }.unwrap();
-    assert_eq!((data[0], P::pool().free()), (7, before));
+    assert_eq!((data[0], in_use::<Q>()), (7, before));
     // What is left says that a request is done of which the guest knows nothing: it must look up its own.
     assert_eq!(disk.peek_used(), Some(token));
     let mut next = Request::new();
@@ -105,10 +108,10 @@ fn a_request_that_is_answered_twice_is_done_once() {
 
 #[test]
 fn a_device_that_never_answers_keeps_what_it_was_lent_and_nothing_else() {
-    pool!(P, 16);
-    let (_, transport) = Host::new(DISK, P::pool());
-    let all = P::pool().free();
-    let mut disk = VirtIOBlk::<PoolHal<P>, _>::new(transport).unwrap();
+    device_queue!(Q);
+    let (_, transport) = Host::new(DISK, pool::<Q>());
+    let before = in_use::<Q>();
+    let mut disk = VirtIOBlk::<QueueHal<Q>, _>::new(transport).unwrap();
     let mut requests = [(); 5].map(|()| Request::new());
     for Request { request, data, response } in &mut requests {
         // SAFETY: as above.
@@ -119,5 +122,5 @@ fn a_device_that_never_answers_keeps_what_it_was_lent_and_nothing_else() {
     let refused = unsafe { disk.read_blocks_nb(0, &mut sixth.request, &mut sixth.data, &mut sixth.response) };
     assert_eq!((refused, disk.peek_used()), (Err(Error::QueueFull), None));
     drop(disk);
-    assert_eq!(all - P::pool().free(), 5 * (SECTOR_SIZE + 2 * crate::GRANULE));
+    assert_eq!(in_use::<Q>() - before, 5 * LENT);
 }

@@ -1,7 +1,8 @@
 //! A device whose every answer is up to a test: it sees registers and the pool, as a host does.
 
-use super::DoorbellTransport;
-use crate::{Machine, Platform, Pool};
+use super::{DeviceQueue, DoorbellTransport};
+use crate::pool::tests::bare;
+use crate::{Machine, Platform, Pool, PoolOptions, Queue, QueueOptions, SharedRegion};
 use cvm_core::boot::{self, BootPage};
 use cvm_core::doorbell::{Transport, device_base};
 use cvm_core::{Gpa, GpaRange, Side};
@@ -62,13 +63,18 @@ impl Host {
 
     fn read_pool<const N: usize>(&self, address: u64) -> [u8; N] {
         let mut bytes = [0; N];
-        self.pool.region().read((address - self.pool.region().range().start().0) as usize, &mut bytes).unwrap();
+        assert!(self.pool.read(self.pool.offset(Gpa(address)).unwrap(), &mut bytes));
         bytes
     }
 
     /// Writes into shared memory.
     pub fn write_pool(&self, address: u64, bytes: &[u8]) {
-        self.pool.region().write((address - self.pool.region().range().start().0) as usize, bytes).unwrap();
+        self.pool.write(self.pool.offset(Gpa(address)).unwrap(), bytes);
+    }
+
+    /// Where the rings of a queue begin.
+    pub fn rings(&self, queue: usize) -> u64 {
+        self.rings.borrow()[queue].addresses[0]
     }
 
     /// The next chain that the driver has made available, if any: its head.
@@ -158,25 +164,41 @@ impl Machine for Host {
     }
 }
 
-/// A pool of its own for each test: the functions of a `Hal` have no `self`.
-macro_rules! pool {
-    ($name:ident, $pages:expr) => {
+/// A device queue of its own for each test, of a pool of one chunk: the functions of a `Hal` have no `self`.
+macro_rules! device_queue {
+    ($name:ident) => {
         struct $name;
 
-        impl $crate::virtio::StaticPool for $name {
-            fn pool() -> &'static $crate::Pool {
-                static POOL: spin::Once<$crate::Pool> = spin::Once::new();
-                POOL.call_once(|| {
-                    let words = vec![0; ($pages as usize * 4096).div_ceil($crate::GRANULE * 64)].leak();
-                    $crate::Pool::new($crate::shared::tests::region($pages), words).unwrap()
-                })
+        impl $crate::virtio::DeviceQueue for $name {
+            fn with<R>(work: impl FnOnce(&mut $crate::Queue<'static>) -> R) -> R {
+                static QUEUE: spin::Mutex<Option<$crate::Queue<'static>>> = spin::Mutex::new(None);
+                let fresh = || $crate::virtio::fake::queue($crate::pool::tests::region(0));
+                work(QUEUE.lock().get_or_insert_with(fresh))
             }
         }
     };
 }
-pub(crate) use pool;
+pub(crate) use device_queue;
+
+/// A queue of a pool that has this chunk.
+pub fn queue(region: SharedRegion) -> Queue<'static> {
+    let pool: &Pool = Box::leak(Box::new(bare(1, 1, PoolOptions::default())));
+    pool.add(region).unwrap();
+    pool.queue(QueueOptions::default()).unwrap()
+}
+
+/// The pool of a test.
+pub fn pool<Q: DeviceQueue>() -> &'static Pool {
+    Q::with(|queue| queue.pool())
+}
+
+/// How many bytes of a test's pool are in slots that were not given back: rings, and what the device has.
+pub fn in_use<Q: DeviceQueue>() -> u64 {
+    let usage = Q::with(|queue| queue.usage());
+    usage.taken - usage.ready
+}
 
 /// Whether an address is one of the pool's.
 pub fn is_shared(pool: &Pool, address: u64) -> bool {
-    pool.region().range().contains(Gpa(address))
+    pool.offset(Gpa(address)).is_some()
 }

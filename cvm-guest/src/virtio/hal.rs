@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code, reason = "the trait is unsafe: its pointers go to drivers that keep their own rules")]
 
-use crate::Pool;
+use crate::Queue;
 use core::marker::PhantomData;
 use core::ptr::NonNull;
 use cvm_core::{Gpa, PAGE_SIZE};
@@ -10,24 +10,31 @@ use virtio_drivers::{BufferDirection, Hal, PhysAddr};
 
 const PAGE: usize = PAGE_SIZE as usize;
 
-/// Where a [`PoolHal`] finds its pool: a static of the guest's, since the functions of [`Hal`] have no `self`.
+/// Where a [`QueueHal`] finds its queue of a pool: a static of the guest's, since the functions of [`Hal`] have no `self`.
 ///
-/// Size it for the sum of what its drivers have in flight at once: for each queue, its rings (up to three pages for 16
-/// entries) and the payloads of as many requests as the driver keeps open, each rounded up to
-/// [`GRANULE`](crate::GRANULE).
-pub trait StaticPool {
-    /// The pool, always the same one.
-    fn pool() -> &'static Pool;
+/// One for each device, behind a lock of the guest's choice: a driver of `virtio-drivers` is used by one CPU at a time,
+/// so nobody ever waits for it. Only what ends a device's requests on another CPU than it begins them would, and takes
+/// a [`Queue`] of its own rather than this.
+///
+/// Nothing here can wait for room, so size the pool for all that its drivers have in flight at once: for each virtqueue its
+/// rings (up to three pages for 16 entries) and the payloads of as many requests as the driver keeps open, each rounded
+/// up to a power of two of at least 256 bytes, and for each of these sizes up to 256 KiB more, and as much again as the
+/// queue's window.
+pub trait DeviceQueue {
+    /// Has `work` done with the queue, always the same one.
+    fn with<R>(work: impl FnOnce(&mut Queue<'static>) -> R) -> R;
 }
 
 /// A [`Hal`] that keeps rings in the pool and copies payloads through it.
 ///
 /// Its functions cannot fail. When the pool is exhausted they return the address 0, which is a private page: allocation
-/// of rings fails then, and of a payload the device can neither read nor write anything. A device that is honest ends
-/// such a request with an error; from one that is not, the caller gets its own buffer back unchanged, as if the device
-/// had chosen these bytes.
+/// of rings fails then, as for rings of more than 256 KiB, and of a payload the device can neither read nor write anything.
+/// A device that is honest ends such a request with an error; from one that is not, the caller gets its own buffer back
+/// unchanged, as if the device had chosen these bytes. [`QueueUse::exhausted`](crate::QueueUse::exhausted) counts.
+///
+/// `virtio-drivers` does not pass on how much the device says it has written, so the whole buffer is copied out.
 #[derive(Debug)]
-pub struct PoolHal<P>(PhantomData<P>);
+pub struct QueueHal<Q>(PhantomData<Q>);
 
 const EXHAUSTED: PhysAddr = 0;
 
@@ -39,28 +46,19 @@ fn driver_writes(direction: BufferDirection) -> bool {
     matches!(direction, BufferDirection::DriverToDevice | BufferDirection::Both)
 }
 
-// SAFETY: the pool hands out runs that do not overlap, aligned as asked for, valid as long as the static pool lives;
-// `dma_alloc` zeroes them. Only the driver has pointers into them, apart from the host, from whom no memory that is
-// shared with it can be kept.
-unsafe impl<P: StaticPool> Hal for PoolHal<P> {
+// SAFETY: the pool hands out slots that do not overlap, aligned to pages where asked for, valid as long as the queue's
+// pool lives; `dma_alloc` zeroes them. Only the driver has pointers into them, apart from the host, from whom no memory
+// that is shared with it can be kept.
+unsafe impl<Q: DeviceQueue> Hal for QueueHal<Q> {
     fn dma_alloc(pages: usize, _direction: BufferDirection) -> (PhysAddr, NonNull<u8>) {
-        let pool = P::pool();
-        let allocated = pages.checked_mul(PAGE).and_then(|len| {
-            let offset = pool.allocate(len, PAGE).ok()?;
-            pool.region().zero(offset, len).ok()?;
-            Some((pool.region().gpa(offset).0, pool.pointer(offset)))
-        });
-        allocated.unwrap_or((EXHAUSTED, NonNull::dangling()))
+        let allocated = pages.checked_mul(PAGE).and_then(|len| Q::with(|queue| queue.allocate(len, PAGE)));
+        allocated.map_or((EXHAUSTED, NonNull::dangling()), |(gpa, pointer)| (gpa.0, pointer))
     }
 
     unsafe fn dma_dealloc(paddr: PhysAddr, _vaddr: NonNull<u8>, pages: usize) -> i32 {
-        let pool = P::pool();
-        match pool.offset(Gpa(paddr)) {
-            Some(offset) => {
-                pool.release(offset, pages * PAGE);
-                0
-            }
-            None => -1,
+        match Q::with(|queue| queue.free(Gpa(paddr), pages * PAGE)) {
+            true => 0,
+            false => -1,
         }
     }
 
@@ -70,79 +68,89 @@ unsafe impl<P: StaticPool> Hal for PoolHal<P> {
     }
 
     unsafe fn share(buffer: NonNull<[u8]>, direction: BufferDirection) -> PhysAddr {
-        let pool = P::pool();
-        let Ok(offset) = pool.allocate(buffer.len(), 1) else { return EXHAUSTED };
-        if driver_writes(direction) {
-            // SAFETY: the caller promises a valid buffer that nobody else accesses during the call.
-            let data = unsafe { buffer.as_ref() };
-            if pool.region().write(offset, data).is_err() {
-                pool.release(offset, buffer.len());
-                return EXHAUSTED;
-            }
-        }
-        pool.region().gpa(offset).0
+        Q::with(|queue| {
+            let gpa = if driver_writes(direction) {
+                // SAFETY: the caller promises a valid buffer that nobody else accesses during the call.
+                queue.bounce(unsafe { buffer.as_ref() })
+            } else {
+                queue.room_for(buffer.len())
+            };
+            gpa.map_or(EXHAUSTED, |gpa| gpa.0)
+        })
     }
 
     unsafe fn unshare(paddr: PhysAddr, mut buffer: NonNull<[u8]>, direction: BufferDirection) {
-        let pool = P::pool();
-        let Some(offset) = pool.offset(Gpa(paddr)) else { return };
-        if device_writes(direction) {
-            // SAFETY: the caller promises a valid buffer that nobody else accesses during the call.
-            let data = unsafe { buffer.as_mut() };
-            // The run is as long as the buffer that it was allocated for.
-            let _ = pool.region().read(offset, data);
-        }
-        pool.release(offset, buffer.len());
+        Q::with(|queue| {
+            if device_writes(direction) {
+                // SAFETY: the caller promises a valid buffer that nobody else accesses during the call.
+                queue.bounce_back(Gpa(paddr), unsafe { buffer.as_mut() });
+            }
+            queue.free(Gpa(paddr), buffer.len());
+        });
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
-    use crate::shared::tests::region;
-    use spin::Once;
+    use crate::pool::tests::pool;
+    use crate::{Pool, QueueOptions};
+    use spin::{Mutex, Once};
 
-    struct TestPool;
+    fn queue() -> &'static Mutex<Queue<'static>> {
+        static QUEUE: Once<Mutex<Queue<'static>>> = Once::new();
+        QUEUE.call_once(|| {
+            let pool: &Pool = Box::leak(Box::new(pool(1, 1)));
+            // One block: 64 pages.
+            Mutex::new(pool.queue(QueueOptions { limit: 256 << 10, ..QueueOptions::default() }).unwrap())
+        })
+    }
 
-    impl StaticPool for TestPool {
-        fn pool() -> &'static Pool {
-            static POOL: Once<Pool> = Once::new();
-            POOL.call_once(|| Pool::new(region(4), vec![0; 1].leak()).unwrap())
+    struct TestQueue;
+
+    impl DeviceQueue for TestQueue {
+        fn with<R>(work: impl FnOnce(&mut Queue<'static>) -> R) -> R {
+            work(&mut queue().lock())
         }
     }
 
-    type TestHal = PoolHal<TestPool>;
+    type TestHal = QueueHal<TestQueue>;
 
     #[test]
     fn payloads_bounce_both_ways_and_an_exhausted_pool_yields_a_private_address() {
-        let pool = TestPool::pool();
+        let pool = queue().lock().pool();
         let mut payload = *b"payload";
+        let offset = |gpa| pool.offset(Gpa(gpa)).unwrap();
         // SAFETY: the buffers live on this stack and are used by nobody else.
         unsafe {
             let buffer = NonNull::from(&mut payload[..]);
             let shared = TestHal::share(buffer, BufferDirection::Both);
-            let offset = pool.offset(Gpa(shared)).unwrap();
             let mut seen = [0; 7];
-            pool.region().read(offset, &mut seen).unwrap();
+            assert!(pool.read(offset(shared), &mut seen));
             assert_eq!(&seen, b"payload");
-            pool.region().write(offset, b"changed").unwrap();
+            pool.write(offset(shared), b"changed");
             TestHal::unshare(shared, buffer, BufferDirection::DriverToDevice);
             assert_eq!(&payload, b"payload", "the device cannot change what it only reads");
 
             let buffer = NonNull::from(&mut payload[..]);
             let shared = TestHal::share(buffer, BufferDirection::DeviceToDriver);
-            pool.region().write(pool.offset(Gpa(shared)).unwrap(), b"changed").unwrap();
+            pool.write(offset(shared), b"changed");
             TestHal::unshare(shared, buffer, BufferDirection::DeviceToDriver);
             assert_eq!(&payload, b"changed");
 
-            let (rings, pointer) = TestHal::dma_alloc(4, BufferDirection::Both);
+            let (rings, pointer) = TestHal::dma_alloc(64, BufferDirection::Both);
+            assert_eq!((rings % PAGE_SIZE, pointer.as_ptr().addr() % PAGE), (0, 0));
             assert_ne!(rings, EXHAUSTED);
             let buffer = NonNull::from(&mut payload[..]);
             assert_eq!(TestHal::share(buffer, BufferDirection::Both), EXHAUSTED);
             TestHal::unshare(EXHAUSTED, buffer, BufferDirection::Both);
             assert_eq!(TestHal::dma_alloc(1, BufferDirection::Both).0, EXHAUSTED);
-            assert_eq!(TestHal::dma_dealloc(rings, pointer, 4), 0);
+            assert_eq!(TestHal::dma_dealloc(rings, pointer, 64), 0);
+            assert_eq!(TestHal::dma_dealloc(EXHAUSTED, pointer, 1), -1);
+            assert_eq!(TestHal::dma_alloc(65, BufferDirection::Both).0, EXHAUSTED);
         }
-        assert_eq!(pool.free(), pool.region().len());
+        let usage = queue().lock().usage();
+        assert_eq!((usage.to_device, usage.from_device), (7, 7));
+        assert_eq!((usage.taken, usage.ready), (256 << 10, 256 << 10), "{usage:?}");
     }
 }

@@ -1,8 +1,8 @@
 //! Virtio for protected guests: payloads bounce through a shared pool, and registers are reached by doorbell.
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod disk_tests;
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod fake;
 mod hal;
 mod net;
@@ -10,8 +10,8 @@ mod net;
 mod phy;
 mod transport;
 
-pub use hal::{PoolHal, StaticPool};
-pub use net::{FrameHal, HEADER_LEN, Net, PoolFrames};
+pub use hal::{DeviceQueue, QueueHal};
+pub use net::{FrameHal, HEADER_LEN, Net, QueueFrames};
 #[cfg(feature = "smoltcp")]
 pub use phy::{Received, Room};
 pub use transport::{DoorbellTransport, TransportError};

@@ -2,10 +2,11 @@
 
 #![allow(unsafe_code, reason = "the driver is lent buffers, which it must be given again when the device is done")]
 
-use super::{PoolHal, StaticPool};
+use super::{DeviceQueue, QueueHal};
 use core::marker::PhantomData;
 use core::ops::Range;
 use core::ptr::NonNull;
+use cvm_core::Gpa;
 use virtio_drivers::device::net::VirtIONetRaw;
 use virtio_drivers::transport::Transport;
 use virtio_drivers::{BufferDirection, Error, Hal, PhysAddr, Result};
@@ -31,37 +32,37 @@ pub trait FrameHal: Hal {
     unsafe fn take(buffer: &mut [u8], len: usize) -> Result;
 }
 
-/// [`PoolHal`], as a [`FrameHal`].
+/// [`QueueHal`], as a [`FrameHal`].
 ///
 /// In between, the private buffer holds the address of the frame in the pool; so the buffers must have room for one.
 #[derive(Debug)]
-pub struct PoolFrames<P>(PhantomData<P>);
+pub struct QueueFrames<Q>(PhantomData<Q>);
 
-// SAFETY: `PoolHal` keeps the rules. That a run of the pool is given back later does not break any.
-unsafe impl<P: StaticPool> Hal for PoolFrames<P> {
+// SAFETY: `QueueHal` keeps the rules. That a slot of the pool is given back later does not break any.
+unsafe impl<Q: DeviceQueue> Hal for QueueFrames<Q> {
     fn dma_alloc(pages: usize, direction: BufferDirection) -> (PhysAddr, NonNull<u8>) {
-        PoolHal::<P>::dma_alloc(pages, direction)
+        QueueHal::<Q>::dma_alloc(pages, direction)
     }
 
     unsafe fn dma_dealloc(paddr: PhysAddr, vaddr: NonNull<u8>, pages: usize) -> i32 {
         // SAFETY: passed on from the caller.
-        unsafe { PoolHal::<P>::dma_dealloc(paddr, vaddr, pages) }
+        unsafe { QueueHal::<Q>::dma_dealloc(paddr, vaddr, pages) }
     }
 
     unsafe fn mmio_phys_to_virt(paddr: PhysAddr, size: usize) -> NonNull<u8> {
         // SAFETY: passed on from the caller.
-        unsafe { PoolHal::<P>::mmio_phys_to_virt(paddr, size) }
+        unsafe { QueueHal::<Q>::mmio_phys_to_virt(paddr, size) }
     }
 
     unsafe fn share(buffer: NonNull<[u8]>, direction: BufferDirection) -> PhysAddr {
         // SAFETY: passed on from the caller.
-        unsafe { PoolHal::<P>::share(buffer, direction) }
+        unsafe { QueueHal::<Q>::share(buffer, direction) }
     }
 
     unsafe fn unshare(paddr: PhysAddr, mut buffer: NonNull<[u8]>, direction: BufferDirection) {
         if direction == BufferDirection::DriverToDevice {
             // SAFETY: passed on from the caller.
-            return unsafe { PoolHal::<P>::unshare(paddr, buffer, direction) };
+            return unsafe { QueueHal::<Q>::unshare(paddr, buffer, direction) };
         }
         // SAFETY: the caller promises a valid buffer that nobody else accesses during the call.
         if let Some(note) = unsafe { buffer.as_mut() }.first_chunk_mut() {
@@ -70,19 +71,16 @@ unsafe impl<P: StaticPool> Hal for PoolFrames<P> {
     }
 }
 
-impl<P: StaticPool> FrameHal for PoolFrames<P> {
+impl<Q: DeviceQueue> FrameHal for QueueFrames<Q> {
     unsafe fn take(buffer: &mut [u8], len: usize) -> Result {
-        let paddr = PhysAddr::from_ne_bytes(*buffer.first_chunk().ok_or(Error::InvalidParam)?);
-        let region = P::pool().region();
-        let copied = match (paddr.checked_sub(region.range().start().0), buffer.get_mut(..len)) {
-            (Some(offset), Some(data)) => region.read(offset as usize, data).map_err(|_| Error::DmaError),
-            // The pool was exhausted when this buffer was lent, and the device got no address.
-            (None, _) => Err(Error::DmaError),
-            (_, None) => Err(Error::IoError),
-        };
-        // SAFETY: the caller promises that it has not been given back yet; in this direction nothing is copied.
-        unsafe { PoolHal::<P>::unshare(paddr, NonNull::from(buffer), BufferDirection::DriverToDevice) };
-        copied
+        let gpa = Gpa(PhysAddr::from_ne_bytes(*buffer.first_chunk().ok_or(Error::InvalidParam)?));
+        let room = buffer.len();
+        Q::with(|queue| {
+            // The slot was made as long as the buffer is, so this is where the device's word is checked.
+            let copied = buffer.get_mut(..len).map(|frame| queue.bounce_back(gpa, frame)).ok_or(Error::IoError);
+            // The pool was exhausted when this buffer was lent if it has no slot: the device got no address.
+            if queue.free(gpa, room) { copied } else { Err(Error::DmaError) }
+        })
     }
 }
 
@@ -295,5 +293,5 @@ impl<H: FrameHal, T: Transport, const N: usize> Line<H, T, N> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests;

@@ -3,7 +3,7 @@
 #![allow(unsafe_code, reason = "the driver is lent buffers, which it must be given again when the device is done")]
 
 use crate::guest::{Arena, Clock, Control, Transport, wait};
-use crate::hal::{self, DiskHal};
+use crate::hal::{DiskDevice, GuestHal};
 use io_guest::*;
 use virtio_drivers::device::blk::{BlkReq, BlkResp, VirtIOBlk};
 
@@ -46,7 +46,7 @@ impl Slot {
 
 /// The disk.
 pub struct Disk<'a> {
-    driver: VirtIOBlk<DiskHal, Transport<'a>>,
+    driver: VirtIOBlk<GuestHal<DiskDevice>, Transport<'a>>,
     slots: [Slot; DISK_DEPTH],
     nonce: u64,
     /// A device that has failed is not used any more.
@@ -80,7 +80,6 @@ impl<'a> Disk<'a> {
         let clock = Clock::start(control);
         let done = self.carry_out(case, report);
         clock.stop(report);
-        hal::report(report);
         self.failed = done.is_err();
         let last = done?;
         if !case.operation.is_write() {

@@ -1,7 +1,6 @@
 //! Datagrams by a network stack, there and back.
 
 use crate::guest::{Clock, Control, cycles, wait};
-use crate::hal;
 use crate::net::Card;
 use io_guest::*;
 use smoltcp::iface::{Config, Interface, SocketSet, SocketStorage};
@@ -73,7 +72,6 @@ pub fn run(card: &mut Card<'_>, case: &Case, control: &Control<'_>, report: &mut
     };
     let done = exchange();
     clock.stop(report);
-    hal::report(report);
     done?;
     wait(|| Ok(card.driver.all_sent().map_err(|_| failure::DEVICE)?.then_some(())))?;
     card.prepare();

@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code, reason = "it starts without a stack, and shares memory that it owns")]
 
+use crate::hal::Copied;
 use crate::{disk, exchange, hal, net};
 use core::arch::x86_64::_rdtsc;
 use core::panic::PanicInfo;
@@ -63,23 +64,26 @@ pub fn wait<R>(mut ready: impl FnMut() -> Result<Option<R>, u64>) -> Result<R, u
     }
 }
 
-/// Tells the VMM when a case begins and ends, and takes the time in between.
+/// Tells the VMM when a case begins and ends, and takes the time in between, and what was copied.
 pub struct Clock<'a> {
     control: &'a Control<'a>,
+    copied: Copied,
     begin: u64,
 }
 
 impl<'a> Clock<'a> {
     /// The case begins.
     pub fn start(control: &'a Control<'a>) -> Self {
+        let copied = Copied::now();
         control.write(register::MARK, 1);
-        Self { control, begin: cycles() }
+        Self { control, copied, begin: cycles() }
     }
 
     /// All its I/Os are done.
     pub fn stop(self, report: &mut Report) {
         report.cycles = cycles().wrapping_sub(self.begin);
         self.control.write(register::MARK, 2);
+        (Copied::now() - self.copied).report(report);
     }
 }
 
@@ -135,7 +139,6 @@ fn measure<'a>(
         let (size, count) = (control.read(register::SIZE), control.read(register::COUNT));
         let sequence = control.read(register::SEQUENCE);
         let mut report = Report::new_zeroed();
-        hal::report(&mut report);
         let done = match Operation::from_u32(operation).map(|operation| Case { operation, size, count, sequence }) {
             Some(case) if case.operation.is_disk() => disk.run(&case, control, &mut report),
             Some(case) if case.operation == Operation::Exchange => exchange::run(&mut net, &case, control, &mut report),
@@ -143,7 +146,7 @@ fn measure<'a>(
             None => Err(failure::CASE),
         };
         report.failure = done.err().unwrap_or(0);
-        report.pool_free = hal::free();
+        report.pool_used = hal::trim();
         page.write(0, report.as_bytes()).ok()?;
         control.write(register::MARK, 3);
     }

@@ -194,8 +194,8 @@ pub struct Report {
     pub headers_copied: u64,
     /// How many bytes of payload were compared with what they should be.
     pub compared: u64,
-    /// How many bytes of the pool are free, with nothing in flight but buffers for frames to come.
-    pub pool_free: u64,
+    /// How many bytes of the pool are in use, in slots, with nothing in flight but buffers for frames to come.
+    pub pool_used: u64,
 }
 
 /// What can go wrong with a case.

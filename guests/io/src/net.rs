@@ -2,12 +2,12 @@
 
 use crate::disk::compare_words;
 use crate::guest::{Arena, Clock, Control, Transport, wait};
-use crate::hal::{self, NetHal};
+use crate::hal::{GuestHal, NetDevice};
 use cvm_guest::virtio::{HEADER_LEN, Net};
 use io_guest::*;
 
 /// The driver.
-pub type Driver<'a> = Net<NetHal, Transport<'a>, NET_DEPTH>;
+pub type Driver<'a> = Net<GuestHal<NetDevice>, Transport<'a>, NET_DEPTH>;
 
 /// The network card.
 pub struct Card<'a> {
@@ -54,7 +54,6 @@ impl<'a> Card<'a> {
         let clock = Clock::start(control);
         let done = self.carry_out(case, report);
         clock.stop(report);
-        hal::report(report);
         done?;
         if case.operation != Operation::Send {
             report.compared += self.compare(case)?;

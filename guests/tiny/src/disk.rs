@@ -3,55 +3,63 @@
 #![allow(unsafe_code, reason = "the hal of virtio-drivers is an unsafe trait")]
 
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use cvm_guest::Pool;
-use cvm_guest::virtio::{PoolHal, StaticPool};
-use spin::Once;
+use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use cvm_guest::virtio::{DeviceQueue, QueueHal};
+use cvm_guest::{ChunkRecord, Error, Pool, PoolOptions, Queue, QueueOptions, QueueRecord, SharedRegion};
+use spin::{Mutex, Once};
 use virtio_drivers::device::blk::VirtIOBlk;
 use virtio_drivers::transport::Transport;
 use virtio_drivers::{BufferDirection, Hal, PhysAddr, Result};
 
-static POOL: Once<Pool> = Once::new();
-static TO_DEVICE: AtomicU64 = AtomicU64::new(0);
-static FROM_DEVICE: AtomicU64 = AtomicU64::new(0);
+static CHUNKS: [ChunkRecord; 1] = [const { ChunkRecord::new() }; _];
+static QUEUES: [QueueRecord; 1] = [const { QueueRecord::new() }; _];
+static POOL: Pool = Pool::new(&CHUNKS, &QUEUES, PoolOptions { zero_on_release: false, random: None });
+
+static QUEUE: Once<Mutex<Queue<'static>>> = Once::new();
 /// Whether the next sector-sized payload goes to the device as it is, from private memory.
 static FORGET_TO_BOUNCE: AtomicBool = AtomicBool::new(false);
 
-/// Sets the pool that payloads bounce through.
-pub fn use_pool(pool: Pool) {
-    POOL.call_once(|| pool);
+/// Has payloads bounce through a chunk.
+pub fn use_chunk(region: SharedRegion) -> core::result::Result<(), Error> {
+    POOL.add(region)?;
+    let queue = POOL.queue(QueueOptions::default())?;
+    QUEUE.call_once(|| Mutex::new(queue));
+    Ok(())
 }
 
 /// How many bytes went to and came from the device.
 pub fn bounced() -> (u64, u64) {
-    (TO_DEVICE.load(Relaxed), FROM_DEVICE.load(Relaxed))
+    let usage = QUEUE.wait().lock().usage();
+    (usage.to_device, usage.from_device)
 }
 
-struct DiskPool;
+pub struct DiskQueue;
 
-impl StaticPool for DiskPool {
-    fn pool() -> &'static Pool {
-        POOL.wait()
+impl DeviceQueue for DiskQueue {
+    fn with<R>(work: impl FnOnce(&mut Queue<'static>) -> R) -> R {
+        work(&mut QUEUE.wait().lock())
     }
 }
 
-/// A [`PoolHal`] that counts, and that can be told to make a driver's worst mistake.
-pub struct CountingHal;
+type BounceHal = QueueHal<DiskQueue>;
+
+/// A [`QueueHal`] that can be told to make a driver's worst mistake.
+pub struct ForgetfulHal;
 
 // SAFETY: it passes on to a `Hal` that keeps the rules. A payload that is not bounced is the caller's own buffer.
-unsafe impl Hal for CountingHal {
+unsafe impl Hal for ForgetfulHal {
     fn dma_alloc(pages: usize, direction: BufferDirection) -> (PhysAddr, NonNull<u8>) {
-        PoolHal::<DiskPool>::dma_alloc(pages, direction)
+        BounceHal::dma_alloc(pages, direction)
     }
 
     unsafe fn dma_dealloc(paddr: PhysAddr, vaddr: NonNull<u8>, pages: usize) -> i32 {
         // SAFETY: passed on from the caller.
-        unsafe { PoolHal::<DiskPool>::dma_dealloc(paddr, vaddr, pages) }
+        unsafe { BounceHal::dma_dealloc(paddr, vaddr, pages) }
     }
 
     unsafe fn mmio_phys_to_virt(paddr: PhysAddr, size: usize) -> NonNull<u8> {
         // SAFETY: passed on from the caller.
-        unsafe { PoolHal::<DiskPool>::mmio_phys_to_virt(paddr, size) }
+        unsafe { BounceHal::mmio_phys_to_virt(paddr, size) }
     }
 
     unsafe fn share(buffer: NonNull<[u8]>, direction: BufferDirection) -> PhysAddr {
@@ -59,24 +67,18 @@ unsafe impl Hal for CountingHal {
             // The guest's memory is mapped to its own addresses.
             return buffer.cast::<u8>().as_ptr().expose_provenance() as PhysAddr;
         }
-        if direction != BufferDirection::DeviceToDriver {
-            TO_DEVICE.fetch_add(buffer.len() as u64, Relaxed);
-        }
         // SAFETY: passed on from the caller.
-        unsafe { PoolHal::<DiskPool>::share(buffer, direction) }
+        unsafe { BounceHal::share(buffer, direction) }
     }
 
     unsafe fn unshare(paddr: PhysAddr, buffer: NonNull<[u8]>, direction: BufferDirection) {
-        if direction != BufferDirection::DriverToDevice {
-            FROM_DEVICE.fetch_add(buffer.len() as u64, Relaxed);
-        }
         // SAFETY: passed on from the caller; an address outside the pool is left alone there.
-        unsafe { PoolHal::<DiskPool>::unshare(paddr, buffer, direction) }
+        unsafe { BounceHal::unshare(paddr, buffer, direction) }
     }
 }
 
 /// Asks the device to write from private memory into the first sector; returns whether it refused.
-pub fn refuses_private_descriptors<T: Transport>(disk: &mut VirtIOBlk<CountingHal, T>) -> bool {
+pub fn refuses_private_descriptors<T: Transport>(disk: &mut VirtIOBlk<ForgetfulHal, T>) -> bool {
     FORGET_TO_BOUNCE.store(true, Relaxed);
     let written: Result = disk.write_blocks(0, &[0xee; tiny_guest::SECTOR]);
     written.is_err() && !FORGET_TO_BOUNCE.load(Relaxed)

@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code, reason = "it starts without a stack, shares memory that it owns, and tries what is forbidden")]
 
-use crate::disk::{self, CountingHal};
+use crate::disk::{self, ForgetfulHal};
 use core::arch::asm;
 use core::fmt::Write;
 use core::hint::spin_loop;
@@ -11,7 +11,7 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use cvm_core::boot::BootPage;
 use cvm_core::{GpaRange, PAGE_SIZE, Side};
 use cvm_guest::virtio::DoorbellTransport;
-use cvm_guest::{GRANULE, Platform, Pool, Processor};
+use cvm_guest::{Platform, Processor};
 use sha2::{Digest, Sha256};
 use spin::Mutex;
 use tiny_guest::*;
@@ -28,7 +28,6 @@ struct Secret([u8; SECRET_LEN]);
 
 static SECRET: Mutex<Secret> = Mutex::new(Secret([0; SECRET_LEN]));
 
-static POOL_BITS: Mutex<[u64; POOL_LEN as usize / GRANULE / 64]> = Mutex::new([0; _]);
 static VCPUS_DONE: AtomicU32 = AtomicU32::new(0);
 static CONVERTED_BY_OTHERS: AtomicU64 = AtomicU64::new(0);
 
@@ -65,7 +64,7 @@ extern "C" fn main(index: u64, boot: *const BootPage) {
         Some(Task::Panic) => panic!(),
         Some(Task::Hello) => {
             let _ = writeln!(platform.console(), "hello from a protected guest");
-            send(&platform, end_of_memory(&boot), GREETING);
+            send(&platform, pool(&boot), GREETING);
             platform.end(0);
         }
         None => platform.end(code::PLATFORM),
@@ -85,13 +84,13 @@ fn work(platform: &Platform<Processor>, boot: &BootPage) {
         secret.0.as_ptr().expose_provenance() as u64
     };
 
-    let end = end_of_memory(boot);
-    let Ok(range) = GpaRange::new(end.wrapping_sub(POOL_LEN), POOL_LEN) else { platform.end(code::PLATFORM) };
+    let pool = pool(boot);
+    let Ok(range) = GpaRange::new(pool, POOL_LEN) else { platform.end(code::PLATFORM) };
     // SAFETY: all memory is mapped to its own addresses, and nothing of the guest is at its end.
     let Ok(region) = (unsafe { platform.share(range) }) else { platform.end(code::PLATFORM) };
-    let bits: &mut [u64; _] = spin::MutexGuard::leak(POOL_BITS.lock());
-    let Ok(pool) = Pool::new(region, bits) else { platform.end(code::PLATFORM) };
-    disk::use_pool(pool);
+    if disk::use_chunk(region).is_err() {
+        platform.end(code::PLATFORM);
+    }
     let _ = writeln!(console, "tiny guest: pool shared at {range}");
 
     let Some(mut report) = use_disk(platform, nonce) else { platform.end(code::DISK) };
@@ -105,7 +104,7 @@ fn work(platform: &Platform<Processor>, boot: &BootPage) {
     report.converted_by_others = CONVERTED_BY_OTHERS.load(Ordering::Relaxed);
     report.secret = secret;
     (report.bounced_to_device, report.bounced_from_device) = disk::bounced();
-    send(platform, end, report.as_bytes());
+    send(platform, pool, report.as_bytes());
 
     let _ = writeln!(console, "tiny guest: trying mmio at {MMIO:#x}");
     // SAFETY: nothing is there, so nothing of ours can change.
@@ -117,7 +116,7 @@ fn work(platform: &Platform<Processor>, boot: &BootPage) {
 /// Reads the whole disk, writes some sectors of it and reads them back.
 fn use_disk(platform: &Platform<Processor>, nonce: u64) -> Option<Report> {
     let transport = DoorbellTransport::new(platform.device(BLOCK_DEVICE).ok()?).ok()?;
-    let mut disk = VirtIOBlk::<CountingHal, _>::new(transport).ok()?;
+    let mut disk = VirtIOBlk::<ForgetfulHal, _>::new(transport).ok()?;
     let sectors = usize::try_from(disk.capacity()).ok()?;
     let mut report = Report { disk_len: disk.capacity() * SECTOR as u64, ..Report::new_zeroed() };
 
@@ -147,9 +146,14 @@ fn end_of_memory(boot: &BootPage) -> u64 {
     boot.memory.iter().map(|range| range.start.wrapping_add(range.len)).max().unwrap_or(0)
 }
 
+/// Where the pool begins: at the last multiple of its length from which there is as much.
+fn pool(boot: &BootPage) -> u64 {
+    (end_of_memory(boot) / POOL_LEN).wrapping_sub(1).wrapping_mul(POOL_LEN)
+}
+
 /// Shares the page below the pool with `report` in it, tells the VMM, and takes the page back.
-fn send(platform: &Platform<Processor>, end: u64, report: &[u8]) {
-    let Ok(page) = GpaRange::new(end - POOL_LEN - PAGE_SIZE, PAGE_SIZE) else { platform.end(code::PLATFORM) };
+fn send(platform: &Platform<Processor>, pool: u64, report: &[u8]) {
+    let Ok(page) = GpaRange::new(pool - PAGE_SIZE, PAGE_SIZE) else { platform.end(code::PLATFORM) };
     // SAFETY: as for the pool.
     let Ok(region) = (unsafe { platform.share(page) }) else { platform.end(code::PLATFORM) };
     if region.write(0, report).is_err() {
@@ -164,8 +168,7 @@ fn send(platform: &Platform<Processor>, end: u64, report: &[u8]) {
 /// What a vCPU other than the first does: shares pages of its own, sees that it can use them, and takes them back.
 fn convert_back_and_forth(platform: &Platform<Processor>, boot: &BootPage, index: u64) {
     const PAGES: u64 = 4;
-    let end = end_of_memory(boot);
-    let start = end - POOL_LEN - PAGE_SIZE - index * PAGES * PAGE_SIZE;
+    let start = pool(boot) - PAGE_SIZE - index * PAGES * PAGE_SIZE;
     let Ok(range) = GpaRange::from_pages(start, PAGES) else { platform.end(code::VCPUS) };
     for round in 0..ROUNDS {
         // SAFETY: all memory is mapped to its own addresses, and the page belongs to this vCPU.

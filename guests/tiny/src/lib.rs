@@ -15,7 +15,8 @@ pub const IMAGE: &[u8] = include_bytes!("../tiny-guest.elf");
 /// The most vCPUs that the guest has stacks for.
 pub const MAX_VCPUS: u32 = 16;
 
-/// The least memory that the guest needs, in bytes: 2 MiB below the image, 2 for the image, and 2 for what it shares.
+/// The least memory that the guest needs, in bytes: 2 MiB below the image, 2 for the image and the pages that it shares,
+/// and 2 for its pool.
 pub const MIN_MEMORY: u64 = 6 << 20;
 
 /// What the guest writes into the page that it shares for [`Task::Hello`].
@@ -39,8 +40,8 @@ pub const REPORT: u16 = device_base(REPORT_DEVICE);
 /// An address where there is no memory as long as it ends below.
 pub const MMIO: u64 = 0xd000_0000;
 
-/// How many bytes of memory, at its end, the guest shares for its bounce pool.
-pub const POOL_LEN: u64 = 1 << 20;
+/// How many bytes the guest shares for its bounce pool: one chunk, the last that lies in its memory.
+pub const POOL_LEN: u64 = 2 << 20;
 
 /// How many bytes the secret has: a page full.
 pub const SECRET_LEN: usize = 4096;

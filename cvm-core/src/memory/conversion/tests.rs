@@ -1,9 +1,10 @@
 use super::*;
-use crate::PAGE_SIZE;
 use crate::memory::Slots;
+use crate::{BoxError, PAGE_SIZE};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::collections::VecDeque;
+use std::sync::Mutex;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 
 /// What the guest sees of a page of the model.
@@ -190,10 +191,10 @@ fn a_host_cannot_convert_what_no_guest_has_asked_for() {
 fn a_request_across_slots_is_done_and_doing_it_again_is_free() {
     let engine = engine(vec![]);
     let done = ask(&engine, 30, 20, Side::Shared);
-    assert_eq!((done.answer, done.pages), (Answer::Done, 20));
+    assert_eq!((done.answer, done.pages()), (Answer::Done, 20));
     assert_eq!(engine.memory().map().count(PageState::Shared), 20);
     let again = ask(&engine, 30, 20, Side::Shared);
-    assert_eq!((again.answer, again.pages), (Answer::Done, 0));
+    assert_eq!((again.answer, again.pages()), (Answer::Done, 0));
     let totals = ConversionTotals { requests: 2, refused: 0, to_private: 0, to_shared: 20 };
     assert_eq!(engine.totals(), totals);
 }
@@ -205,7 +206,7 @@ fn requests_that_make_no_sense_are_invalid_and_change_nothing() {
         let request = ConversionRequest::from_guest(7, gpa, pages, Side::Shared);
         engine.ask(request);
         let refused = engine.convert(&request);
-        assert_eq!((refused.answer, refused.pages), (Answer::Invalid, 0), "{gpa:#x}, {pages} pages");
+        assert_eq!((refused.answer, refused.pages()), (Answer::Invalid, 0), "{gpa:#x}, {pages} pages");
         assert!(matches!(refused.cause, Some(Error::InvalidRequest { vcpu: 7, .. } | Error::OutsideMemory { .. })));
     }
     assert_eq!(engine.memory().map().count(PageState::Private), 72);
@@ -250,7 +251,7 @@ fn a_page_does_not_become_private_while_the_view_is_pinned() {
 fn a_discard_that_fails_is_undone() {
     let engine = engine(vec![Fate::Well, Fate::FailsAndLeavesAsBefore]);
     let refused = ask(&engine, 0, 4, Side::Shared);
-    assert_eq!((refused.answer, refused.pages), (Answer::Invalid, 0));
+    assert_eq!((refused.answer, refused.pages()), (Answer::Invalid, 0));
     assert_eq!(engine.memory().map().count(PageState::Private), 72);
     assert_eq!(engine.converter().seen.lock().unwrap()[&0], Seen::Side(Side::Private));
 }
@@ -418,7 +419,7 @@ fn alternating_pages_are_refused_before_the_host_runs_out_of_mappings() {
     }
     let refused = ask(&engine, 8, 1, Side::Shared);
     assert!(matches!(refused.cause, Some(Error::TooFragmented { most: 9, .. })), "{:?}", refused.cause);
-    assert_eq!((refused.answer, refused.pages), (Answer::Invalid, 0));
+    assert_eq!((refused.answer, refused.pages()), (Answer::Invalid, 0));
     assert_eq!(ask(&engine, 7, 1, Side::Shared).answer, Answer::Done, "a run that only grows is no more runs");
     assert_eq!(ask(&engine, 2, 1, Side::Private).answer, Answer::Done);
     assert_eq!(ask(&engine, 20, 1, Side::Shared).answer, Answer::Done, "there is room again");
@@ -436,11 +437,11 @@ fn a_request_over_many_runs_is_done_in_parts() {
         assert_eq!(ask(&engine, page, 1, Side::Shared).answer, Answer::Done);
     }
     let first = ask(&engine, 0, slot.pages(), Side::Private);
-    assert_eq!((first.answer, first.pages), (Answer::Retry, RUNS_PER_REQUEST as u64));
+    assert_eq!((first.answer, first.pages()), (Answer::Retry, RUNS_PER_REQUEST as u64));
     assert!(matches!(first.cause, Some(Error::Unfinished { .. })));
     let second = ask(&engine, 0, slot.pages(), Side::Private);
-    assert_eq!((second.answer, second.pages), (Answer::Done, RUNS_PER_REQUEST as u64));
-    assert_eq!(engine.ledger().runs, 1);
+    assert_eq!((second.answer, second.pages()), (Answer::Done, RUNS_PER_REQUEST as u64));
+    assert_eq!(engine.runs.get(), 1);
 }
 
 #[test]
@@ -461,7 +462,6 @@ fn vcpus_that_convert_at_once_end_with_a_map_and_a_model_that_agree() {
     check_agreement(&engine);
 }
 
-/// Map and model say the same of every page, and the guest never loses the memory that it sees.
 /// A listener that says when it is asked, and agrees when it is told to.
 struct Gate {
     asked: std::sync::mpsc::SyncSender<GpaRange>,
@@ -491,6 +491,79 @@ fn gated(engine: &ConversionEngine<Model>) -> (std::sync::mpsc::Receiver<GpaRang
     let (agree, agreed) = std::sync::mpsc::channel();
     engine.add_listener(Arc::new(Gate { asked, agreed: Mutex::new(agreed) }));
     (hears, agree)
+}
+
+#[test]
+fn pages_whose_conversion_panicked_are_out_of_the_hosts_reach_and_others_are_not() {
+    struct Panics;
+
+    impl ConversionListener for Panics {
+        fn name(&self) -> &str {
+            "panics"
+        }
+
+        fn prepare(&self, _: GpaRange, _: Side) -> Result<(), Objection> {
+            Ok(())
+        }
+
+        fn committed(&self, range: GpaRange, to: Side) {
+            panic!("a bug of the listener's, at {range} on its way to {to}");
+        }
+
+        fn aborted(&self, range: GpaRange, to: Side) {
+            panic!("a bug of the listener's, at {range} on its way to {to}");
+        }
+
+        fn poisoned(&self, _: GpaRange) {}
+    }
+
+    impl Converter for Panics {
+        fn convert(&self, _: u32, range: GpaRange, to: Side) -> Result<(), ConverterError> {
+            if range.contains(Gpa(0)) { panic!("a bug of the backend's, on the way to {to}") } else { Ok(()) }
+        }
+
+        fn poison(&self, _: u32, _: GpaRange) -> Result<(), BoxError> {
+            Ok(())
+        }
+
+        fn most_runs(&self) -> u64 {
+            100
+        }
+    }
+
+    let map = Arc::new(PageStateMap::new(Slots::new(&[part(0, 16)]).unwrap()).unwrap());
+    let backing = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 16 * PAGE_SIZE as usize)]).unwrap();
+    let engine = ConversionEngine::new(Panics, SharedMemory::new(backing, map).unwrap());
+    let convert = |request| {
+        engine.ask(request);
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| engine.convert(&request).answer())).ok()
+    };
+    assert_eq!(convert(request(0, 0, 4, Side::Shared)), None);
+    assert_eq!(engine.map().count(PageState::Poisoned), 4);
+    assert_eq!(convert(request(0, 3, 4, Side::Shared)), Some(Answer::Invalid), "and nobody waits for who panicked");
+    assert_eq!(convert(request(1, 4, 4, Side::Shared)), Some(Answer::Done));
+    engine.add_listener(Arc::new(Panics));
+    assert_eq!(convert(request(1, 8, 4, Side::Shared)), None);
+    let state = engine.map().get(Gpa(8 * PAGE_SIZE));
+    assert_eq!(state, Some(PageState::Shared), "it was committed before the listener heard of it");
+    assert_eq!(engine.runs.get(), engine.map().runs(part(0, 16)).count() as u64);
+}
+
+#[test]
+fn a_guest_that_is_to_ask_again_hears_where_it_may_go_on() {
+    let engine = engine(vec![]);
+    assert_eq!(ask(&engine, 4, 4, Side::Shared).reached(), Gpa(8 * PAGE_SIZE));
+    let ear = Arc::new(Ear::default());
+    ear.objections.lock().unwrap().extend([None, Some(Objection::Wait("busy".into()))]);
+    engine.add_listener(ear);
+    let retry = ask(&engine, 0, 30, Side::Shared);
+    assert_eq!((retry.answer, retry.pages(), retry.reached()), (Answer::Retry, 4, Gpa(8 * PAGE_SIZE)));
+    let rest = ask(&engine, 8, 22, Side::Shared);
+    assert_eq!((rest.answer, rest.reached()), (Answer::Done, Gpa(30 * PAGE_SIZE)));
+
+    engine.ask(request(0, 28, 8, Side::Shared));
+    engine.convert_part(0, part(32, 2), Side::Shared).unwrap();
+    assert_eq!(engine.conclude(0, Answer::Retry).unwrap().reached(), Gpa(30 * PAGE_SIZE));
 }
 
 #[test]
@@ -530,13 +603,13 @@ fn ranges_with_a_common_page_are_converted_one_after_the_other() {
         }
         assert_eq!([first.join().unwrap(), third.join().unwrap()], [Answer::Done; 2]);
         let second = second.join().unwrap();
-        assert_eq!((second.answer, second.pages), (Answer::Done, 7), "the common page was converted already");
+        assert_eq!((second.answer, second.pages()), (Answer::Done, 7), "the common page was converted already");
         assert_eq!(hears.recv_timeout(Duration::from_secs(20)), Ok(part(8, 7)));
     });
 }
 
 #[test]
-fn vcpus_that_fragment_memory_at_once_do_not_exceed_the_mappings_together() {
+fn vcpus_that_fragment_memory_at_once_exceed_the_mappings_by_two_each_at_worst() {
     let most = 12;
     let engine = engine_of(Model { most_runs: most, ..Model::new(slots().into_iter().flat_map(pages), vec![]) });
     std::thread::scope(|scope| {
@@ -553,11 +626,11 @@ fn vcpus_that_fragment_memory_at_once_do_not_exceed_the_mappings_together() {
         }
     });
     let runs: usize = slots().iter().map(|slot| engine.map().runs(*slot).count()).sum();
-    assert!(runs as u64 <= most, "{runs} runs");
-    let ledger = engine.ledger();
-    assert_eq!((ledger.runs, ledger.reserved), (runs as u64, 0), "the count has drifted from the map");
+    assert!(runs as u64 <= most + 2 * 3, "{runs} runs: each of the other vcpus may have added two");
+    assert_eq!(engine.runs.get(), runs as u64, "the count has drifted from the map");
 }
 
+/// Map and model say the same of every page, and the guest never loses the memory that it sees.
 fn check_agreement(engine: &ConversionEngine<Model>) {
     let model = engine.converter();
     let allocated = model.allocated.lock().unwrap();
@@ -583,7 +656,7 @@ fn state_side(state: PageState) -> Side {
     match state {
         PageState::Private => Side::Private,
         PageState::Shared => Side::Shared,
-        PageState::Converting | PageState::Poisoned => panic!("{state:?} is no side"),
+        PageState::Poisoned => panic!("{state:?} is no side"),
     }
 }
 
@@ -630,10 +703,9 @@ proptest! {
                 let range = GpaRange::from_pages(start * PAGE_SIZE, pages).unwrap();
                 prop_assert_eq!(engine.memory().map().first_not_in(range, to.into()), None);
             }
-            prop_assert_eq!(engine.memory().map().count(PageState::Converting), 0);
             let everything = GpaRange::from_pages(0, 100).unwrap();
             let runs = engine.memory().map().runs(everything).count() as u64;
-            prop_assert_eq!(engine.ledger().runs, runs);
+            prop_assert_eq!(engine.runs.get(), runs);
             check_agreement(&engine);
             if engine.is_lost() {
                 return Ok(());

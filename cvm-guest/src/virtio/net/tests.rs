@@ -1,10 +1,12 @@
 //! The network card against hosts that keep to the protocol, and hosts that do not.
 
 use super::*;
-use crate::Pool;
-use crate::virtio::fake::{Host, is_shared, pool};
-use crate::virtio::{DoorbellTransport, StaticPool};
+use crate::SharedRegion;
+use crate::pool::tests::region;
+use crate::virtio::DoorbellTransport;
+use crate::virtio::fake::{self, Host, device_queue, in_use, is_shared, pool};
 use proptest::prelude::*;
+use spin::Once;
 
 const RECEIVE: usize = 0;
 const SEND: usize = 1;
@@ -13,21 +15,21 @@ const BUFFER: usize = 2048;
 /// The device type of a network card (virtio 1.2, section 5).
 const NET: u32 = 1;
 
-type Card<P> = Net<PoolFrames<P>, DoorbellTransport<&'static &'static Host>, DEPTH>;
+type Card<Q> = Net<QueueFrames<Q>, DoorbellTransport<&'static &'static Host>, DEPTH>;
 
-fn card<P: StaticPool>() -> (&'static Host, Card<P>) {
-    let (host, transport) = Host::new(NET, P::pool());
+fn card<Q: DeviceQueue>() -> (&'static Host, Card<Q>) {
+    let (host, transport) = Host::new(NET, pool::<Q>());
     let buffers = || [(); DEPTH].map(|()| &mut *vec![0xaa; BUFFER].leak());
     (host, Net::new(transport, buffers(), buffers()).unwrap())
 }
 
 /// How many bytes of the pool are neither free nor lent to the device: the rings, and what was lost.
-fn unaccounted<P: StaticPool>(card: &Card<P>) -> usize {
-    let pool: &Pool = P::pool();
+fn unaccounted<Q: DeviceQueue>(card: &Card<Q>) -> u64 {
     let receiving = card.line.receiving.iter().flatten().count() * BUFFER;
-    let sending =
-        card.line.sending.iter().flatten().map(|(_, len)| len.next_multiple_of(crate::GRANULE)).sum::<usize>();
-    pool.region().len() - pool.free() - receiving - sending
+    // Slots have powers of two, from 256 bytes on.
+    let slot = |(_, len): &Buffer| len.next_power_of_two().max(256);
+    let sending = card.line.sending.iter().flatten().map(slot).sum::<usize>();
+    in_use::<Q>() - (receiving + sending) as u64
 }
 
 /// Has the device receive `frame` into the next buffer, and claim `len` bytes.
@@ -41,8 +43,8 @@ fn deliver(host: &Host, frame: &[u8], len: u32) {
 
 #[test]
 fn frames_go_both_ways_and_no_more_is_copied_than_there_is() {
-    pool!(P, 16);
-    let (host, mut card) = card::<P>();
+    device_queue!(Q);
+    let (host, mut card) = card::<Q>();
     let rings = unaccounted(&card);
     for round in 0..20u8 {
         assert_eq!(card.receive().unwrap(), None);
@@ -55,7 +57,7 @@ fn frames_go_both_ways_and_no_more_is_copied_than_there_is() {
         card.send(60, |frame| frame.fill(round)).unwrap();
         let head = host.next(SEND).unwrap();
         let sent = host.descriptor(SEND, head);
-        assert!(is_shared(P::pool(), sent.address) && sent.len as usize == HEADER_LEN + 60 && sent.next.is_none());
+        assert!(is_shared(pool::<Q>(), sent.address) && sent.len as usize == HEADER_LEN + 60 && sent.next.is_none());
         host.answer(SEND, head.into(), 0);
         assert!(card.all_sent().unwrap());
         assert_eq!(unaccounted(&card), rings);
@@ -64,9 +66,9 @@ fn frames_go_both_ways_and_no_more_is_copied_than_there_is() {
 
 #[test]
 fn a_length_that_cannot_be_is_an_error_and_nothing_is_lost() {
-    pool!(P, 64);
+    device_queue!(Q);
     for len in [0, HEADER_LEN as u32 - 1, BUFFER as u32 + 1, u32::MAX - 11, u32::MAX] {
-        let (host, mut card) = card::<P>();
+        let (host, mut card) = card::<Q>();
         let before = unaccounted(&card);
         deliver(host, b"frame", len);
         assert_eq!(card.receive().unwrap_err(), Error::IoError, "{len:#x}");
@@ -78,8 +80,8 @@ fn a_length_that_cannot_be_is_an_error_and_nothing_is_lost() {
 
 #[test]
 fn a_frame_that_the_host_changes_after_it_was_received_is_what_it_was() {
-    pool!(P, 16);
-    let (host, mut card) = card::<P>();
+    device_queue!(Q);
+    let (host, mut card) = card::<Q>();
     let head = host.next(RECEIVE).unwrap();
     let buffer = host.descriptor(RECEIVE, head);
     host.write_pool(buffer.address, &[1; HEADER_LEN + 64]);
@@ -91,8 +93,8 @@ fn a_frame_that_the_host_changes_after_it_was_received_is_what_it_was() {
 
 #[test]
 fn frames_sent_may_be_done_in_any_order_but_not_twice() {
-    pool!(P, 16);
-    let (host, mut card) = card::<P>();
+    device_queue!(Q);
+    let (host, mut card) = card::<Q>();
     for _ in 0..DEPTH {
         card.send(60, |frame| frame.fill(0)).unwrap();
     }
@@ -110,9 +112,9 @@ fn frames_sent_may_be_done_in_any_order_but_not_twice() {
 #[test]
 fn a_token_that_was_never_given_is_an_error() {
     for queue in [RECEIVE, SEND] {
-        pool!(P, 128);
+        device_queue!(Q);
         for token in [DEPTH as u32, 16, 0xffff, 0x1_0000 + DEPTH as u32, u32::MAX] {
-            let (host, mut card) = card::<P>();
+            let (host, mut card) = card::<Q>();
             host.answer(queue, token, 100);
             let error = if queue == RECEIVE { card.receive().map(drop) } else { card.all_sent().map(drop) };
             assert_eq!(error.unwrap_err(), Error::WrongToken, "{token:#x}");
@@ -122,8 +124,8 @@ fn a_token_that_was_never_given_is_an_error() {
 
 #[test]
 fn a_device_that_never_answers_leaves_the_guest_its_time() {
-    pool!(P, 16);
-    let (_, mut card) = card::<P>();
+    device_queue!(Q);
+    let (_, mut card) = card::<Q>();
     for _ in 0..DEPTH {
         card.send(60, |frame| frame.fill(0)).unwrap();
     }
@@ -139,8 +141,8 @@ fn a_device_that_never_answers_leaves_the_guest_its_time() {
 fn a_network_stack_finds_a_broken_device_empty_and_full() {
     use smoltcp::phy::Device;
     use smoltcp::time::Instant;
-    pool!(P, 16);
-    let (host, mut card) = card::<P>();
+    device_queue!(Q);
+    let (host, mut card) = card::<Q>();
     assert!(card.transmit(Instant::ZERO).is_some() && Device::receive(&mut card, Instant::ZERO).is_none());
     deliver(host, b"frame", u32::MAX);
     assert!(Device::receive(&mut card, Instant::ZERO).is_none());
@@ -153,7 +155,7 @@ enum Step {
     Answer { queue: usize, id: u32, len: u32 },
     Honest { queue: usize, len: u32 },
     Jump { queue: usize, by: u16 },
-    Scribble { at: usize, bytes: Vec<u8> },
+    Scribble { at: u64, bytes: Vec<u8> },
     Receive,
     Send(usize),
 }
@@ -165,7 +167,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
             .prop_map(|(queue, id, len)| Step::Answer { queue, id, len }),
         4 => (queue(), 12u32..2048).prop_map(|(queue, len)| Step::Honest { queue, len }),
         1 => (queue(), any::<u16>()).prop_map(|(queue, by)| Step::Jump { queue, by }),
-        1 => (0usize..16 * 4096, prop::collection::vec(any::<u8>(), 0..64))
+        // Rings and buffers are in blocks of 256 KiB.
+        2 => (prop_oneof![3 => 0u64..16 << 10, 1 => 256u64 << 10..288 << 10], prop::collection::vec(any::<u8>(), 0..64))
             .prop_map(|(at, bytes)| Step::Scribble { at, bytes }),
         4 => Just(Step::Receive),
         3 => (0usize..3000).prop_map(Step::Send),
@@ -176,10 +179,11 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 proptest! {
     #[test]
     fn whatever_the_host_does_the_guest_gets_frames_or_an_error_and_loses_nothing(steps in steps()) {
-        // All cases of a test share its pool, so each takes back by force what the one before has lent.
-        pool!(P, 16);
-        let pool = P::pool();
-        let (host, mut card) = card::<P>();
+        device_queue!(Q);
+        // Each case begins with all of the memory, as if the guest had started again.
+        static MEMORY: Once<SharedRegion> = Once::new();
+        Q::with(|queue| *queue = fake::queue(again(MEMORY.call_once(|| region(0)))));
+        let (host, mut card) = card::<Q>();
         let rings = unaccounted(&card);
         for step in steps {
             match step {
@@ -192,8 +196,7 @@ proptest! {
                 }
                 Step::Jump { queue, by } => host.jump(queue, by),
                 Step::Scribble { at, bytes } => {
-                    let at = at.min(pool.region().len() - bytes.len());
-                    pool.region().write(at, &bytes).unwrap();
+                    host.write_pool(host.rings(RECEIVE) + at, &bytes);
                 }
                 Step::Receive => {
                     if let Ok(Some(frame)) = card.receive() {
@@ -207,15 +210,14 @@ proptest! {
             }
             prop_assert_eq!(unaccounted(&card), rings);
         }
+        let lent = in_use::<Q>() - rings;
         drop(card);
-        prop_assert!(reset(pool));
+        prop_assert_eq!(in_use::<Q>(), lent, "the rings come back, and nothing else that the device may write to");
     }
 }
 
-/// Gives everything in a pool back, as if the guest had started again.
-fn reset(pool: &Pool) -> bool {
-    for offset in (0..pool.region().len()).step_by(crate::GRANULE) {
-        pool.release(offset, crate::GRANULE);
-    }
-    pool.free() == pool.region().len()
+/// The same memory, for a pool that has none in use.
+fn again(region: &SharedRegion) -> SharedRegion {
+    // SAFETY: the memory is a test's for good, and nobody has references into it.
+    unsafe { SharedRegion::mapped_at(region.pointer(0), region.range()) }
 }

@@ -1,0 +1,476 @@
+//! What one device queue has of a pool.
+
+use super::block::{BLOCK_LEN, BLOCK_SHIFT, Block, CLASSES, MIN_SHIFT, class_of, slot_len};
+use super::handle::{LONG, Owner, QUEUE_LIMIT, Raw};
+use super::record::{QueueRecord, WINDOW_SLOTS, Windows, waiting};
+use super::{Buffer, FromDevice, Lent, Pool, QueueUse, Refusal, ToDevice};
+use crate::Error;
+use core::sync::atomic::Ordering::Relaxed;
+use core::task::{Context, Poll};
+
+/// How much a queue may have, and how much of it stays at hand.
+#[derive(Debug, Clone, Copy)]
+pub struct QueueOptions {
+    /// The most that the queue may have of the pool at once, in bytes of slots: in buffers and at hand.
+    pub limit: u64,
+    /// The most free slots of each size at hand, in bytes; at least two slots and at most 256. Slots are used again in
+    /// the order in which they came back. So a larger window keeps the host's writes to one buffer further from its next
+    /// use, and a smaller one stays in the processor's cache.
+    pub window: usize,
+}
+
+impl Default for QueueOptions {
+    /// No limit, and 512 KiB at hand: a quarter of a core's second-level cache where that was measured.
+    fn default() -> Self {
+        Self { limit: u64::MAX, window: 512 << 10 }
+    }
+}
+
+/// Where in a slot a buffer begins.
+#[derive(Debug, Clone, Copy)]
+pub struct Placement {
+    /// The bits of an address that are given, a power of two less one.
+    mask: usize,
+    low: usize,
+}
+
+impl Placement {
+    /// Anywhere: at a multiple of the slot's size.
+    pub const ANY: Self = Self { mask: 0, low: 0 };
+
+    /// At a multiple of `align`, rounded up to a power of two; 256 KiB is the most that can be.
+    pub const fn aligned(align: usize) -> Self {
+        Self::offset(align.saturating_sub(1), 0)
+    }
+
+    /// At an address with the same low bits as `address`, as far as `mask` has them. NVMe needs that with the mask 4095.
+    /// The slot is larger than the mask, whose bits below the highest one all count.
+    pub const fn offset(mask: usize, address: usize) -> Self {
+        let mask = if mask == 0 { 0 } else { usize::MAX >> mask.leading_zeros() };
+        Self { mask, low: address & mask }
+    }
+}
+
+/// The buffers of one device queue. Whoever drives the queue owns it; what `&mut self` does is for one CPU at a time.
+#[derive(Debug)]
+pub struct Queue<'p> {
+    pool: &'p Pool,
+    record: &'p QueueRecord,
+    windows: &'p mut Windows,
+    owner: Owner,
+    /// Whether a release has more to do than to keep the slot.
+    slow: bool,
+    random: Option<fn() -> u64>,
+    limit: u64,
+    usage: QueueUse,
+}
+
+impl Pool {
+    /// A queue of this pool.
+    ///
+    /// A number that a queue had before goes with what it had in flight when it was dropped: that counts for the new
+    /// one until it is released.
+    ///
+    /// # Errors
+    /// [`Error::NoQueue`] if every record is in use.
+    pub fn queue(&self, options: QueueOptions) -> Result<Queue<'_>, Error> {
+        let mut records = self.queues.iter().take(QUEUE_LIMIT).enumerate();
+        let claimed = records.find_map(|(number, record)| Some((number, record, record.claim()?)));
+        let (number, record, (windows, taken)) = claimed.ok_or(Error::NoQueue)?;
+        for (class, window) in windows.iter_mut().enumerate() {
+            window.most = (options.window / slot_len(class)).clamp(2, WINDOW_SLOTS) as u32;
+            window.batch = (window.most / 2).max(2);
+        }
+        Ok(Queue {
+            pool: self,
+            record,
+            windows,
+            owner: Owner::new(self.tag(), number),
+            slow: self.options.zero_on_release,
+            random: self.options.random,
+            limit: options.limit,
+            usage: QueueUse { taken, high_water: taken, ..QueueUse::default() },
+        })
+    }
+}
+
+impl<'p> Queue<'p> {
+    /// The pool.
+    pub fn pool(&self) -> &'p Pool {
+        self.pool
+    }
+
+    /// What it has done and has.
+    pub fn usage(&self) -> QueueUse {
+        let at_hand = self.windows.iter().enumerate();
+        let ready = at_hand.map(|(class, window)| u64::from(window.len()) << MIN_SHIFT << class).sum();
+        QueueUse { ready, ..self.usage }
+    }
+
+    #[cfg(feature = "virtio")]
+    pub(super) fn owner(&self) -> Owner {
+        self.owner
+    }
+
+    /// Counts what was copied out by address.
+    #[cfg(feature = "virtio")]
+    pub(super) fn note_from_device(&mut self, len: usize) {
+        self.usage.from_device += len as u64;
+    }
+
+    // Part of the few functions that use it, rather than called by them: what it returns stays in registers.
+    #[inline(always)]
+    fn map(&mut self, len: usize, placement: Placement) -> Result<Raw, Refusal> {
+        let Placement { mask, low } = placement;
+        let class = class_of(low.saturating_add(len).max(mask.saturating_add(1)));
+        let Some(window) = self.windows.get_mut(class) else { return self.map_run(len, placement) };
+        if window.len() == 0 {
+            self.refill(class)?;
+        }
+        let window = &mut self.windows[class];
+        if let Some(random) = self.random {
+            window.shuffle(random);
+        }
+        let offset = (u64::from(window.pop()) << MIN_SHIFT) | low as u64;
+        if len >= LONG {
+            self.pool.block_at(offset).inspect(|block| block.set_long(len));
+        }
+        self.usage.maps += 1;
+        Ok(Raw::new(offset, len, self.owner))
+    }
+
+    /// A buffer with a copy of `data`, for a device to read.
+    ///
+    /// # Errors
+    /// [`Refusal`], as from all that make buffers.
+    #[inline]
+    pub fn to_device(&mut self, data: &[u8]) -> Result<ToDevice, Refusal> {
+        self.to_device_at(data, Placement::ANY)
+    }
+
+    /// The same, placed as the device needs it.
+    #[inline]
+    pub fn to_device_at(&mut self, data: &[u8], placement: Placement) -> Result<ToDevice, Refusal> {
+        let raw = self.map(data.len(), placement)?;
+        self.pool.write(raw.offset(), data);
+        self.usage.to_device += data.len() as u64;
+        Ok(ToDevice(raw))
+    }
+
+    /// A buffer with all of `parts`, one behind the other: a scatter list becomes one descriptor.
+    #[inline]
+    pub fn gather(&mut self, parts: &[&[u8]]) -> Result<ToDevice, Refusal> {
+        let len = parts.iter().fold(0usize, |len, part| len.saturating_add(part.len()));
+        let raw = self.map(len, Placement::ANY)?;
+        let mut offset = raw.offset();
+        for part in parts {
+            self.pool.write(offset, part);
+            offset += part.len() as u64;
+        }
+        self.usage.to_device += len as u64;
+        Ok(ToDevice(raw))
+    }
+
+    /// A buffer of `len` bytes for a device to write. What the guest has is not copied into it.
+    #[inline]
+    pub fn from_device(&mut self, len: usize) -> Result<FromDevice, Refusal> {
+        self.from_device_at(len, Placement::ANY)
+    }
+
+    /// The same, placed as the device needs it.
+    #[inline]
+    pub fn from_device_at(&mut self, len: usize, placement: Placement) -> Result<FromDevice, Refusal> {
+        self.map(len, placement).map(FromDevice)
+    }
+
+    /// Copies out the `used` bytes that the device says it has written, and gives the buffer back.
+    ///
+    /// Read that number from shared memory once, and pass on what was read: it is compared with the buffer here.
+    ///
+    /// # Errors
+    /// [`Error::OutOfBounds`] if the buffer or `data` has less, [`Error::ForeignBuffer`]. The buffer is given back all
+    /// the same, and nothing is copied.
+    #[inline]
+    pub fn receive(&mut self, buffer: FromDevice, used: usize, data: &mut [u8]) -> Result<(), Error> {
+        let copied = self.pool.copy_out(&buffer.0, used, data);
+        self.release(buffer);
+        copied?;
+        self.usage.from_device += used as u64;
+        Ok(())
+    }
+
+    /// Lends the `used` bytes that the device says it has written to a consumer, who reads them where they are.
+    ///
+    /// # Errors
+    /// As for [`Queue::receive`]; the buffer is given back then.
+    #[inline]
+    pub fn lend(&mut self, buffer: FromDevice, used: usize) -> Result<Lent<'p>, Error> {
+        if let Err(error) = self.pool.check_used(&buffer.0, used) {
+            self.release(buffer);
+            return Err(error);
+        }
+        self.usage.lent += used as u64;
+        Ok(Lent::new(self.pool, buffer.0, used))
+    }
+
+    /// Gives a buffer back: the device must be done with it.
+    ///
+    /// It stays at hand, if it is this queue's and there is room for it.
+    #[inline]
+    pub fn release<B: Buffer>(&mut self, buffer: B) {
+        let raw = buffer.raw();
+        core::mem::forget(buffer);
+        let class = self.pool.block_at(raw.offset()).map_or(CLASSES, Block::class);
+        if let Some(window) = self.windows.get_mut(class)
+            && window.len() < window.most
+            && raw.owner() == self.owner
+            && !self.slow
+            && self.pool.waiters.0.load(Relaxed) == 0
+        {
+            window.push(slot_of(&raw, class));
+        } else {
+            self.release_slowly(raw, class);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn release_slowly(&mut self, raw: Raw, class: usize) {
+        if raw.owner() != self.owner {
+            return self.pool.release_raw(&raw);
+        }
+        if self.pool.options.zero_on_release {
+            self.pool.scrub(&raw);
+        }
+        if let Some(window) = self.windows.get_mut(class) {
+            if window.len() >= window.most {
+                let keep = window.most / 2;
+                self.spill(class, keep);
+            }
+            self.windows[class].push(slot_of(&raw, class));
+        } else if let Some(bytes) = self.pool.give(raw.offset()) {
+            self.note_given(bytes);
+            self.pool.wake();
+        } else {
+            self.pool.stray();
+        }
+        if self.pool.waiters.0.load(Relaxed) != 0 {
+            self.trim();
+        }
+        // Should this queue itself wait, there is something for it now.
+        self.record.wake(&self.pool.waiters.0);
+        self.slow = self.pool.options.zero_on_release;
+    }
+
+    fn note_given(&mut self, bytes: u64) {
+        self.usage.taken = self.usage.taken.saturating_sub(bytes);
+        self.pool.note_given(bytes);
+    }
+
+    fn note_taken(&mut self, bytes: u64) {
+        self.usage.taken += bytes;
+        self.usage.high_water = self.usage.high_water.max(self.usage.taken);
+        self.pool.note_taken(bytes);
+    }
+
+    /// Hears what was released from other CPUs.
+    fn hear(&mut self) {
+        let bytes = self.record.collect();
+        if bytes > 0 {
+            self.note_given(bytes);
+        }
+    }
+
+    /// How many bytes the queue may take yet.
+    fn room(&self) -> u64 {
+        self.limit.saturating_sub(self.usage.taken)
+    }
+
+    /// Gets slots of a class from the pool, of which there are none at hand.
+    #[cold]
+    #[inline(never)]
+    fn refill(&mut self, class: usize) -> Result<(), Refusal> {
+        if slot_len(class) as u64 > self.limit {
+            return Err(Refusal::Impossible);
+        }
+        self.hear();
+        if self.take(class) || (self.trim() && self.take(class)) {
+            self.usage.refills += 1;
+            return Ok(());
+        }
+        Err(self.refuse(self.room() < slot_len(class) as u64))
+    }
+
+    fn take(&mut self, class: usize) -> bool {
+        let mut room = self.room();
+        let window = &mut self.windows[class];
+        let (mut want, mut bytes, start) = (window.batch, 0, window.turn());
+        while want > 0 {
+            let mut prefer = window.prefer;
+            let (count, class) = self.pool.take((class, want), room, &mut prefer, start, |slot| window.push(slot));
+            window.prefer = prefer;
+            let more = u64::from(count) << MIN_SHIFT << class;
+            (want, bytes, room) = (want - count, bytes + more, room - more);
+            if count == 0 {
+                break;
+            }
+        }
+        if bytes > 0 {
+            self.note_taken(bytes);
+        }
+        bytes > 0
+    }
+
+    fn refuse(&mut self, limited: bool) -> Refusal {
+        if limited {
+            self.usage.limited += 1;
+            return Refusal::Limited;
+        }
+        self.usage.exhausted += 1;
+        self.pool.note_exhausted();
+        Refusal::Exhausted
+    }
+
+    /// Gives back the oldest slots of a class, until `keep` are left.
+    fn spill(&mut self, class: usize, keep: u32) {
+        let (mut bytes, mut strays) = (0, 0);
+        // Those in one word of one block go together.
+        let mut together = (0, 0, 0u64);
+        let pool = self.pool;
+        let mut flush = |(block, word, bits): (usize, u32, u64)| {
+            if let Some(block) = pool.block(block).filter(|_| bits != 0) {
+                strays += bits.count_ones() - block.give(word, bits);
+            }
+        };
+        let window = &mut self.windows[class];
+        while window.len() > keep {
+            let offset = u64::from(window.pop()) << MIN_SHIFT;
+            let index = (offset >> BLOCK_SHIFT) as usize;
+            // A window may have larger slots than its own.
+            let class = pool.block(index).map_or(class, Block::class);
+            bytes += 1 << MIN_SHIFT << class;
+            let slot = ((offset as usize % BLOCK_LEN) >> MIN_SHIFT >> class) as u32;
+            if (together.0, together.1) != (index, slot / 64) {
+                flush(together);
+                together = (index, slot / 64, 0);
+            }
+            together.2 |= 1 << (slot % 64);
+        }
+        flush(together);
+        (0..strays).for_each(|_| pool.stray());
+        self.usage.spills += 1;
+        self.note_given(bytes);
+        pool.wake();
+    }
+
+    /// Gives everything back to the pool that is at hand; returns whether there was anything.
+    ///
+    /// A queue that goes idle should do so: what it has at hand is nobody else's, and a queue that waits for the pool only
+    /// gets it when this one releases its next buffer.
+    pub fn trim(&mut self) -> bool {
+        let mut any = false;
+        for class in 0..CLASSES {
+            if self.windows[class].len() > 0 {
+                self.spill(class, 0);
+                any = true;
+            }
+        }
+        any
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn map_run(&mut self, len: usize, placement: Placement) -> Result<Raw, Refusal> {
+        let Placement { mask, low } = placement;
+        let blocks = low.checked_add(len).map(|end| end.div_ceil(BLOCK_LEN)).filter(|_| mask < BLOCK_LEN);
+        let blocks = blocks.filter(|blocks| *blocks <= self.pool.extent()).ok_or(Refusal::Impossible)?;
+        let bytes = (blocks << BLOCK_SHIFT) as u64;
+        if bytes > self.limit {
+            return Err(Refusal::Impossible);
+        }
+        self.hear();
+        let take = |queue: &Self| if bytes <= queue.room() { queue.pool.take_run(low, len) } else { None };
+        let run = take(self).or_else(|| if self.trim() { take(self) } else { None });
+        let Some(first) = run else { return Err(self.refuse(bytes > self.room())) };
+        self.note_taken(bytes);
+        self.usage.maps += 1;
+        Ok(Raw::new((first << BLOCK_SHIFT) as u64 | low as u64, len, self.owner))
+    }
+
+    /// Whether there is room for a buffer of `len` bytes now; if not, `context` is woken when there may be.
+    ///
+    /// # Errors
+    /// [`Refusal::Impossible`]: waiting will not help.
+    pub fn poll_room(&mut self, len: usize, context: &mut Context<'_>) -> Poll<Result<(), Refusal>> {
+        let mut registered = waiting::NOTHING;
+        loop {
+            let needed = match self.look_for_room(len) {
+                Err(Refusal::Exhausted) => waiting::POOL,
+                Err(Refusal::Limited) => waiting::LIMIT,
+                answer => {
+                    self.record.set_waiting(waiting::NOTHING, &self.pool.waiters.0);
+                    return Poll::Ready(answer);
+                }
+            };
+            // Who waits for the pool hears of his own buffers too.
+            if needed <= registered {
+                self.usage.waits += 1;
+                self.slow = true;
+                return Poll::Pending;
+            }
+            registered = needed;
+            self.record.wait(needed, context.waker(), &self.pool.waiters.0);
+        }
+    }
+
+    fn look_for_room(&mut self, len: usize) -> Result<(), Refusal> {
+        let class = class_of(len);
+        match self.windows.get(class) {
+            Some(window) if window.len() > 0 => Ok(()),
+            Some(_) => self.refill(class),
+            None => {
+                let raw = self.map_run(len, Placement::ANY)?;
+                self.usage.maps -= 1;
+                self.pool.give(raw.offset()).into_iter().for_each(|bytes| self.note_given(bytes));
+                Ok(())
+            }
+        }
+    }
+}
+
+/// The slot of a class that a buffer is in, in units of 256 bytes.
+#[inline]
+fn slot_of(raw: &Raw, class: usize) -> u32 {
+    ((raw.offset() >> MIN_SHIFT) as u32) >> class << class
+}
+
+impl Drop for Queue<'_> {
+    /// Gives back what is at hand. Buffers in flight can still be released, through the pool.
+    fn drop(&mut self) {
+        self.record.set_waiting(waiting::NOTHING, &self.pool.waiters.0);
+        self.trim();
+        self.hear();
+        // SAFETY: this queue has claimed it, and ends here.
+        unsafe { self.record.unclaim(self.usage.taken) };
+    }
+}
+
+impl Pool {
+    /// Whether a buffer is this pool's and has as many bytes.
+    #[inline]
+    fn check_used(&self, raw: &Raw, used: usize) -> Result<(), Error> {
+        let limit = self.len_of(raw);
+        if raw.owner().queue_of(self.tag()).is_none() {
+            return Err(Error::ForeignBuffer);
+        }
+        if used > limit { Err(Error::OutOfBounds { offset: 0, len: used, limit }) } else { Ok(()) }
+    }
+
+    #[inline]
+    fn copy_out(&self, raw: &Raw, used: usize, data: &mut [u8]) -> Result<(), Error> {
+        self.check_used(raw, used)?;
+        let limit = data.len();
+        let data = data.get_mut(..used).ok_or(Error::OutOfBounds { offset: 0, len: used, limit })?;
+        if self.read(raw.offset(), data) { Ok(()) } else { Err(Error::ForeignBuffer) }
+    }
+}
