@@ -48,7 +48,7 @@ macro_rules! entry {
 /// Ends a guest that has panicked, with `code`. What panicked is not said: the console is the host's to read.
 ///
 /// # Safety
-/// The code must run in ring 0 of a guest, as for [`Processor::new`].
+/// The code must run in a guest, in a ring as for [`Processor::new`].
 pub unsafe fn end_after_panic(code: u32) -> ! {
     for doorbell in [Doorbell::Port, Doorbell::Msr] {
         // SAFETY: passed on to the caller; a host that does not know the doorbell ends the guest all the same.

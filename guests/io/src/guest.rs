@@ -3,10 +3,11 @@
 #![allow(unsafe_code, reason = "it starts without a stack, and shares memory that it owns")]
 
 use crate::hal::Copied;
-use crate::{disk, exchange, hal, net};
+use crate::{disk, exchange, hal, net, ring3};
 use core::arch::x86_64::_rdtsc;
 use core::panic::PanicInfo;
 use cvm_core::boot::BootPage;
+use cvm_core::doorbell::Doorbell;
 use cvm_core::{GpaRange, PAGE_SIZE, Side};
 use cvm_guest::virtio::DoorbellTransport;
 use cvm_guest::{DeviceRegisters, Platform, Processor, SharedRegion};
@@ -91,21 +92,31 @@ extern "C" fn main(_index: u64, boot: *const BootPage) {
     // SAFETY: the VMM's convention is that RSI has the address of the boot page, a private page that nobody changes.
     let boot = unsafe { boot.read() };
     let Some(doorbell) = boot.doorbell() else { panic!() };
-    // SAFETY: this is ring 0, and the boot page says which doorbell the host knows.
+    // SAFETY: this is ring 0, or by ports another one that may use them, and the boot page says which doorbell the host knows.
     let processor = unsafe { Processor::new(doorbell) };
     let Ok(platform) = Platform::new(&boot, processor) else { panic!() };
     let Some((page, arena)) = share(&platform, &boot) else { platform.end(code::PLATFORM) };
     let Ok(control) = platform.device(CONTROL) else { platform.end(code::PLATFORM) };
     control.write(register::REPORT, (page.range().start().0 / PAGE_SIZE) as u32);
+    // Only ring 0 has registers for doorbells.
+    if doorbell == Doorbell::Port {
+        // SAFETY: the launch contract says ring 0, interrupts off and such tables; this is the only vCPU, and what is left
+        // to do is the devices', by ports.
+        unsafe { ring3::enter(end_of_memory(&boot)) };
+    }
     match measure(&platform, &control, &page, arena, boot.argument[1]) {
         Some(()) => platform.end(0),
         None => platform.end(code::DEVICE),
     }
 }
 
+fn end_of_memory(boot: &BootPage) -> u64 {
+    boot.memory.iter().map(|range| range.start.wrapping_add(range.len)).max().unwrap_or(0)
+}
+
 /// Shares the pool, a page for reports, and, if nothing is to bounce, the buffers.
 fn share(platform: &Platform<Processor>, boot: &BootPage) -> Option<(SharedRegion, Arena)> {
-    let end = boot.memory.iter().map(|range| range.start.wrapping_add(range.len)).max()?;
+    let end = end_of_memory(boot);
     let below = |end: u64, len: u64| GpaRange::new(end.checked_sub(len)?, len).ok();
     let pool = below(end, hal::POOL_LEN)?;
     let page = below(pool.start().0, PAGE_SIZE)?;
@@ -154,6 +165,6 @@ fn measure<'a>(
 
 #[panic_handler]
 fn panic(_: &PanicInfo<'_>) -> ! {
-    // SAFETY: this is ring 0.
+    // SAFETY: this is ring 0, or the ports can be used all the same.
     unsafe { cvm_guest::end_after_panic(code::PANIC) }
 }

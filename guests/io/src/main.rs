@@ -15,6 +15,8 @@ mod guest;
 mod hal;
 #[cfg(target_os = "none")]
 mod net;
+#[cfg(target_os = "none")]
+mod ring3;
 
 #[cfg(not(target_os = "none"))]
 fn main() -> std::process::ExitCode {
