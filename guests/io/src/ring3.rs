@@ -69,7 +69,8 @@ pub unsafe fn enter(end: u64) {
     unsafe { open_memory(end) };
     let task = (&raw const TASK_STATE).expose_provenance() as u64;
     // A task that is present and not busy, in ring 0; its base is in four pieces (AMD64 APM volume 2, section 4.8.3).
-    let limit = size_of::<Task>() as u64 - 1;
+    // Up to the last byte of ones: ports behind the limit are forbidden.
+    let limit = (core::mem::offset_of!(Task, forbidden) + PORTS_END) as u64;
     let low = limit | (task & 0xff_ffff) << 16 | 0x89 << 40 | (task >> 24 & 0xff) << 56;
     let segments = &raw mut SEGMENTS;
     // SAFETY: there is one vCPU, and nothing refers to the segments but what follows.
