@@ -23,7 +23,7 @@ pub struct Memcheck {
 impl Memcheck {
     /// Builds the tests and runs them.
     pub fn run(&self) -> Result<ExitCode> {
-        let valgrind = tools::find("valgrind", "valgrind")?;
+        let valgrind = tools::find("valgrind", "valgrind libc6-dbg")?;
         let mut test = Command::new("cargo");
         test.args(["test", "-p", "cvm-guest", "--all-features", "--tests", "--"]).current_dir(workspace::root());
         test.args(SKIPPED.iter().flat_map(|name| ["--skip", name]));
