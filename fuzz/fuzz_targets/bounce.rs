@@ -6,22 +6,25 @@
 
 #![no_main]
 
+#[path = "bounce/buffers.rs"]
+mod buffers;
 #[path = "bounce/memory.rs"]
 mod memory;
+#[path = "bounce/rings.rs"]
+mod rings;
 
 use cvm_core::boot::{self, BootPage};
 use cvm_core::doorbell::Transport;
 use cvm_core::{GpaRange, Side};
 use cvm_guest::{
-    CHUNK_LEN, ChunkRecord, Error, FromDevice, Lent, Machine, Placement, Platform, Pool, PoolOptions, Queue,
-    QueueOptions, QueueRecord, Refusal, Ring, Sent, SharedRegion, ToDevice,
+    CHUNK_LEN, ChunkRecord, Error, FromDevice, Lent, Machine, Platform, Pool, PoolOptions, Queue, QueueOptions,
+    QueueRecord, Refusal, Ring, Sent, SharedRegion, ToDevice,
 };
 use libfuzzer_sys::arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
 use memory::{LOUD, NEAR, Private, Shared, scribble};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
-use std::hint::black_box;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::task::{Context, Poll, Waker};
@@ -53,8 +56,8 @@ struct Stage {
 thread_local! {
     static STAGE: RefCell<Stage> = RefCell::new({
         let stage = Stage {
-            loud: Shared::new(MEMORY),
-            quiet: Shared::new(MEMORY),
+            loud: Shared::new(),
+            quiet: Shared::new(),
             expected: vec![0; MEMORY],
             private: Private::new(LONGEST),
         };
@@ -130,10 +133,6 @@ struct Program<'p, 'i> {
 
 fn range(number: usize) -> GpaRange {
     GpaRange::new(BASE + (number * CHUNK_LEN) as u64, CHUNK_LEN as u64).unwrap()
-}
-
-fn out_of_bounds<T>(result: core::result::Result<T, Error>) -> bool {
-    matches!(result, Err(Error::OutOfBounds { .. }))
 }
 
 impl<'p> Program<'p, '_> {
@@ -220,272 +219,6 @@ impl<'p> Program<'p, '_> {
         }
     }
 
-    fn map(&mut self) -> Result<()> {
-        let (pool, queue, kind) = (self.pool, self.queue()?, self.given.int_in_range(0u8..=5)?);
-        let (mut len, at_end) = (self.len()?, self.given.arbitrary()?);
-        let bits = if self.given.ratio(1, 3)? { self.given.int_in_range(0u32..=20)? } else { 0 };
-        let (mask, low) = ((1usize << bits) - 1, if bits == 0 { 0 } else { self.given.arbitrary::<usize>()? });
-        let placement = Placement::offset(mask, low);
-        let mut parts: Vec<&[u8]> = vec![];
-        let made = match kind {
-            0..=1 => {
-                parts.push(self.private.source(queue, len, at_end));
-                self.queues[queue].to_device_at(parts[0], placement).map(Handle::Out)
-            }
-            2 if bits == 0 => {
-                let most = len;
-                len = 0;
-                for number in 0..self.given.int_in_range(0..=5)? {
-                    let part = self.given.int_in_range(0..=most - len)?;
-                    parts.push(self.private.source(number, part, number % 2 == 0));
-                    len += part;
-                }
-                self.queues[queue].gather(&parts).map(Handle::Out)
-            }
-            _ => {
-                len = if self.given.ratio(1, 30)? { usize::MAX - self.given.int_in_range(0..=CHUNK_LEN)? } else { len };
-                self.queues[queue].from_device_at(len, placement).map(Handle::In)
-            }
-        };
-        let handle = match made {
-            Ok(handle) => handle,
-            Err(refusal) => {
-                let least = len.saturating_add(low & mask).max(mask + 1) as u64;
-                match refusal {
-                    Refusal::Impossible => assert!(
-                        mask >= MOST_MASK || least > self.options[queue].limit.min((RECORDS * CHUNK_LEN) as u64),
-                        "{len:#x} bytes at {mask:#x}"
-                    ),
-                    Refusal::Limited => assert!(self.options[queue].limit < u64::MAX),
-                    Refusal::Exhausted => {}
-                }
-                return Ok(());
-            }
-        };
-        let (gpa, known) = match &handle {
-            Handle::Out(buffer) => (pool.gpa(buffer), pool.len(buffer)),
-            Handle::In(buffer) => (pool.gpa(buffer), pool.len(buffer)),
-            Handle::Lent(_) => unreachable!("nothing was lent"),
-        };
-        assert_eq!((gpa.0 as usize & mask, known), (low & mask, len));
-        let place = self.place(gpa.0, len);
-        self.take(&place);
-        match &handle {
-            Handle::Out(_) => self.sent(&place, &parts),
-            _ => self.look_around(&place),
-        }
-        self.live.push(Live { queue, handle, unread: place.clone(), place });
-        Ok(())
-    }
-
-    /// Gives a buffer back in one of all ways.
-    fn release(&mut self, buffer: Live<'p>) -> Result<()> {
-        let how = self.given.int_in_range(0u8..=4)?;
-        let queue = if how == 0 { 1 - buffer.queue } else { buffer.queue };
-        match (buffer.handle, how) {
-            (Handle::Out(buffer), 1) => self.pool.release(buffer),
-            (Handle::Out(buffer), _) => self.queues[queue].release(buffer),
-            (Handle::In(buffer), 1) => self.pool.release(buffer),
-            (Handle::In(buffer), _) => self.queues[queue].release(buffer),
-            (Handle::Lent(buffer), 1) => self.pool.release(buffer),
-            (Handle::Lent(buffer), 2) => drop(buffer),
-            (Handle::Lent(buffer), _) => self.queues[queue].release(buffer),
-        }
-        self.give(&buffer.place);
-        Ok(())
-    }
-
-    fn receive(&mut self) -> Result<()> {
-        let Some(Live { queue, handle, place, unread }) = self.pick()? else { return Ok(()) };
-        let Handle::In(buffer) = handle else {
-            return self.release(Live { queue, handle, place, unread });
-        };
-        NEAR.store(place.start, Relaxed);
-        let used = self.used(place.len())?;
-        // The private buffer may be shorter than what the device has written.
-        let room = match self.given.int_in_range(0u8..=3)? {
-            0 => self.given.int_in_range(0..=place.len())?,
-            _ => used.min(place.len()) + self.given.int_in_range(0..=100usize)?,
-        };
-        let by = if self.given.ratio(1, 4)? { 1 - queue } else { queue };
-        let fits = used <= place.len() && used <= room;
-        let (at_end, queue) = (self.given.arbitrary()?, &mut self.queues[by]);
-        let received = self.private.receive(room.min(LONGEST), at_end, |data| {
-            let received = queue.receive(buffer, used, data);
-            assert_eq!((received.is_ok(), out_of_bounds(received)), (fits, !fits));
-            if fits { used } else { 0 }
-        });
-        if let Some(expected) = &self.expected {
-            assert!(received == expected[place.start..][..received.len()]);
-        }
-        self.give(&place);
-        Ok(())
-    }
-
-    fn lend(&mut self) -> Result<()> {
-        let Some(Live { queue, handle, place, unread }) = self.pick()? else { return Ok(()) };
-        let Handle::In(buffer) = handle else {
-            self.live.push(Live { queue, handle, place, unread });
-            return self.read_lent();
-        };
-        let used = self.used(place.len())?;
-        let lent = self.queues[queue].lend(buffer, used);
-        match lent {
-            Ok(lent) => {
-                assert_eq!((lent.remaining(), self.pool.len(&lent)), (used, place.len()));
-                assert!(used <= place.len());
-                let unread = place.start..place.start + used;
-                self.live.push(Live { queue, handle: Handle::Lent(lent), place, unread });
-                self.read_lent()
-            }
-            Err(error) => {
-                assert_eq!(error, Error::OutOfBounds { offset: 0, len: used, limit: place.len() });
-                assert!(used > place.len());
-                self.give(&place);
-                Ok(())
-            }
-        }
-    }
-
-    /// Reads some of what was lent last, if that was the last thing that happened.
-    fn read_lent(&mut self) -> Result<()> {
-        let Some(mut live) = self.live.pop() else { return Ok(()) };
-        if let Handle::Lent(lent) = &mut live.handle {
-            NEAR.store(live.unread.start, Relaxed);
-            for _ in 0..self.given.int_in_range(0..=4)? {
-                match self.given.int_in_range(0u8..=4)? {
-                    0 => {
-                        let len = self.used(live.unread.len())?;
-                        let skipped = lent.skip(len);
-                        assert_eq!((skipped.is_ok(), out_of_bounds(skipped)), valid(len, &live.unread));
-                        if skipped.is_ok() {
-                            live.unread.start += len;
-                        }
-                    }
-                    1 => self.read_value::<1>(lent, &mut live.unread)?,
-                    2 => self.read_value::<12>(lent, &mut live.unread)?,
-                    3 => self.read_value::<64>(lent, &mut live.unread)?,
-                    _ => {
-                        let len = self.used(live.unread.len())?;
-                        self.read(lent, &mut live.unread, len)?;
-                    }
-                }
-                assert_eq!(lent.remaining(), live.unread.len());
-            }
-        }
-        self.live.push(live);
-        Ok(())
-    }
-
-    fn read(&mut self, lent: &mut Lent<'p>, unread: &mut Range<usize>, len: usize) -> Result<()> {
-        // There is no more private memory than that.
-        let len = len.min(LONGEST);
-        let at_end = self.given.arbitrary()?;
-        let read = self.private.receive(len, at_end, |data| {
-            let read = lent.read(data);
-            assert_eq!((read.is_ok(), out_of_bounds(read)), valid(len, unread));
-            if read.is_ok() { len } else { 0 }
-        });
-        if let Some(expected) = &self.expected {
-            assert!(read == expected[unread.start..][..read.len()]);
-        }
-        unread.start += read.len();
-        Ok(())
-    }
-
-    /// Reads a header, which the host changes at once; and then as much as the header says.
-    fn read_value<const N: usize>(&mut self, lent: &mut Lent<'p>, unread: &mut Range<usize>) -> Result<()> {
-        let value = lent.read_value::<[u8; N]>();
-        assert_eq!((value.is_ok(), out_of_bounds(value)), valid(N, unread));
-        let Ok(value) = value else { return Ok(()) };
-        let kept = black_box(value);
-        if let Some(expected) = &self.expected {
-            assert_eq!(value, expected[unread.start..][..N]);
-        }
-        self.host_writes(unread.start, &kept.map(|byte| !byte));
-        assert_eq!(black_box(&value), &kept, "the guest's own copy has changed");
-        unread.start += N;
-        if let Some(claimed) = value.first_chunk().copied().map(u32::from_ne_bytes) {
-            self.read(lent, unread, claimed as usize % 10_000)?;
-        }
-        Ok(())
-    }
-
-    fn make_ring(&mut self) -> Result<()> {
-        let queue = self.queue()?;
-        let (slots, slot_len) = (self.given.int_in_range(0..=70usize)?, self.given.int_in_range(0..=9000usize)?);
-        let all = slots.max(1).next_power_of_two() * slot_len.max(64).next_power_of_two();
-        let mut ring = match Ring::new(&mut self.queues[queue], slots, slot_len) {
-            Ok(ring) => ring,
-            Err(Refusal::Impossible) => {
-                assert!(all > MOST_MASK || all as u64 > self.options[queue].limit);
-                return Ok(());
-            }
-            Err(_) => return Ok(()),
-        };
-        let first = ring.send(&[]).unwrap();
-        let (gpa, len) = ring.segment(&first);
-        assert_eq!(len, 0);
-        ring.release(first).unwrap();
-        let place = self.place(gpa.0, all);
-        self.take(&place);
-        let slot_len = slot_len.max(64).next_power_of_two();
-        self.rings.push(LiveRing { ring, place, slot_len, sent: 1, flying: VecDeque::new() });
-        Ok(())
-    }
-
-    fn use_ring(&mut self) -> Result<()> {
-        if self.rings.is_empty() {
-            return self.make_ring();
-        }
-        let index = self.given.choose_index(self.rings.len())?;
-        let mut ring = self.rings.swap_remove(index);
-        let slots = ring.place.len() / ring.slot_len;
-        match self.given.int_in_range(0u8..=8)? {
-            0 => {
-                // The device is done with all packets.
-                let LiveRing { ring, place, .. } = ring;
-                drop(ring);
-                self.give(&place);
-                return Ok(());
-            }
-            1..=4 => {
-                let len = self.used(ring.slot_len)?.min(LONGEST);
-                let packet = self.private.source(ring.sent, len, self.given.arbitrary()?);
-                let at = ring.place.start + ring.sent % slots * ring.slot_len;
-                NEAR.store(at, Relaxed);
-                match ring.ring.send(packet) {
-                    Ok(sent) => {
-                        let place = at..at + len;
-                        assert_eq!(ring.ring.segment(&sent), (cvm_core::Gpa(BASE + at as u64), len as u32));
-                        assert!(len <= ring.slot_len && ring.flying.len() < slots);
-                        self.sent(&place, &[packet]);
-                        ring.flying.push_back((sent, place));
-                        ring.sent += 1;
-                    }
-                    Err(Refusal::Impossible) => assert!(len > ring.slot_len),
-                    Err(refusal) => assert_eq!((refusal, ring.flying.len()), (Refusal::Exhausted, slots)),
-                }
-            }
-            _ if ring.flying.is_empty() => {}
-            _ => {
-                let which = self.given.choose_index(ring.flying.len())?;
-                let (sent, place) = ring.flying.remove(which).expect("it is there");
-                self.look_around(&place);
-                match ring.ring.release(sent) {
-                    Ok(()) => assert_eq!(which, 0),
-                    Err(sent) => {
-                        assert_ne!(which, 0);
-                        ring.flying.insert(which, (sent, place));
-                    }
-                }
-            }
-        }
-        assert_eq!(ring.ring.in_flight() as usize, ring.flying.len());
-        self.rings.push(ring);
-        Ok(())
-    }
-
     fn grow(&mut self) -> Result<()> {
         let number = self.given.int_in_range(0..=CHUNKS - 1)?;
         if self.chunks.contains(&number) {
@@ -507,7 +240,9 @@ impl<'p> Program<'p, '_> {
         let boot = BootPage { magic: boot::MAGIC, transport: Transport::Hypercall as u32, ..BootPage::new_zeroed() };
         let platform = Platform::new(&boot, Host).unwrap();
         // SAFETY: there is one pool here.
-        let Some(gone) = unsafe { self.pool.shrink(&platform) }.unwrap() else { return false };
+        let Some(gone) = unsafe { self.pool.shrink(&platform) }.unwrap() else {
+            return false;
+        };
         let place = self.chunks.iter().position(|number| range(*number) == gone).expect("a chunk of the pool");
         let number = self.chunks.swap_remove(place);
         let chunk = number * CHUNK_LEN..(number + 1) * CHUNK_LEN;
@@ -604,11 +339,6 @@ impl<'p> Program<'p, '_> {
             assert!(self.shared.read(0..MEMORY) == **expected, "somebody wrote where nothing is");
         }
     }
-}
-
-/// Whether so many bytes are there, and whether an error says that they are not.
-fn valid(len: usize, unread: &Range<usize>) -> (bool, bool) {
-    (len <= unread.len(), len > unread.len())
 }
 
 fn run(stage: &mut Stage, bytes: &[u8]) -> Result<()> {

@@ -1,5 +1,6 @@
 //! Memory with a fence on both sides, and a host that writes into what is shared.
 
+use super::{CHUNK_LEN, CHUNKS, MEMORY};
 use cvm_core::PAGE_SIZE;
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect};
 use std::ops::Range;
@@ -21,40 +22,39 @@ pub fn fenced(len: usize) -> NonNull<u8> {
     }
 }
 
-/// What the host sees: never by reference.
+/// What the host sees, never by reference: chunks whose addresses follow each other, with fences between them.
 #[derive(Clone, Copy)]
-pub struct Shared {
-    base: NonNull<u8>,
-    len: usize,
-}
+pub struct Shared([NonNull<u8>; CHUNKS]);
 
 // SAFETY: it is mapped for good, and accessed by copying.
 unsafe impl Send for Shared {}
 
 impl Shared {
-    pub fn new(len: usize) -> Self {
-        Self { base: fenced(len), len }
+    pub fn new() -> Self {
+        Self([(); CHUNKS].map(|()| fenced(CHUNK_LEN)))
     }
 
     pub fn pointer(&self, at: usize) -> NonNull<u8> {
-        assert!(at < self.len);
-        // SAFETY: it is inside.
-        unsafe { self.base.add(at) }
+        // SAFETY: it is inside the chunk.
+        unsafe { self.0[at / CHUNK_LEN].add(at % CHUNK_LEN) }
     }
 
     pub fn read(&self, range: Range<usize>) -> Vec<u8> {
-        assert!(range.start <= range.end && range.end <= self.len);
-        let mut bytes = vec![0; range.len()];
-        // SAFETY: the range is inside. Only quiet memory is read, in which nobody else writes.
-        unsafe { self.base.add(range.start).as_ptr().copy_to_nonoverlapping(bytes.as_mut_ptr(), range.len()) };
+        let mut bytes = Vec::with_capacity(range.len());
+        while bytes.len() < range.len() {
+            let at = range.start + bytes.len();
+            let (piece, end) = ((CHUNK_LEN - at % CHUNK_LEN).min(range.end - at), bytes.len());
+            bytes.resize(end + piece, 0);
+            // SAFETY: the piece is inside the chunk. Only quiet memory is read, in which nobody else writes.
+            unsafe { self.pointer(at).as_ptr().copy_to_nonoverlapping(bytes[end..].as_mut_ptr(), piece) };
+        }
         bytes
     }
 
     pub fn write(&self, at: usize, bytes: &[u8]) {
-        assert!(at + bytes.len() <= self.len);
-        for (offset, byte) in bytes.iter().enumerate() {
-            // SAFETY: the range is inside.
-            unsafe { self.base.add(at + offset).write_volatile(*byte) };
+        for (at, byte) in (at..).zip(bytes) {
+            // SAFETY: the pointer is to a byte of a chunk.
+            unsafe { self.pointer(at).write_volatile(*byte) };
         }
     }
 }
@@ -78,15 +78,15 @@ fn scribble_on(memory: Shared) -> ! {
             thread::yield_now();
             continue;
         }
-        sweep = (sweep + PIECE) % memory.len;
+        sweep = (sweep + PIECE) % MEMORY;
         for start in [NEAR.load(Relaxed), sweep, NEAR.load(Relaxed)] {
-            let start = (start & !7).min(memory.len - PIECE);
+            let start = (start & !7).min(MEMORY - PIECE);
             for at in (start..start + PIECE).step_by(8) {
                 word = word.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(7) ^ at as u64;
                 // Every other word might be a length.
                 let value = if at & 8 == 0 { word } else { word % 9000 };
-                // SAFETY: it is inside, and at a multiple of eight.
-                unsafe { memory.base.add(at).cast::<u64>().write_volatile(value) };
+                // SAFETY: the word is inside a chunk, as it is at a multiple of eight.
+                unsafe { memory.pointer(at).cast::<u64>().write_volatile(value) };
             }
         }
     }
