@@ -1,4 +1,4 @@
-//! Copies that end where memory ends: in allocations of just as many bytes, so that a memory checker sees one byte more.
+//! Copies that end where memory ends: allocations have just as many bytes, so a memory checker sees one more.
 
 #![allow(unsafe_code, reason = "memory of the test's own stands for a shared chunk")]
 

@@ -1,7 +1,7 @@
 //! Whatever drivers do with a bounce pool, against a plain model of it, while a host scribbles over all that is shared.
 //!
-//! A program runs on one of two pieces of shared memory. In the loud one the host writes as long as the program runs, so
-//! that only what holds for any bytes can be checked. In the quiet one it writes when the program says so, and every
+//! A program runs on one of two pieces of shared memory. In the loud one the host writes as long as the program runs,
+//! so that only what holds for any bytes can be checked. In the quiet one it writes when the program says so, and every
 //! byte is known.
 
 #![no_main]
@@ -166,7 +166,7 @@ impl<'p> Program<'p, '_> {
         Ok(Some(self.live.swap_remove(index)))
     }
 
-    /// Where in the memory an address is; all of the buffer has to be in one chunk, or in chunks that follow each other.
+    /// Where in the memory an address is; the buffer has to be in one chunk, or in chunks that follow each other.
     fn place(&self, gpa: u64, len: usize) -> Range<usize> {
         let start = gpa.checked_sub(BASE).expect("an address below the pool") as usize;
         let place = start..start + len;
