@@ -4,6 +4,7 @@
 //! - [`guest`]: the committed images of the guests, the same bytes on every machine
 //! - [`l1`]: a command in a small VM whose KVM has the whole confidential-VM interface
 //! - [`l1_kernel`]: the kernel of that VM
+//! - [`memcheck`]: the tests of the guest's library under valgrind
 //! - [`ratios`]: the results of the benchmarks against their targets
 
 mod cpio;
@@ -13,6 +14,7 @@ mod fuzz;
 mod guest;
 mod l1;
 mod l1_kernel;
+mod memcheck;
 mod ratios;
 mod rust_src;
 mod tools;
@@ -36,6 +38,7 @@ enum Task {
     Guest(guest::Guest),
     L1(l1::L1),
     L1Kernel(l1_kernel::L1Kernel),
+    Memcheck(memcheck::Memcheck),
     Ratios(ratios::Ratios),
 }
 
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
         Task::Guest(task) => task.run(),
         Task::L1(task) => task.run(),
         Task::L1Kernel(task) => task.run(),
+        Task::Memcheck(task) => task.run(),
         Task::Ratios(task) => task.run(),
     });
     done.unwrap_or_else(|error| {
