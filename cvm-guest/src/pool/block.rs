@@ -53,7 +53,8 @@ pub(super) const fn slots(class: usize) -> u32 {
 /// The class whose slots just hold `len` bytes, or [`CLASSES`] and more if none does.
 #[inline]
 pub(super) const fn class_of(len: usize) -> usize {
-    (usize::BITS - (len.saturating_sub(1) >> MIN_SHIFT).leading_zeros()) as usize
+    // With the lowest bits set there is a highest one, for which processors have an instruction.
+    ((len.saturating_sub(1) | ((1 << MIN_SHIFT) - 1)).ilog2() + 1 - MIN_SHIFT) as usize
 }
 
 /// What a block is used for, for whoever counts.

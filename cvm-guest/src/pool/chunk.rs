@@ -15,8 +15,9 @@ pub(super) const BLOCKS: usize = 8;
 
 /// The bookkeeping of a chunk, 2 KiB in private memory: a guest keeps as many in a static as its pool may have chunks.
 #[derive(Debug)]
+#[repr(transparent)]
 pub struct ChunkRecord {
-    pub(super) blocks: [Block; BLOCKS],
+    blocks: [Block; BLOCKS],
 }
 
 impl ChunkRecord {
@@ -34,34 +35,46 @@ impl ChunkRecord {
         Self { blocks: core::array::from_fn(|_| Block::new()) }
     }
 
-    /// Puts memory behind a record that was claimed.
-    fn settle(&self, region: &SharedRegion) {
-        for (index, block) in self.blocks.iter().enumerate() {
-            let at = index * BLOCK_LEN;
-            block.put(region.pointer(at).as_ptr(), region.gpa(at).0);
-        }
-        // The first one last: who finds that one idle may take the whole chunk away.
-        self.blocks.iter().rev().for_each(Block::unclaim);
-    }
-
-    /// Claims all of it, if nobody has anything of it.
-    fn claim(&self) -> bool {
-        let claimed = self.blocks.iter().take_while(|block| block.claim()).count();
-        if claimed < BLOCKS {
-            self.blocks[..claimed].iter().for_each(Block::unclaim);
-        }
-        claimed == BLOCKS
+    /// The blocks of records that follow each other.
+    pub(super) const fn blocks(records: &[Self]) -> &[Block] {
+        // SAFETY: a record is nothing but its blocks, and they follow each other as the records do.
+        unsafe { core::slice::from_raw_parts(records.as_ptr().cast(), records.len() * BLOCKS) }
     }
 }
 
+/// The blocks of a chunk.
+type Chunk = [Block; BLOCKS];
+
+/// Puts memory behind a chunk that was claimed.
+fn settle(chunk: &Chunk, region: &SharedRegion) {
+    for (index, block) in chunk.iter().enumerate() {
+        let at = index * BLOCK_LEN;
+        block.put(region.pointer(at).as_ptr(), region.gpa(at).0);
+    }
+    // The first one last: who finds that one idle may take the whole chunk away.
+    chunk.iter().rev().for_each(Block::unclaim);
+}
+
+/// Claims all of a chunk, if nobody has anything of it.
+fn claim(chunk: &Chunk) -> bool {
+    let claimed = chunk.iter().take_while(|block| block.claim()).count();
+    if claimed < BLOCKS {
+        chunk[..claimed].iter().for_each(Block::unclaim);
+    }
+    claimed == BLOCKS
+}
+
 impl Pool {
+    fn records(&self) -> &'static [Chunk] {
+        self.blocks.as_chunks().0
+    }
+
     /// Makes room for a chunk: the record that it will have.
-    fn claim_record(&self) -> Result<&ChunkRecord, Error> {
-        let mut records = self.chunks.iter().take(self.extent() / BLOCKS);
-        let record = records.find(|record| record.blocks[0].claim_absent());
+    fn claim_record(&self) -> Result<&Chunk, Error> {
+        let record = self.records().iter().find(|chunk| chunk[0].claim_absent());
         // Whoever takes a chunk away makes its first block absent last, so the others are so too.
-        record.ok_or(Error::PoolFull).inspect(|record| {
-            for block in &record.blocks[1..] {
+        record.ok_or(Error::PoolFull).inspect(|chunk| {
+            for block in &chunk[1..] {
                 let absent = block.claim_absent();
                 debug_assert!(absent);
             }
@@ -80,7 +93,7 @@ impl Pool {
     /// [`Error::PoolFull`] if there is no record for it. The region is dropped then, and stays shared.
     pub fn add(&self, region: SharedRegion) -> Result<(), Error> {
         Self::check(&region.range())?;
-        self.claim_record()?.settle(&region);
+        settle(self.claim_record()?, &region);
         self.wake();
         Ok(())
     }
@@ -94,12 +107,12 @@ impl Pool {
     /// As for [`Pool::add`], before anything was shared, and for [`Platform::share`].
     pub unsafe fn grow<M: Machine>(&self, platform: &Platform<M>, range: GpaRange) -> Result<(), Error> {
         Self::check(&range)?;
-        let record = self.claim_record()?;
+        let chunk = self.claim_record()?;
         // SAFETY: passed on to the caller.
         match unsafe { platform.share(range) } {
-            Ok(region) => record.settle(&region),
+            Ok(region) => settle(chunk, &region),
             Err(error) => {
-                record.blocks.iter().rev().for_each(Block::vacate);
+                chunk.iter().rev().for_each(Block::vacate);
                 return Err(error);
             }
         }
@@ -117,10 +130,10 @@ impl Pool {
     /// # Errors
     /// As for [`Platform::unshare`]. The chunk is lost to the guest then.
     pub unsafe fn shrink<M: Machine>(&self, platform: &Platform<M>) -> Result<Option<GpaRange>, Error> {
-        let Some(record) = self.chunks.iter().rev().find(|record| record.claim()) else { return Ok(None) };
-        let (base, gpa) = (record.blocks[0].base(), record.blocks[0].gpa());
+        let Some(chunk) = self.records().iter().rev().find(|chunk| claim(chunk)) else { return Ok(None) };
+        let (base, gpa) = (chunk[0].base(), chunk[0].gpa());
         // In reverse, since `claim_record` begins with the first one.
-        record.blocks.iter().rev().for_each(Block::vacate);
+        chunk.iter().rev().for_each(Block::vacate);
         let range = GpaRange::from_pages(gpa, CHUNK_LEN as u64 / PAGE_SIZE).ok();
         let (Some(base), Some(range)) = (NonNull::new(base), range) else { return Ok(None) };
         // SAFETY: the chunk was added as a region of this length, and nobody has anything of it any more.
@@ -130,7 +143,7 @@ impl Pool {
 
     /// How many chunks there are.
     pub fn chunks(&self) -> usize {
-        self.chunks.iter().filter(|record| record.blocks[0].is_present()).count()
+        self.records().iter().filter(|chunk| chunk[0].is_present()).count()
     }
 
     /// How often something was refused because nothing was free.

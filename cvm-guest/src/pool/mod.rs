@@ -95,7 +95,7 @@ pub struct PoolOptions {
 /// ```
 #[derive(Debug)]
 pub struct Pool {
-    chunks: &'static [ChunkRecord],
+    blocks: &'static [Block],
     queues: &'static [QueueRecord],
     options: PoolOptions,
     /// How many queues wait for others to give something back. Every release looks here, so it changes seldom.
@@ -132,28 +132,32 @@ impl Pool {
             exhausted: AtomicU64::new(0),
             strays: AtomicU64::new(0),
         };
-        Self { chunks, queues, options, waiters: Line(AtomicU32::new(0)), shelf: Line(shelf) }
+        // What follows no handle leads to.
+        let most = handle::POOL_LIMIT as usize / CHUNK_LEN;
+        let chunks = if chunks.len() > most { chunks.split_at(most).0 } else { chunks };
+        let blocks = ChunkRecord::blocks(chunks);
+        Self { blocks, queues, options, waiters: Line(AtomicU32::new(0)), shelf: Line(shelf) }
     }
 
     /// Four bits by which handles of different pools are mostly told apart: from where the records are.
     fn tag(&self) -> u8 {
-        (self.chunks.as_ptr().addr() / size_of::<ChunkRecord>() % 16) as u8
+        (self.blocks.as_ptr().addr() / size_of::<ChunkRecord>() % 16) as u8
     }
 
     #[inline]
-    fn block(&self, index: usize) -> Option<&Block> {
-        self.chunks.get(index / chunk::BLOCKS).map(|chunk| &chunk.blocks[index % chunk::BLOCKS])
+    fn block(&self, index: usize) -> Option<&'static Block> {
+        self.blocks.get(index)
     }
 
     /// The block that a handle leads to.
     #[inline]
-    fn block_at(&self, offset: u64) -> Option<&Block> {
+    fn block_at(&self, offset: u64) -> Option<&'static Block> {
         self.block((offset >> BLOCK_SHIFT) as usize)
     }
 
     /// How many blocks there may be.
     fn extent(&self) -> usize {
-        (self.chunks.len() * chunk::BLOCKS).min((handle::POOL_LIMIT >> BLOCK_SHIFT) as usize)
+        self.blocks.len()
     }
 
     /// Takes up to `want` slots of `class`, of at most `limit` bytes, and passes on where they begin, in units of 256
@@ -320,6 +324,29 @@ impl Pool {
         }
     }
 
+    /// Copies `parts`, which have `len` bytes, to `offset`, one behind the other.
+    #[inline]
+    fn write_all(&self, mut offset: u64, parts: &[&[u8]], len: usize) {
+        match self.span(offset) {
+            Some((mut to, left)) if len <= left => {
+                for part in parts {
+                    // SAFETY: there are `len` bytes behind the first pointer, which is what all parts have together, and
+                    // they are private memory.
+                    unsafe {
+                        copy(part.as_ptr(), to, part.len());
+                        to = to.add(part.len());
+                    }
+                }
+            }
+            _ => {
+                for part in parts {
+                    self.write_run(offset, part);
+                    offset += part.len() as u64;
+                }
+            }
+        }
+    }
+
     /// Copies from `offset` on, in a buffer with so many bytes left; returns whether there was memory.
     #[inline]
     pub(crate) fn read(&self, offset: u64, data: &mut [u8]) -> bool {
@@ -329,7 +356,8 @@ impl Pool {
                 unsafe { copy(from, data.as_mut_ptr(), data.len()) };
                 true
             }
-            _ => self.read_run(offset, data),
+            // SAFETY: it is as long.
+            _ => unsafe { self.read_run(offset, data.as_mut_ptr(), data.len()) },
         }
     }
 

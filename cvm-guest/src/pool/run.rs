@@ -64,14 +64,19 @@ impl Pool {
     }
 
     /// [`Pool::read`] across blocks.
+    ///
+    /// # Safety
+    /// `to` must be valid for writes of `len` bytes of private memory.
     #[cold]
-    pub(super) fn read_run(&self, mut offset: u64, mut data: &mut [u8]) -> bool {
-        while let Some((from, left)) = self.span(offset).filter(|_| !data.is_empty()) {
-            let (piece, rest) = data.split_at_mut(data.len().min(left));
-            // SAFETY: there are as many bytes behind the pointer, and `data` is private memory.
-            unsafe { copy(from, piece.as_mut_ptr(), piece.len()) };
-            (offset, data) = (offset + piece.len() as u64, rest);
+    pub(super) unsafe fn read_run(&self, mut offset: u64, mut to: *mut u8, mut len: usize) -> bool {
+        while let Some((from, left)) = self.span(offset).filter(|_| len > 0) {
+            let piece = len.min(left);
+            // SAFETY: there are as many bytes behind both pointers, and `to` is private memory.
+            unsafe { copy(from, to, piece) };
+            // SAFETY: the piece is part of what the caller promises.
+            to = unsafe { to.add(piece) };
+            (offset, len) = (offset + piece as u64, len - piece);
         }
-        data.is_empty()
+        len == 0
     }
 }
