@@ -45,7 +45,7 @@ impl<'p> Lent<'p> {
     #[inline]
     fn advance(&mut self, len: usize) -> Result<(), Error> {
         if len > self.left {
-            return Err(Error::OutOfBounds { offset: 0, len, limit: self.left });
+            return Err(self.too_short(len));
         }
         if !self.from.is_null() {
             // SAFETY: there are `left` bytes from there on in the block, as `new` saw.
@@ -53,6 +53,13 @@ impl<'p> Lent<'p> {
         }
         self.left -= len;
         Ok(())
+    }
+
+    // Made out of the way, because a result that is an error in pieces has its values put together from pieces too.
+    #[cold]
+    #[inline(never)]
+    fn too_short(&self, len: usize) -> Error {
+        Error::OutOfBounds { offset: 0, len, limit: self.left }
     }
 
     /// Copies the next `len` bytes to `to`.
@@ -70,7 +77,7 @@ impl<'p> Lent<'p> {
             return Ok(());
         }
         // SAFETY: passed on to the caller.
-        if unsafe { self.pool.read_run(at, to, len) } { Ok(()) } else { Err(Error::ForeignBuffer) }
+        unsafe { self.pool.read_run(at, to, len) }
     }
 
     /// Reads the next `data.len()` bytes.

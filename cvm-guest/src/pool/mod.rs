@@ -44,6 +44,7 @@ pub use record::QueueRecord;
 pub use ring::{Ring, Sent};
 pub use usage::{ClassUse, PoolUse, QueueUse};
 
+use crate::Error;
 use crate::copy::{copy, zero};
 use block::{BLOCK_LEN, BLOCK_SHIFT, Block, MIN_SHIFT, RUN, slot_len};
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
@@ -347,14 +348,17 @@ impl Pool {
         }
     }
 
-    /// Copies from `offset` on, in a buffer with so many bytes left; returns whether there was memory.
+    /// Copies from `offset` on, in a buffer with so many bytes left.
+    ///
+    /// # Errors
+    /// [`Error::ForeignBuffer`] if there is no memory.
     #[inline]
-    pub(crate) fn read(&self, offset: u64, data: &mut [u8]) -> bool {
+    pub(crate) fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), Error> {
         match self.span(offset) {
             Some((from, left)) if data.len() <= left => {
                 // SAFETY: there are as many bytes behind the pointer, and `data` is private memory.
                 unsafe { copy(from, data.as_mut_ptr(), data.len()) };
-                true
+                Ok(())
             }
             // SAFETY: it is as long.
             _ => unsafe { self.read_run(offset, data.as_mut_ptr(), data.len()) },

@@ -119,6 +119,20 @@ impl<'p> Queue<'p> {
     fn map(&mut self, len: usize, placement: Placement) -> Result<Raw, Refusal> {
         let Placement { mask, low } = placement;
         let class = class_of(low.saturating_add(len).max(mask.saturating_add(1)));
+        if self.random.is_none()
+            && len < LONG
+            && let Some(mut window) = self.windows.get(class)
+            && !window.is_empty()
+        {
+            self.usage.maps += 1;
+            return Ok(Raw::new(u64::from(window.pop()) << MIN_SHIFT | low as u64, len, self.owner));
+        }
+        self.map_slowly(class, len, placement)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn map_slowly(&mut self, class: usize, len: usize, placement: Placement) -> Result<Raw, Refusal> {
         if self.windows.get(class).is_some_and(|window| window.is_empty()) {
             self.refill(class)?;
         }
@@ -126,9 +140,11 @@ impl<'p> Queue<'p> {
             self.windows.shuffle(class, random);
         }
         let Some(mut window) = self.windows.get(class) else { return self.map_run(len, placement) };
-        let offset = (u64::from(window.pop()) << MIN_SHIFT) | low as u64;
+        let offset = u64::from(window.pop()) << MIN_SHIFT | placement.low as u64;
         self.usage.maps += 1;
-        let len = if len < LONG { len } else { self.pool.note_long(offset, len) };
+        if len >= LONG {
+            self.pool.block_at(offset).inspect(|block| block.set_long(len));
+        }
         Ok(Raw::new(offset, len, self.owner))
     }
 
@@ -217,7 +233,7 @@ impl<'p> Queue<'p> {
         self.check_used(raw, used)?;
         let limit = data.len();
         let data = data.get_mut(..used).ok_or(Error::OutOfBounds { offset: 0, len: used, limit })?;
-        if self.pool.read(raw.offset(), data) { Ok(()) } else { Err(Error::ForeignBuffer) }
+        self.pool.read(raw.offset(), data)
     }
 
     /// Gives a buffer back: the device must be done with it.
@@ -465,14 +481,6 @@ impl Pool {
     /// Whose buffers a queue just keeps when they are released.
     fn keeps(&self, owner: Owner) -> Owner {
         if self.options.zero_on_release { Owner::NOBODY } else { owner }
-    }
-
-    /// Notes the length of the only buffer in its block; returns what its handle says.
-    #[cold]
-    #[inline(never)]
-    fn note_long(&self, offset: u64, len: usize) -> usize {
-        self.block_at(offset).inspect(|block| block.set_long(len));
-        LONG
     }
 
     #[cold]

@@ -2,6 +2,7 @@
 
 use super::block::{BLOCK_LEN, Block};
 use super::{Pool, copy};
+use crate::Error;
 
 impl Pool {
     /// Takes adjacent blocks for `len` bytes that begin `low` bytes into the first; returns its number.
@@ -68,7 +69,7 @@ impl Pool {
     /// # Safety
     /// `to` must be valid for writes of `len` bytes of private memory.
     #[cold]
-    pub(super) unsafe fn read_run(&self, mut offset: u64, mut to: *mut u8, mut len: usize) -> bool {
+    pub(super) unsafe fn read_run(&self, mut offset: u64, mut to: *mut u8, mut len: usize) -> Result<(), Error> {
         while let Some((from, left)) = self.span(offset).filter(|_| len > 0) {
             let piece = len.min(left);
             // SAFETY: there are as many bytes behind both pointers, and `to` is private memory.
@@ -77,6 +78,6 @@ impl Pool {
             to = unsafe { to.add(piece) };
             (offset, len) = (offset + piece as u64, len - piece);
         }
-        len == 0
+        if len == 0 { Ok(()) } else { Err(Error::ForeignBuffer) }
     }
 }
