@@ -26,7 +26,7 @@ impl Owner {
     pub(super) const NOBODY: Self = Self(u64::MAX);
 
     pub(super) const fn new(pool: u8, queue: usize) -> Self {
-        Self((pool as u64) << QUEUE_BITS | queue as u64 % QUEUE_LIMIT as u64)
+        Self(((pool as u64) << QUEUE_BITS) | (queue as u64 % QUEUE_LIMIT as u64))
     }
 
     /// The queue's number, if it is one of this pool's.
@@ -44,7 +44,7 @@ impl Raw {
     #[inline]
     pub(crate) const fn new(offset: u64, len: usize, owner: Owner) -> Self {
         let len = if len < LONG { len } else { LONG };
-        Self(offset << OFFSET_SHIFT | (len as u64) << LEN_SHIFT | owner.0)
+        Self((offset << OFFSET_SHIFT) | ((len as u64) << LEN_SHIFT) | owner.0)
     }
 
     #[inline]

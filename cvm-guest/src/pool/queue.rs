@@ -125,7 +125,7 @@ impl<'p> Queue<'p> {
             && !window.is_empty()
         {
             self.usage.maps += 1;
-            return Ok(Raw::new(u64::from(window.pop()) << MIN_SHIFT | low as u64, len, self.owner));
+            return Ok(Raw::new((u64::from(window.pop()) << MIN_SHIFT) | low as u64, len, self.owner));
         }
         self.map_slowly(class, len, placement)
     }
@@ -140,7 +140,7 @@ impl<'p> Queue<'p> {
             self.windows.shuffle(class, random);
         }
         let Some(mut window) = self.windows.get(class) else { return self.map_run(len, placement) };
-        let offset = u64::from(window.pop()) << MIN_SHIFT | placement.low as u64;
+        let offset = (u64::from(window.pop()) << MIN_SHIFT) | placement.low as u64;
         self.usage.maps += 1;
         if len >= LONG {
             self.pool.block_at(offset).inspect(|block| block.set_long(len));

@@ -148,7 +148,6 @@ impl Window<'_> {
         self.cursor.head = self.cursor.head.wrapping_add(1);
         slot
     }
-
 }
 
 impl QueueRecord {
