@@ -45,35 +45,40 @@ impl ChunkRecord {
 /// The blocks of a chunk.
 type Chunk = [Block; BLOCKS];
 
-/// Puts memory behind a chunk that was claimed.
-fn settle(chunk: &Chunk, region: &SharedRegion) {
-    for (index, block) in chunk.iter().enumerate() {
-        let at = index * BLOCK_LEN;
-        block.put(region.pointer(at).as_ptr(), region.gpa(at).0);
-    }
-    // The first one last: who finds that one idle may take the whole chunk away.
-    chunk.iter().rev().for_each(Block::unclaim);
-}
-
-/// Claims all of a chunk, if nobody has anything of it.
-fn claim(chunk: &Chunk) -> bool {
-    let claimed = chunk.iter().take_while(|block| block.claim()).count();
-    if claimed < BLOCKS {
-        chunk[..claimed].iter().for_each(Block::unclaim);
-    }
-    claimed == BLOCKS
-}
-
 impl Pool {
     fn records(&self) -> &'static [Chunk] {
         self.blocks.as_chunks().0
     }
 
-    /// Makes room for a chunk: the record that it will have.
-    fn claim_record(&self) -> Result<&Chunk, Error> {
-        let record = self.records().iter().find(|chunk| chunk[0].claim_absent());
+    /// Puts memory behind a chunk that was claimed.
+    fn settle(&self, number: usize, region: &SharedRegion) {
+        for (index, block) in self.records()[number].iter().enumerate() {
+            let at = index * BLOCK_LEN;
+            block.put(region.pointer(at).as_ptr(), region.gpa(at).0);
+        }
+        self.unclaim_some(number, BLOCKS);
+    }
+
+    /// Lets go of the first blocks of a chunk that were claimed; the first one last, because who finds that one idle may
+    /// take the whole chunk away.
+    fn unclaim_some(&self, number: usize, count: usize) {
+        (0..count).rev().for_each(|index| self.unclaim(number * BLOCKS + index));
+    }
+
+    /// Claims all of a chunk, if nobody has anything of it.
+    fn claim_chunk(&self, number: usize) -> bool {
+        let claimed = self.records()[number].iter().take_while(|block| block.claim()).count();
+        if claimed < BLOCKS {
+            self.unclaim_some(number, claimed);
+        }
+        claimed == BLOCKS
+    }
+
+    /// Makes room for a chunk: the number and the record that it will have.
+    fn claim_record(&self) -> Result<(usize, &Chunk), Error> {
+        let record = self.records().iter().enumerate().find(|(_, chunk)| chunk[0].claim_absent());
         // Whoever takes a chunk away makes its first block absent last, so the others are so too.
-        record.ok_or(Error::PoolFull).inspect(|chunk| {
+        record.ok_or(Error::PoolFull).inspect(|(_, chunk)| {
             for block in &chunk[1..] {
                 let absent = block.claim_absent();
                 debug_assert!(absent);
@@ -93,7 +98,7 @@ impl Pool {
     /// [`Error::PoolFull`] if there is no record for it. The region is dropped then, and stays shared.
     pub fn add(&self, region: SharedRegion) -> Result<(), Error> {
         Self::check(&region.range())?;
-        settle(self.claim_record()?, &region);
+        self.settle(self.claim_record()?.0, &region);
         self.wake();
         Ok(())
     }
@@ -107,10 +112,10 @@ impl Pool {
     /// As for [`Pool::add`], before anything was shared, and for [`Platform::share`].
     pub unsafe fn grow<M: Machine>(&self, platform: &Platform<M>, range: GpaRange) -> Result<(), Error> {
         Self::check(&range)?;
-        let chunk = self.claim_record()?;
+        let (number, chunk) = self.claim_record()?;
         // SAFETY: passed on to the caller.
         match unsafe { platform.share(range) } {
-            Ok(region) => settle(chunk, &region),
+            Ok(region) => self.settle(number, &region),
             Err(error) => {
                 chunk.iter().rev().for_each(Block::vacate);
                 return Err(error);
@@ -130,7 +135,9 @@ impl Pool {
     /// # Errors
     /// As for [`Platform::unshare`]. The chunk is lost to the guest then.
     pub unsafe fn shrink<M: Machine>(&self, platform: &Platform<M>) -> Result<Option<GpaRange>, Error> {
-        let Some(chunk) = self.records().iter().rev().find(|chunk| claim(chunk)) else { return Ok(None) };
+        let records = self.records();
+        let Some(number) = (0..records.len()).rev().find(|number| self.claim_chunk(*number)) else { return Ok(None) };
+        let chunk = &records[number];
         let (base, gpa) = (chunk[0].base(), chunk[0].gpa());
         // In reverse, since `claim_record` begins with the first one.
         chunk.iter().rev().for_each(Block::vacate);

@@ -30,6 +30,7 @@ mod queue;
 mod record;
 mod ring;
 mod run;
+mod summary;
 mod sync;
 #[cfg(all(test, not(loom)))]
 pub(crate) mod tests;
@@ -107,8 +108,6 @@ pub struct Pool {
 /// What changes with refills and spills.
 #[derive(Debug)]
 struct Shelf {
-    /// For each class, a block where there may be a free slot; then, one that may be free.
-    hints: [AtomicU32; CLASSES + 1],
     /// How many bytes of slots and runs queues have, and the most that they had. What was released from another CPU
     /// counts until its queue's next refill.
     taken: AtomicU64,
@@ -127,7 +126,6 @@ impl Pool {
     /// A pool without memory, for as many chunks as there are records (8192 at most count) and as many queues (256).
     pub const fn new(chunks: &'static [ChunkRecord], queues: &'static [QueueRecord], options: PoolOptions) -> Self {
         let shelf = Shelf {
-            hints: [const { AtomicU32::new(0) }; _],
             taken: AtomicU64::new(0),
             high_water: AtomicU64::new(0),
             exhausted: AtomicU64::new(0),
@@ -178,8 +176,10 @@ impl Pool {
         if want == 0 {
             return (0, class);
         }
-        let (extent, hints) = (self.extent(), &self.shelf.0.hints);
-        let reserve = |index: usize, class, want| self.block(index).map_or(0, |block| block.reserve(class, want));
+        let reserve = |index: usize, class, want| {
+            let count = self.block(index).map_or(0, |block| block.reserve(class, want));
+            (count > 0).then_some((index, count))
+        };
         let mut collect = |index: usize, class: usize, count: u32| {
             if let Some(block) = self.block(index) {
                 let first = (index as u32) << (BLOCK_SHIFT - MIN_SHIFT);
@@ -187,29 +187,52 @@ impl Pool {
             }
             (count, class)
         };
-        let likely = [*prefer as usize, hints[class].load(Relaxed) as usize];
-        for index in likely.into_iter().chain(0..extent) {
-            let count = reserve(index, class, want);
-            if count > 0 {
-                *prefer = index as u32;
-                hints[class].store(index as u32, Relaxed);
-                return collect(index, class, count);
-            }
+        let near = *prefer as usize;
+        let some = reserve(near, class, want).or_else(|| self.seek(class, near, |index| reserve(index, class, want)));
+        if let Some((index, count)) = some {
+            *prefer = index as u32;
+            return collect(index, class, count);
         }
-        let from = hints[CLASSES].load(Relaxed) as usize % extent.max(1);
-        for index in (from..extent).chain(0..from) {
-            if let Some(block) = self.block(index).filter(|block| block.claim()) {
-                *prefer = index as u32;
-                hints[CLASSES].store(index as u32 + 1, Relaxed);
-                return collect(index, class, block.open(class, want));
-            }
+        let empty = |index| self.block(index).filter(|block| block.claim()).map(|block| (index, block));
+        if let Some((index, block)) = self.seek(summary::EMPTY, near, empty) {
+            *prefer = index as u32;
+            let count = block.open(class, want);
+            self.announce(index, class);
+            return collect(index, class, count);
         }
         for larger in (class + 1..CLASSES).take_while(|larger| slot_len(*larger) as u64 <= limit) {
-            if let Some(index) = (0..extent).find(|index| reserve(*index, larger, 1) > 0) {
-                return collect(index, larger, 1);
+            if let Some((index, count)) = self.seek(larger, near, |index| reserve(index, larger, 1)) {
+                return collect(index, larger, count);
             }
         }
         (0, class)
+    }
+
+    fn seek<R>(&self, what: usize, near: usize, attempt: impl FnMut(usize) -> Option<R>) -> Option<R> {
+        summary::seek(self.blocks, what, near, attempt, || self.wake())
+    }
+
+    fn announce(&self, index: usize, what: usize) {
+        summary::announce(self.blocks, index, what);
+    }
+
+    /// Lets go of a block that was claimed or is further back in a run.
+    fn unclaim(&self, index: usize) {
+        if let Some(block) = self.block(index) {
+            block.unclaim();
+            self.announce(index, summary::EMPTY);
+        }
+    }
+
+    /// Gives back slots of a block, as bits of a word; returns how many of them were taken.
+    fn give_slots(&self, index: usize, class: usize, word: u32, slots: u64) -> u32 {
+        let Some(block) = self.block(index) else { return 0 };
+        let count = block.give(word, slots);
+        self.announce(index, class);
+        if block.has(summary::EMPTY) {
+            self.announce(index, summary::EMPTY);
+        }
+        count
     }
 
     /// Gives back the slot or run that `offset` lies in; returns how many bytes that were.
@@ -218,8 +241,8 @@ impl Pool {
         let class = block.class();
         if class < CLASSES {
             let slot = (offset as usize % BLOCK_LEN / slot_len(class)) as u32;
-            let was_taken = block.give(slot / 64, 1 << (slot % 64)) == 1;
-            self.shelf.0.hints[class].store((offset >> BLOCK_SHIFT) as u32, Relaxed);
+            let index = (offset >> BLOCK_SHIFT) as usize;
+            let was_taken = self.give_slots(index, class, slot / 64, 1 << (slot % 64)) == 1;
             was_taken.then_some(slot_len(class) as u64)
         } else if class == RUN {
             self.give_run((offset >> BLOCK_SHIFT) as usize)

@@ -357,11 +357,11 @@ impl<'p> Queue<'p> {
     fn spill(&mut self, class: usize, keep: u32) {
         let (mut bytes, mut strays) = (0, 0);
         // Those in one word of one block go together.
-        let mut together = (0, 0, 0u64);
+        let mut together = ((0, 0, 0), 0u64);
         let pool = self.pool;
-        let mut flush = |(block, word, bits): (usize, u32, u64)| {
-            if let Some(block) = pool.block(block).filter(|_| bits != 0) {
-                strays += bits.count_ones() - block.give(word, bits);
+        let mut flush = |((block, class, word), bits): ((usize, usize, u32), u64)| {
+            if bits != 0 {
+                strays += bits.count_ones() - pool.give_slots(block, class, word, bits);
             }
         };
         let Some(mut window) = self.windows.get(class) else { return };
@@ -372,11 +372,11 @@ impl<'p> Queue<'p> {
             let class = pool.block(index).map_or(class, Block::class);
             bytes += 1 << MIN_SHIFT << class;
             let slot = ((offset as usize % BLOCK_LEN) >> MIN_SHIFT >> class) as u32;
-            if (together.0, together.1) != (index, slot / 64) {
+            if together.0 != (index, class, slot / 64) {
                 flush(together);
-                together = (index, slot / 64, 0);
+                together = ((index, class, slot / 64), 0);
             }
-            together.2 |= 1 << (slot % 64);
+            together.1 |= 1 << (slot % 64);
         }
         flush(together);
         (0..strays).for_each(|_| pool.stray());

@@ -34,7 +34,7 @@ impl Pool {
                 continue;
             }
             let end = if claimed { at + 1 } else { at };
-            (first..end).filter_map(|at| self.block(at)).for_each(Block::unclaim);
+            (first..end).for_each(|at| self.unclaim(at));
             return Err(if claimed { at } else { at + 1 });
         }
         (first + 1..first + count).filter_map(|at| self.block(at)).for_each(Block::follow);
@@ -48,8 +48,8 @@ impl Pool {
         if count == 0 {
             return None;
         }
-        (first + 1..first + count).filter_map(|at| self.block(at)).for_each(Block::unclaim);
-        head.unclaim();
+        // The first one last: from it on the run may be taken again.
+        (first..first + count).rev().for_each(|at| self.unclaim(at));
         Some((count * BLOCK_LEN) as u64)
     }
 
