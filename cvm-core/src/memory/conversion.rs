@@ -203,6 +203,10 @@ impl<C: Converter> ConversionEngine<C> {
     /// two runs too many at worst for each vCPU that converts at the same time.
     fn check_runs(&self, range: GpaRange, to: Side) -> Result<(), Error> {
         let most = self.converter.most_runs();
+        // A conversion adds two at most: itself, and what is left of the run that it was in.
+        if self.runs.has_room(2, most) {
+            return Ok(());
+        }
         let more = self.map().more_runs(range, to.into());
         if more > 0 && !self.runs.has_room(more, most) {
             return Err(Error::TooFragmented { range, most });
