@@ -290,7 +290,11 @@ impl PageStateMap {
 
     #[inline]
     fn slot(&self, gpa: Gpa) -> Option<&Slot> {
-        Some(&self.states[self.slots.find(gpa)?])
+        // Most VMs have a few slots, and those are found without a detour.
+        match &self.states[..] {
+            few @ ([_] | [_, _]) => few.iter().find(|slot| slot.range.contains(gpa)),
+            states => states.get(self.slots.find(gpa)?),
+        }
     }
 
     /// The state of the page that `gpa` lies in; nothing outside every slot.
