@@ -63,7 +63,7 @@ impl Host {
 
     fn read_pool<const N: usize>(&self, address: u64) -> [u8; N] {
         let mut bytes = [0; N];
-        assert!(self.pool.read(self.pool.offset(Gpa(address)).unwrap(), &mut bytes));
+        self.pool.read(self.pool.offset(Gpa(address)).unwrap(), &mut bytes).unwrap();
         bytes
     }
 
