@@ -5,11 +5,12 @@
 //! |---|---|---|
 //! | `read/view/N`, `write/view/N` | an access to N bytes through a pinned view | the same to `GuestMemoryMmap` |
 //! | `read/pinned/N`, `write/pinned/N` | the same, with a pin for each | the same |
-//! | `map/lookup` | the state of a page | |
+//! | `map/lookup/512` | the states of 512 pages of a mixed block | |
 //! | `map/runs/2MiB` | all runs of 1 TiB on alternating sides, 2 MiB each | |
 //! | `map/runs/4KiB` | all runs of 1 GiB on alternating sides, a page each | |
 //! | `convert/4KiB`, `convert/2MiB` | a conversion there and back | |
 //! | `convert/two/threads` | the same on each of two threads, of pages far apart | on one |
+//! | `convert/apart/threads` | the same with an engine for each: how far the machine goes | on one |
 //!
 //! Floors take turns with what is compared with them.
 
@@ -17,7 +18,7 @@
 mod paired;
 
 use criterion::{Criterion, Throughput};
-use cvm::memory::{ConversionEngine, Converter, ConverterError, PageStateMap, Slots};
+use cvm::memory::{ConversionEngine, Converter, ConverterError, PageState, PageStateMap, Slots};
 use cvm::{Answer, BoxError, ConversionRequest, Gpa, GpaRange, PAGE_SIZE, SharedMemory, Side};
 use paired::{Worker, paired};
 use std::hint::black_box;
@@ -98,7 +99,11 @@ fn map(criterion: &mut Criterion) {
     let map = Arc::clone(engine.memory().map());
     let mut group = criterion.benchmark_group("map");
     convert(&engine, 0, 0x1000, 0x1000, Side::Shared);
-    group.bench_function("lookup", |bencher| bencher.iter(|| map.get(black_box(Gpa(0x1000)))));
+    let pages: Vec<_> = (0..512).map(|page| Gpa(page * 7 % 512 * PAGE_SIZE)).collect();
+    group.throughput(Throughput::Elements(pages.len() as u64));
+    group.bench_function("lookup/512", |bencher| {
+        bencher.iter(|| pages.iter().filter(|gpa| map.get(**gpa) == Some(PageState::Shared)).count());
+    });
     convert(&engine, 0, 0x1000, 0x1000, Side::Private);
 
     let runs =
@@ -126,17 +131,17 @@ fn conversions(criterion: &mut Criterion) {
         let start = u64::from(thread) << 30;
         (0..iterations).for_each(|_| there_and_back(engine, thread, start, PAGE_SIZE));
     };
-    let engine = Arc::new(engine);
-    let worker = Worker::new({
-        let engine = Arc::clone(&engine);
-        move |iterations| run(&engine, 1, iterations)
-    });
-    let two = |iterations| {
-        worker.start(iterations);
-        run(&engine, 0, iterations);
-        worker.wait();
-    };
-    paired(&mut group, ("convert", "two", "threads"), two, |iterations| run(&engine, 0, iterations));
+    let ours = Arc::new(engine);
+    let apart = Arc::new(self::engine(4 << 30));
+    for (name, theirs) in [("two", Arc::clone(&ours)), ("apart", apart)] {
+        let worker = Worker::new(move |iterations| run(&theirs, 1, iterations));
+        let both = |iterations| {
+            worker.start(iterations);
+            run(&ours, 0, iterations);
+            worker.wait();
+        };
+        paired(&mut group, ("convert", name, "threads"), both, |iterations| run(&ours, 0, iterations));
+    }
 }
 
 fn main() {

@@ -29,7 +29,7 @@ use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterio
 use cvm_guest::{CHUNK_LEN, Pool, PoolOptions, Queue, Ring};
 use paired::Worker;
 use peer::{Peer, Touch};
-use pool::{Rotation, buffer, fill, queue};
+use pool::{Aligned, Rotation, buffer, fill, queue};
 use std::hint::black_box;
 
 /// From a small packet to what a block layer sends at once.
@@ -56,17 +56,17 @@ impl Rows<'_, '_, '_> {
 
     /// A plain copy of `size` bytes into a slot like the queue's.
     fn copy(&mut self, size: usize) -> impl FnMut(u64) + use<> {
-        let payload = vec![0xa5u8; size];
+        let payload = Aligned::new(size);
         let mut rotation = Rotation::like(&mut self.queue, size);
-        move |iterations| (0..iterations).for_each(|_| rotation.next()[..size].copy_from_slice(black_box(&payload)))
+        move |iterations| (0..iterations).for_each(|_| rotation.next()[..size].copy_from_slice(black_box(&payload[..])))
     }
 
     /// A plain copy of `size` bytes out of such a slot.
     fn copy_out(&mut self, size: usize) -> impl FnMut(u64) + use<> {
-        let mut private = vec![0; size];
+        let mut private = Aligned::new(size);
         let mut rotation = Rotation::like(&mut self.queue, size);
         move |iterations| {
-            (0..iterations).for_each(|_| black_box(&mut private).copy_from_slice(&rotation.next()[..size]));
+            (0..iterations).for_each(|_| black_box(&mut private[..]).copy_from_slice(&rotation.next()[..size]));
         }
     }
 
@@ -76,12 +76,12 @@ impl Rows<'_, '_, '_> {
     }
 
     fn send(&mut self, size: usize) {
-        let (payload, floor) = (vec![0xa5u8; size], self.copy(size));
+        let (payload, floor) = (Aligned::new(size), self.copy(size));
         self.row("to_device", size, |queue, iterations| sends(queue, &payload, iterations), floor);
     }
 
     fn receive(&mut self, size: usize) {
-        let (mut private, floor) = (vec![0u8; size], self.copy_out(size));
+        let (mut private, floor) = (Aligned::new(size), self.copy_out(size));
         self.row("from_device", size, |queue, iterations| receives(queue, &mut private, iterations), floor);
     }
 
@@ -93,24 +93,24 @@ impl Rows<'_, '_, '_> {
     fn ring(&mut self, size: usize) {
         const SLOTS: usize = 256;
         let mut ring = Ring::new(&mut self.queue, SLOTS, size).expect("there is room");
-        let payload = vec![0xa5u8; size];
+        let payload = Aligned::new(size);
         let mut rotation = Rotation::new(size, SLOTS);
         let send = |_: &mut Queue<'_>, iterations| {
             for _ in 0..iterations {
-                let sent = ring.send(black_box(&payload)).expect("the last one was released");
+                let sent = ring.send(black_box(&payload[..])).expect("the last one was released");
                 black_box(ring.segment(&sent));
                 ring.release(sent).expect("it is the oldest");
             }
         };
         let copy = |iterations| {
-            (0..iterations).for_each(|_| rotation.next()[..size].copy_from_slice(black_box(&payload)));
+            (0..iterations).for_each(|_| rotation.next()[..size].copy_from_slice(black_box(&payload[..])));
         };
         self.row("ring", size, send, copy);
     }
 
     fn gather(&mut self, pieces: usize) {
         let size = pieces * PIECE;
-        let parts = vec![vec![0xa5u8; PIECE]; pieces];
+        let parts: Vec<_> = (0..pieces).map(|_| Aligned::new(PIECE)).collect();
         let list: Vec<&[u8]> = parts.iter().map(|part| &part[..]).collect();
         let mut rotation = Rotation::like(&mut self.queue, size);
         let gather = |queue: &mut Queue<'_>, iterations| {
@@ -133,14 +133,14 @@ impl Rows<'_, '_, '_> {
 
     fn send_at_depth(&mut self, size: usize, depth: usize) {
         self.suffix = format!("-depth-{depth}");
-        let (payload, floor) = (vec![0xa5u8; size], self.copy(size));
+        let (payload, floor) = (Aligned::new(size), self.copy(size));
         let mut flight = Vec::with_capacity(depth);
         let send = |queue: &mut Queue<'_>, iterations: u64| {
             let mut left = iterations as usize;
             while left > 0 {
                 let some = left.min(depth);
                 for _ in 0..some {
-                    let buffer = queue.to_device(black_box(&payload)).expect("there is room");
+                    let buffer = queue.to_device(black_box(&payload[..])).expect("there is room");
                     black_box(queue.pool().gpa(&buffer));
                     flight.push(buffer);
                 }
@@ -261,8 +261,8 @@ fn with_a_host(group: &mut BenchmarkGroup<'_, WallTime>) {
         at = (at + SIZE) % (CHUNK_LEN / 4);
         at
     };
-    let mut private = vec![0; SIZE];
-    let payload = vec![0xa5u8; SIZE];
+    let mut private = Aligned::new(SIZE);
+    let payload = Aligned::new(SIZE);
     let mut rows = rows(group, pool, "-watched");
     {
         let _reads = Peer::new([chunks[0], floor], Touch::Read);
@@ -273,7 +273,7 @@ fn with_a_host(group: &mut BenchmarkGroup<'_, WallTime>) {
     }
     let _writes = Peer::new([chunks[0], floor], Touch::Write);
     let memory = floor.region();
-    let mut copied = vec![0; SIZE];
+    let mut copied = Aligned::new(SIZE);
     let receive = |queue: &mut Queue<'_>, iterations| receives(queue, &mut private, iterations);
     let copy = |iterations| (0..iterations).for_each(|_| memory.read(next(), &mut copied).expect("it is inside"));
     rows.row("from_device", SIZE, receive, copy);
@@ -331,9 +331,9 @@ fn bounce(criterion: &mut Criterion) {
 criterion_group! {
     name = benches;
     config = Criterion::default()
-        .sample_size(30)
-        .warm_up_time(std::time::Duration::from_millis(200))
-        .measurement_time(std::time::Duration::from_secs(1));
+        .sample_size(20)
+        .warm_up_time(std::time::Duration::from_millis(100))
+        .measurement_time(std::time::Duration::from_millis(600));
     targets = bounce
 }
 criterion_main!(benches);

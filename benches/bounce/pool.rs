@@ -7,6 +7,7 @@ use cvm_guest::{
     CHUNK_LEN, ChunkRecord, FromDevice, Placement, Pool, PoolOptions, Queue, QueueOptions, QueueRecord, Refusal,
     SharedRegion,
 };
+use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
 /// Memory of a chunk's size, whose pages are there.
@@ -81,9 +82,38 @@ pub fn fill(pool: &Pool, size: usize, percent: usize) {
     }
 }
 
+/// Plain memory that begins at a page, as a pool's does: how both ends of a copy lie to each other decides about some of
+/// its speed.
+pub struct Aligned {
+    memory: Vec<u8>,
+    begin: usize,
+    len: usize,
+}
+
+impl Aligned {
+    pub fn new(len: usize) -> Self {
+        let memory = vec![1; len + PAGE_SIZE as usize];
+        Self { begin: memory.as_ptr().align_offset(PAGE_SIZE as usize), memory, len }
+    }
+}
+
+impl Deref for Aligned {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.memory[self.begin..self.begin + self.len]
+    }
+}
+
+impl DerefMut for Aligned {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.memory[self.begin..self.begin + self.len]
+    }
+}
+
 /// Plain memory that a copy goes round in.
 pub struct Rotation {
-    memory: Vec<u8>,
+    memory: Aligned,
     slot: usize,
     next: usize,
 }
@@ -104,7 +134,7 @@ impl Rotation {
 
     /// `count` slots.
     pub fn new(slot: usize, count: usize) -> Self {
-        Self { memory: vec![1; slot * count], slot, next: 0 }
+        Self { memory: Aligned::new(slot * count), slot, next: 0 }
     }
 
     /// The next slot.

@@ -3,7 +3,9 @@
 //! - [`Platform`]: what the boot page says, and the calls that follow from it: convert pages, write to the console, end.
 //! - [`SharedRegion`]: memory that the host can write at any time. It copies in and out, and never lends a reference.
 //! - [`Pool`]: bounce buffers in shared memory for the payloads of devices, and a [`Queue`] of them for each device queue.
-//! - [`virtio`] (feature `virtio`): a `Hal` and a transport for the crate `virtio-drivers`.
+//! - [`virtio`] (feature `virtio`): a `Hal` and a transport for the crate `virtio-drivers`, and a network card, which
+//!   with the feature `smoltcp` is a device for the crate of that name.
+//! - [`entry`]: where a guest's vCPUs begin.
 //!
 //! [`Machine`] stands for the instructions that reach the host, so that all of this runs in ordinary tests too.
 
@@ -15,6 +17,8 @@ mod machine;
 mod platform;
 mod pool;
 mod shared;
+#[cfg(target_arch = "x86_64")]
+mod start;
 #[cfg(feature = "virtio")]
 pub mod virtio;
 #[cfg(target_arch = "x86_64")]
@@ -28,5 +32,7 @@ pub use pool::{
     QueueOptions, QueueRecord, QueueUse, Refusal, Ring, Sent, ToDevice,
 };
 pub use shared::SharedRegion;
+#[cfg(target_arch = "x86_64")]
+pub use start::end_after_panic;
 #[cfg(target_arch = "x86_64")]
 pub use x86::Processor;

@@ -12,8 +12,8 @@ use cvm_core::{Gpa, GpaRange};
 
 /// A shared range of guest memory, accessed by copying only.
 ///
-/// Each copy reads or writes every byte once; what two reads of the same place return may differ,
-/// since the host writes when it likes.
+/// A copy of 1, 2, 4 or 8 bytes is one access. A longer one may copy some bytes twice, and decides nothing by them. What
+/// two reads of the same place return may differ, since the host writes when it likes.
 #[derive(Debug)]
 pub struct SharedRegion {
     base: NonNull<u8>,

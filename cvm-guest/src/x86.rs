@@ -12,7 +12,7 @@ use cvm_core::{GpaRange, Side};
 const HC_MAP_GPA_RANGE: u64 = 12;
 const ENCRYPTED: u64 = 1 << 4;
 
-/// The processor that the guest runs on, in kernel mode.
+/// The processor that the guest runs on.
 #[derive(Debug, Clone, Copy)]
 pub struct Processor {
     doorbell: Doorbell,
@@ -23,8 +23,9 @@ impl Processor {
     /// The processor, whose doorbell is rung as `doorbell` says.
     ///
     /// # Safety
-    /// The code must run in ring 0 of a guest whose host knows the doorbell: elsewhere the instructions fault or reach
-    /// real devices.
+    /// The code must run in a guest whose host knows the doorbell: elsewhere the instructions reach real devices. It must
+    /// run in ring 0, or, as long as it rings by ports and asks for no conversion by hypercall, in a ring that may use
+    /// these ports: elsewhere the instructions fault.
     pub unsafe fn new(doorbell: Doorbell) -> Self {
         // The first four letters of "AuthenticAMD" and "HygonGenuine": these processors have VMMCALL, others VMCALL.
         let vendor = __cpuid(0).ebx.to_le_bytes();

@@ -4,10 +4,16 @@
 //! 0 only if all of them are as they should be.
 
 mod attempts;
+#[path = "../common/block.rs"]
 mod block;
 mod disk;
 mod machine;
+#[path = "../common/options.rs"]
+mod options;
 mod outcome;
+#[path = "../common/virtio.rs"]
+#[allow(dead_code, reason = "a device without a thread of its own needs less")]
+mod virtio;
 
 use clap::{Parser, ValueEnum};
 use cvm::doorbell::{Doorbell, Transport};
@@ -16,6 +22,7 @@ use cvm::kvm::KvmPlatform;
 use cvm::{Gpa, Launch, Platform, Policy, Protection, Vm, VmConfig};
 use disk::Disk;
 use machine::Machine;
+use options::{IsolationChoice, chain};
 use outcome::{Outcome, Run};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -78,16 +85,6 @@ struct Options {
     /// Print the result as JSON, and nothing else, on the standard output
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum IsolationChoice {
-    /// Nothing: two files of this process, on any KVM
-    None,
-    /// Memory that no process can map, where KVM has it
-    GuestMemfd,
-    /// A process beside this one that holds the VM, with such memory where KVM has it
-    Vault,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -184,12 +181,7 @@ fn run(options: &Options) -> Result<Outcome, BoxError> {
     let nonce = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), std::process::id());
 
     let begin = Instant::now();
-    let protection = options.isolation.map(|isolation| match isolation {
-        IsolationChoice::None => Protection::None,
-        IsolationChoice::GuestMemfd => Protection::GuestMemfd,
-        IsolationChoice::Vault => Protection::Vault,
-    });
-    let platform = KvmPlatform::open(&options.kvm, protection)?;
+    let platform = KvmPlatform::open(&options.kvm, options.isolation.map(Protection::from))?;
     let mut config = VmConfig::new(options.memory * MIB, options.vcpus)?;
     config.doorbell = match options.doorbell {
         DoorbellChoice::Port => Doorbell::Port,
@@ -212,12 +204,6 @@ fn run(options: &Options) -> Result<Outcome, BoxError> {
     let ends = machine.run(vcpus, Duration::from_secs(options.timeout))?;
     let ran = begin.elapsed();
     Outcome::new(&machine, &disk, Run { task, protection: platform.protection(), transport, ends, launched, ran })
-}
-
-/// The error with its sources, each behind a colon.
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    std::iter::successors(error.source(), |error| error.source())
-        .fold(error.to_string(), |text, source| format!("{text}: {source}"))
 }
 
 fn main() -> ExitCode {

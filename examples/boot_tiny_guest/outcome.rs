@@ -1,9 +1,10 @@
 //! What a run came to: facts, checks, and a table of them.
 
+use crate::BoxError;
 use crate::attempts::Attempt;
 use crate::disk::Disk;
 use crate::machine::{End, Machine};
-use crate::{BoxError, chain};
+use crate::options::chain;
 use cvm::doorbell::Transport;
 use cvm::interrupt::Guarding;
 use cvm::{Error, Gpa, Lifecycle, LifecycleAnswer, PAGE_SIZE, Protection, Vm};

@@ -23,8 +23,9 @@ struct Source {
     image: &'static str,
 }
 
-const SOURCES: [Source; 2] = [
+const SOURCES: [Source; 3] = [
     Source { package: "tiny-guest", linker_script: "guests/tiny/link.ld", image: "guests/tiny/tiny-guest.elf" },
+    Source { package: "io-guest", linker_script: "guests/tiny/link.ld", image: "guests/io/io-guest.elf" },
     Source {
         package: "loader-stub",
         linker_script: "guests/stub/link.ld",
@@ -35,8 +36,8 @@ const SOURCES: [Source; 2] = [
 
 /// Build the guests and write their images, the same bytes on every machine.
 ///
-/// The images are guests/tiny/tiny-guest.elf and cvm-backend-kvm/src/local/loader-stub.elf; files beside
-/// them name the compiler that they were built with.
+/// The images are guests/tiny/tiny-guest.elf, guests/io/io-guest.elf and
+/// cvm-backend-kvm/src/local/loader-stub.elf; files beside them name the compiler that they were built with.
 #[derive(Args)]
 pub struct Guest {
     /// Compare with the committed image instead of writing it

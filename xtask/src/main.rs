@@ -5,6 +5,7 @@
 //! - [`l1`]: a command in a small VM whose KVM has the whole confidential-VM interface
 //! - [`l1_kernel`]: the kernel of that VM
 //! - [`measure_matrix`]: measurements of launches against another implementation's
+//! - [`memcheck`]: the tests of the guest's library under valgrind
 //! - [`ratios`]: the results of the benchmarks against their targets
 
 mod cpio;
@@ -15,6 +16,7 @@ mod guest;
 mod l1;
 mod l1_kernel;
 mod measure_matrix;
+mod memcheck;
 mod ratios;
 mod rust_src;
 mod tools;
@@ -39,6 +41,7 @@ enum Task {
     L1(l1::L1),
     L1Kernel(l1_kernel::L1Kernel),
     MeasureMatrix(measure_matrix::MeasureMatrix),
+    Memcheck(memcheck::Memcheck),
     Ratios(ratios::Ratios),
 }
 
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Task::L1(task) => task.run(),
         Task::L1Kernel(task) => task.run(),
         Task::MeasureMatrix(task) => task.run(),
+        Task::Memcheck(task) => task.run(),
         Task::Ratios(task) => task.run(),
     });
     done.unwrap_or_else(|error| {

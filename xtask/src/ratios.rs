@@ -124,13 +124,14 @@ const TARGETS: &[Target] = &[
     to_floor("view, pin and write 64 B", "write/pinned/64", 1.5),
     to_floor("view, pin and write 4 KiB", "write/pinned/4096", 1.5),
     // Without a backend; an iteration is two conversions. On two threads, as many on each as on one: 1.8 times as many.
-    nanoseconds("state of a page", "map/lookup", 2.0),
+    nanoseconds("states of 512 pages", "map/lookup/512", 1024.0),
     nanoseconds("convert 4 KiB, there and back", "convert/4KiB", 600.0),
     nanoseconds("convert 2 MiB, there and back", "convert/2MiB", 600.0),
     to_floor("convert on two threads", "convert/two/threads", 1.11),
     // The launch digest of SEV-SNP, to SHA-384 of the same bytes on as many threads.
     to_floor("measure snp, one thread", "measure/snp/1", 1.1),
     to_floor("measure snp, two threads", "measure/snp/2", 1.1),
+    to_floor_reported("convert on two threads, an engine each", "convert/apart/threads"),
     // An exit, to one by the bare ioctl; where a process of its own holds the vCPU, to one where this process does.
     report("exit, none", "none/exit", "raw/exit"),
     report("exit, guest-memfd", "guest-memfd/exit", "raw/exit"),

@@ -131,17 +131,18 @@ impl<C: Converter> ConversionEngine<C> {
     pub fn conclude(&self, vcpu: u32, answer: Answer) -> Result<Conversion, Error> {
         let (ticket, request) = self.requests.get(vcpu).ok_or(Error::NotAsked { vcpu, gpa: Gpa(0) })?;
         let not_asked = Error::NotAsked { vcpu, gpa: request.gpa() };
-        let reached = request.range().and_then(|range| {
+        let looked = request.range().and_then(|range| {
             self.map().slots().check(range)?;
             // Who converts some of these pages now may not be done.
             let _claim = self.claims.claim(range);
-            Ok(self.map().first_not_in(range, request.to().into()).unwrap_or(range.end()))
+            let left = self.map().first_not_in(range, request.to().into());
+            Ok((left.unwrap_or(range.end()), left.is_none()))
         });
-        let is_done = reached.as_ref().is_ok_and(|reached| request.range().is_ok_and(|range| range.end() == *reached));
+        let (reached, is_done) = looked.unwrap_or((request.gpa(), false));
         if answer == Answer::Done && !is_done || self.requests.take(&request).is_none() {
             return Err(not_asked);
         }
-        let progress = Progress { pages: 0, reached: reached.unwrap_or(request.gpa()) };
+        let progress = Progress { pages: 0, reached };
         Ok(Conversion { request, ticket: Some(ticket), answer, progress, cause: None })
     }
 
@@ -203,6 +204,10 @@ impl<C: Converter> ConversionEngine<C> {
     /// two runs too many at worst for each vCPU that converts at the same time.
     fn check_runs(&self, range: GpaRange, to: Side) -> Result<(), Error> {
         let most = self.converter.most_runs();
+        // A conversion adds two at most: itself, and what is left of the run that it was in.
+        if self.runs.has_room(2, most) {
+            return Ok(());
+        }
         let more = self.map().more_runs(range, to.into());
         if more > 0 && !self.runs.has_room(more, most) {
             return Err(Error::TooFragmented { range, most });

@@ -1,6 +1,6 @@
 //! Pins: how a conversion knows that nobody still looks at a page which it takes away.
 
-use super::sync::{AtomicUsize, Counted, Mutex, Ordering, fence, now, pause};
+use super::sync::{AtomicBool, AtomicUsize, Counted, Mutex, MutexGuard, Ordering, fence, now, pause};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -13,10 +13,14 @@ use std::time::Duration;
 /// pin comes after a change that comes after the map's, so that its holder sees what has become of the map. That needs no
 /// fence between writing and reading, which would take as long as the pin itself.
 ///
-/// The phases are there for those who wait: pins that are taken meanwhile belong to the other phase.
+/// The phases are there for those who wait: pins that are taken meanwhile belong to the next phase. Mostly nobody waits, and
+/// then there are pins of the present phase only, so that one number of each holder is all that is changed. The phase
+/// changes while all lists of holders are locked; who asks has one of them.
 #[derive(Debug)]
 pub(super) struct Pins<T> {
     phase: AtomicUsize,
+    /// Whether there may be pins of the phase before.
+    behind: AtomicBool,
     /// Whoever takes pins, as long as he or a pin of his is there. The same list several times, so that those who ask at
     /// once do not wait for each other.
     holders: [Padded<Mutex<Holders<T>>>; LISTS],
@@ -26,12 +30,12 @@ pub(super) struct Pins<T> {
 
 type Holders<T> = Vec<Arc<Tokens<T>>>;
 
-const LISTS: usize = 4;
+const LISTS: usize = if cfg!(loom) { 2 } else { 4 };
 
 impl<T> Default for Pins<T> {
     fn default() -> Self {
         let holders = [(); LISTS].map(|()| Padded(Mutex::new(Vec::new())));
-        Self { phase: AtomicUsize::new(0), holders, draining: Mutex::new(()) }
+        Self { phase: AtomicUsize::new(0), behind: AtomicBool::new(false), holders, draining: Mutex::new(()) }
     }
 }
 
@@ -48,12 +52,16 @@ struct Tokens<T> {
 struct Padded<T>(T);
 
 impl<T> Tokens<T> {
+    /// Changes the count of a phase's pins and changes it back, which releases what this thread has written before to
+    /// whoever changes it from now on.
+    fn touch(&self, phase: usize) {
+        drop(self.phases[phase % 2].clone());
+    }
+
     /// How many pins of a phase there are.
     fn pins(&self, phase: usize) -> usize {
-        let token = &self.phases[phase % 2];
-        // Giving one back releases what was written to the map before to whoever changes the count from now on.
-        drop(token.clone());
-        let pins = token.count() - 1;
+        self.touch(phase);
+        let pins = self.phases[phase % 2].count() - 1;
         // And what those did who are gone has happened.
         fence(Ordering::Acquire);
         pins
@@ -72,9 +80,7 @@ impl<T: Clone> Holder<T> {
     pub(super) fn new(pins: &Arc<Pins<T>>, name: String, value: T) -> Self {
         let phases = [(); 2].map(|()| Counted::new(Padded(value.clone())));
         let tokens = Arc::new(Tokens { name, phases });
-        // All lists at once, so that they agree whenever somebody changes them.
-        let lists = pins.holders.iter().map(|list| list.0.lock().unwrap_or_else(PoisonError::into_inner));
-        for mut holders in lists.collect::<Vec<_>>() {
+        for mut holders in pins.all_lists() {
             // Of some, nothing is left but what the lists have.
             holders.retain(|holder| Arc::strong_count(holder) > LISTS || holder.pins(0) + holder.pins(1) > 0);
             holders.push(Arc::clone(&tokens));
@@ -97,11 +103,15 @@ impl<T: Clone> Holder<T> {
     /// A pin: as long as it lives, no page that its holder sees as shared leaves the shared side.
     #[inline]
     pub(super) fn pin(&self) -> Pin<T> {
-        // A phase of a moment ago is as good: who waits looks at both.
-        let phase = self.pins.phase.load(Ordering::Relaxed);
-        let token = self.tokens.phases[phase % 2].clone();
-        fence(Ordering::Acquire);
-        Pin { token }
+        loop {
+            let phase = self.pins.phase.load(Ordering::Acquire);
+            let token = self.tokens.phases[phase % 2].clone();
+            fence(Ordering::Acquire);
+            // Who changes the phase touches the tokens of the one before: a pin that comes after that sees it here.
+            if self.pins.phase.load(Ordering::Relaxed) == phase {
+                return Pin { token };
+            }
+        }
     }
 }
 
@@ -113,9 +123,13 @@ impl<T> Pins<T> {
     /// The names of those who still have one.
     pub(super) fn drain(&self, caller: usize, patience: Duration) -> Result<(), Vec<String>> {
         let holders = self.holders[caller % LISTS].0.lock().unwrap_or_else(PoisonError::into_inner);
-        // Mostly nobody has one, and then there is nothing to wait for. Who becomes a holder after this sees the map as it
-        // is now.
-        let left: Vec<_> = holders.iter().filter(|holder| holder.pins(0) + holder.pins(1) > 0).cloned().collect();
+        // Who becomes a holder or changes the phase after this sees the map as it is now.
+        let phase = self.phase.load(Ordering::Relaxed);
+        let behind = self.behind.load(Ordering::Relaxed);
+        let has_pins =
+            |holder: &&Arc<Tokens<T>>| holder.pins(phase) > 0 || behind && holder.pins(phase.wrapping_add(1)) > 0;
+        // Mostly nobody has one, and then there is nothing to wait for.
+        let left: Vec<_> = holders.iter().filter(has_pins).cloned().collect();
         drop(holders);
         if left.is_empty() {
             return Ok(());
@@ -124,8 +138,31 @@ impl<T> Pins<T> {
         let phase = self.phase.load(Ordering::Relaxed);
         // What is left of the phase before, when an earlier call has given up.
         wait(left.clone(), phase.wrapping_add(1), patience)?;
-        self.phase.store(phase.wrapping_add(1), Ordering::Relaxed);
-        wait(left, phase, patience)
+        self.enter(phase.wrapping_add(1));
+        wait(left, phase, patience)?;
+        self.settle(phase);
+        Ok(())
+    }
+
+    /// All lists at once, so that they agree whenever somebody changes them.
+    fn all_lists(&self) -> Vec<MutexGuard<'_, Holders<T>>> {
+        self.holders.iter().map(|list| list.0.lock().unwrap_or_else(PoisonError::into_inner)).collect()
+    }
+
+    /// Begins a phase.
+    fn enter(&self, phase: usize) {
+        let lists = self.all_lists();
+        self.behind.store(true, Ordering::Relaxed);
+        self.phase.store(phase, Ordering::Release);
+        lists.first().into_iter().flat_map(|list| list.iter()).for_each(|holder| holder.touch(phase.wrapping_add(1)));
+    }
+
+    /// Notes that nobody has a pin of the phase before any more, if it is so.
+    fn settle(&self, phase: usize) {
+        let lists = self.all_lists();
+        if lists.first().is_none_or(|list| list.iter().all(|holder| holder.pins(phase) == 0)) {
+            self.behind.store(false, Ordering::Relaxed);
+        }
     }
 }
 
@@ -282,5 +319,38 @@ mod model {
     #[test]
     fn nor_when_the_page_comes_and_goes() {
         model(1, 2);
+    }
+
+    #[test]
+    fn nor_when_two_pages_go_at_once() {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(2);
+        model.check(|| {
+            let pins = Arc::<Pins<_>>::default();
+            let pages = Arc::new([(); 2].map(|()| Page { shared: State::new(1), private: State::new(0) }));
+            let holder = Holder::new(&pins, "reader".into(), Arc::clone(&pages));
+            let reader = thread::spawn(move || {
+                for _ in 0..2 {
+                    let pin = holder.pin();
+                    for page in pin.value().iter() {
+                        if page.shared.load(Ordering::Acquire) == 1 {
+                            assert_eq!(page.private.load(Ordering::Relaxed), 0, "a private page was seen");
+                        }
+                    }
+                }
+            });
+            let convert = |pins: &Pins<_>, pages: &[Page; 2], at: usize| {
+                pages[at].shared.store(0, Ordering::Release);
+                pins.drain(at, Duration::from_secs(1)).unwrap();
+                pages[at].private.store(1, Ordering::Relaxed);
+            };
+            let other = thread::spawn({
+                let (pins, pages) = (Arc::clone(&pins), Arc::clone(&pages));
+                move || convert(&pins, &pages, 1)
+            });
+            convert(&pins, &pages, 0);
+            other.join().unwrap();
+            reader.join().unwrap();
+        });
     }
 }

@@ -38,8 +38,8 @@ impl Slots {
     #[inline]
     pub fn find(&self, gpa: Gpa) -> Option<usize> {
         // Most VMs have a few slots, where looking at each in turn is faster than bisection.
-        if let few @ ..=4 = self.0.len() {
-            return self.0[..few].iter().position(|slot| slot.contains(gpa));
+        if self.0.len() <= 4 {
+            return self.0.iter().position(|slot| slot.contains(gpa));
         }
         let after = self.0.partition_point(|slot| slot.end() <= gpa);
         self.0.get(after).filter(|slot| slot.contains(gpa)).map(|_| after)

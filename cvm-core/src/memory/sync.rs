@@ -3,14 +3,14 @@
 
 #[cfg(not(loom))]
 pub(super) use std::sync::{
-    Mutex,
-    atomic::{AtomicUsize, Ordering, fence},
+    Mutex, MutexGuard,
+    atomic::{AtomicBool, AtomicUsize, Ordering, fence},
 };
 
 #[cfg(loom)]
 pub(super) use loom::sync::{
-    Mutex,
-    atomic::{AtomicUsize, Ordering, fence},
+    Mutex, MutexGuard,
+    atomic::{AtomicBool, AtomicUsize, Ordering, fence},
 };
 
 use std::ops::Deref;

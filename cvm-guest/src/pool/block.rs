@@ -6,6 +6,7 @@
 //! gives a slot back sets its bit first and counts down after. So a block whose word counts none is nobody's, all its
 //! bits are set, and one exchange of the word takes it over for another purpose.
 
+use super::summary;
 use super::sync::{AtomicU64, Ordering, pause};
 use core::sync::atomic::{AtomicPtr, AtomicU32, Ordering::Relaxed};
 
@@ -53,7 +54,8 @@ pub(super) const fn slots(class: usize) -> u32 {
 /// The class whose slots just hold `len` bytes, or [`CLASSES`] and more if none does.
 #[inline]
 pub(super) const fn class_of(len: usize) -> usize {
-    (usize::BITS - (len.saturating_sub(1) >> MIN_SHIFT).leading_zeros()) as usize
+    // With the lowest bits set there is a highest one, for which processors have an instruction.
+    ((len.saturating_sub(1) | ((1 << MIN_SHIFT) - 1)).ilog2() + 1 - MIN_SHIFT) as usize
 }
 
 /// What a block is used for, for whoever counts.
@@ -83,6 +85,14 @@ struct Place {
 /// Never a matter of interleavings, so loom need not know.
 type AtomicU64Plain = core::sync::atomic::AtomicU64;
 
+/// What changes with refills and spills.
+#[derive(Debug)]
+#[repr(align(64))]
+struct State {
+    word: AtomicU64,
+    summaries: [AtomicU64; summary::WORDS],
+}
+
 #[derive(Debug)]
 #[repr(align(64))]
 struct Line<T>(T);
@@ -92,7 +102,7 @@ struct Line<T>(T);
 #[repr(C)]
 pub(super) struct Block {
     place: Place,
-    state: Line<AtomicU64>,
+    state: State,
     free: Line<[AtomicU64; WORDS]>,
 }
 
@@ -133,14 +143,15 @@ impl Place {
 impl Block {
     #[cfg(not(loom))]
     pub(super) const fn new() -> Self {
-        let (state, free) = (Line(AtomicU64::new(0)), Line([const { AtomicU64::new(0) }; WORDS]));
-        Self { place: Place::new(), state, free }
+        let state = State { word: AtomicU64::new(0), summaries: [const { AtomicU64::new(0) }; _] };
+        Self { place: Place::new(), state, free: Line([const { AtomicU64::new(0) }; _]) }
     }
 
     #[cfg(loom)]
     pub(super) fn new() -> Self {
-        let (state, free) = (Line(AtomicU64::new(0)), Line(core::array::from_fn(|_| AtomicU64::new(0))));
-        Self { place: Place::new(), state, free }
+        let summaries = core::array::from_fn(|_| AtomicU64::new(0));
+        let state = State { word: AtomicU64::new(0), summaries };
+        Self { place: Place::new(), state, free: Line(core::array::from_fn(|_| AtomicU64::new(0))) }
     }
 
     /// Where the guest has it; null while there is no memory behind it.
@@ -172,7 +183,7 @@ impl Block {
     }
 
     pub(super) fn purpose(&self) -> Purpose {
-        let state = self.state.0.load(Ordering::Acquire);
+        let state = self.state.word.load(Ordering::Acquire);
         match state >> 32 {
             kind::ABSENT | kind::BUSY => Purpose::Absent,
             kind::RUN => Purpose::Run,
@@ -181,14 +192,28 @@ impl Block {
         }
     }
 
+    /// A word that [`summary`] keeps here.
+    pub(super) fn summary(&self, number: usize) -> &AtomicU64 {
+        &self.state.summaries[number]
+    }
+
+    /// Whether it has free slots of a class, or is free for any purpose.
+    pub(super) fn has(&self, what: usize) -> bool {
+        let state = self.state.word.load(Ordering::SeqCst);
+        match what {
+            summary::EMPTY => is_idle(state),
+            class => state >> 32 == kind::CLASS + class as u64 && taken(state) < slots(class),
+        }
+    }
+
     /// Whether it has memory, or somebody is about to put some behind it.
     pub(super) fn is_present(&self) -> bool {
-        self.state.0.load(Relaxed) >> 32 != kind::ABSENT
+        self.state.word.load(Relaxed) >> 32 != kind::ABSENT
     }
 
     /// Counts up to `want` slots of `class` as taken, which [`Block::collect`] has to find then; returns how many.
     pub(super) fn reserve(&self, class: usize, want: u32) -> u32 {
-        let mut state = self.state.0.load(Ordering::SeqCst);
+        let mut state = self.state.word.load(Ordering::SeqCst);
         loop {
             if state >> 32 != kind::CLASS + class as u64 {
                 return 0;
@@ -198,7 +223,7 @@ impl Block {
                 return 0;
             }
             let more = state + u64::from(count);
-            match self.state.0.compare_exchange_weak(state, more, Ordering::SeqCst, Ordering::SeqCst) {
+            match self.state.word.compare_exchange_weak(state, more, Ordering::SeqCst, Ordering::SeqCst) {
                 Ok(_) => return count,
                 Err(now) => state = now,
             }
@@ -237,18 +262,18 @@ impl Block {
         // The slots' next users find what their last ones left there, so that zeroes stay.
         let count = (slots & !free.fetch_or(slots, Ordering::AcqRel)).count_ones();
         // In one order with the look for who waits that follows.
-        self.state.0.fetch_sub(count.into(), Ordering::SeqCst);
+        self.state.word.fetch_sub(count.into(), Ordering::SeqCst);
         count
     }
 
     /// Takes the block over, if nobody has anything of it.
     pub(super) fn claim(&self) -> bool {
-        let state = self.state.0.load(Ordering::SeqCst);
+        let state = self.state.word.load(Ordering::SeqCst);
         is_idle(state) && self.exchange(state, pack(kind::BUSY, 0))
     }
 
     fn exchange(&self, from: u64, to: u64) -> bool {
-        self.state.0.compare_exchange(from, to, Ordering::SeqCst, Ordering::Relaxed).is_ok()
+        self.state.word.compare_exchange(from, to, Ordering::SeqCst, Ordering::Relaxed).is_ok()
     }
 
     /// Cuts a claimed block into slots of `class`, of which up to `want` are reserved; returns how many.
@@ -260,7 +285,7 @@ impl Block {
         }
         self.place.class.store(class as u32, Relaxed);
         let count = want.min(slots);
-        self.state.0.store(pack(kind::CLASS + class as u64, count), Ordering::SeqCst);
+        self.state.word.store(pack(kind::CLASS + class as u64, count), Ordering::SeqCst);
         count
     }
 
@@ -269,13 +294,13 @@ impl Block {
         self.place.run.store(blocks, Relaxed);
         self.set_long(len);
         self.place.class.store(RUN as u32, Relaxed);
-        self.state.0.store(pack(kind::RUN, 1), Ordering::SeqCst);
+        self.state.word.store(pack(kind::RUN, 1), Ordering::SeqCst);
     }
 
     /// Makes a claimed block a further one of a run.
     pub(super) fn follow(&self) {
         self.place.class.store(NONE as u32, Relaxed);
-        self.state.0.store(pack(kind::RUN, 0), Ordering::SeqCst);
+        self.state.word.store(pack(kind::RUN, 0), Ordering::SeqCst);
     }
 
     /// Takes back the run that begins here; returns how many blocks it has, or 0 if there is none.
@@ -287,7 +312,7 @@ impl Block {
     /// Lets go of a block that was claimed or is further back in a run.
     pub(super) fn unclaim(&self) {
         self.place.class.store(NONE as u32, Relaxed);
-        self.state.0.store(pack(kind::EMPTY, 0), Ordering::SeqCst);
+        self.state.word.store(pack(kind::EMPTY, 0), Ordering::SeqCst);
     }
 
     /// Makes an absent block one that somebody is about to put memory behind.
@@ -305,7 +330,7 @@ impl Block {
     pub(super) fn vacate(&self) {
         self.place.class.store(NONE as u32, Relaxed);
         self.put(core::ptr::null_mut(), 0);
-        self.state.0.store(pack(kind::ABSENT, 0), Ordering::SeqCst);
+        self.state.word.store(pack(kind::ABSENT, 0), Ordering::SeqCst);
     }
 }
 

@@ -45,7 +45,7 @@ impl Queue<'_> {
     /// Copies out of the buffer at an address.
     pub(crate) fn bounce_back(&mut self, gpa: Gpa, data: &mut [u8]) {
         if let Some(FromDevice(raw)) = self.find(gpa, data.len())
-            && self.pool().read(raw.offset(), data)
+            && self.pool().read(raw.offset(), data).is_ok()
         {
             self.note_from_device(data.len());
         }

@@ -15,8 +15,9 @@ pub(super) const BLOCKS: usize = 8;
 
 /// The bookkeeping of a chunk, 2 KiB in private memory: a guest keeps as many in a static as its pool may have chunks.
 #[derive(Debug)]
+#[repr(transparent)]
 pub struct ChunkRecord {
-    pub(super) blocks: [Block; BLOCKS],
+    blocks: [Block; BLOCKS],
 }
 
 impl ChunkRecord {
@@ -34,34 +35,51 @@ impl ChunkRecord {
         Self { blocks: core::array::from_fn(|_| Block::new()) }
     }
 
-    /// Puts memory behind a record that was claimed.
-    fn settle(&self, region: &SharedRegion) {
-        for (index, block) in self.blocks.iter().enumerate() {
-            let at = index * BLOCK_LEN;
-            block.put(region.pointer(at).as_ptr(), region.gpa(at).0);
-        }
-        // The first one last: who finds that one idle may take the whole chunk away.
-        self.blocks.iter().rev().for_each(Block::unclaim);
-    }
-
-    /// Claims all of it, if nobody has anything of it.
-    fn claim(&self) -> bool {
-        let claimed = self.blocks.iter().take_while(|block| block.claim()).count();
-        if claimed < BLOCKS {
-            self.blocks[..claimed].iter().for_each(Block::unclaim);
-        }
-        claimed == BLOCKS
+    /// The blocks of records that follow each other.
+    pub(super) const fn blocks(records: &[Self]) -> &[Block] {
+        // SAFETY: a record is nothing but its blocks, and they follow each other as the records do.
+        unsafe { core::slice::from_raw_parts(records.as_ptr().cast(), records.len() * BLOCKS) }
     }
 }
 
+/// The blocks of a chunk.
+type Chunk = [Block; BLOCKS];
+
 impl Pool {
-    /// Makes room for a chunk: the record that it will have.
-    fn claim_record(&self) -> Result<&ChunkRecord, Error> {
-        let mut records = self.chunks.iter().take(self.extent() / BLOCKS);
-        let record = records.find(|record| record.blocks[0].claim_absent());
+    fn records(&self) -> &'static [Chunk] {
+        self.blocks.as_chunks().0
+    }
+
+    /// Puts memory behind a chunk that was claimed.
+    fn settle(&self, number: usize, region: &SharedRegion) {
+        for (index, block) in self.records()[number].iter().enumerate() {
+            let at = index * BLOCK_LEN;
+            block.put(region.pointer(at).as_ptr(), region.gpa(at).0);
+        }
+        self.unclaim_some(number, BLOCKS);
+    }
+
+    /// Lets go of the first blocks of a chunk that were claimed; the first one last, because who finds that one idle may
+    /// take the whole chunk away.
+    fn unclaim_some(&self, number: usize, count: usize) {
+        (0..count).rev().for_each(|index| self.unclaim(number * BLOCKS + index));
+    }
+
+    /// Claims all of a chunk, if nobody has anything of it.
+    fn claim_chunk(&self, number: usize) -> bool {
+        let claimed = self.records()[number].iter().take_while(|block| block.claim()).count();
+        if claimed < BLOCKS {
+            self.unclaim_some(number, claimed);
+        }
+        claimed == BLOCKS
+    }
+
+    /// Makes room for a chunk: the number and the record that it will have.
+    fn claim_record(&self) -> Result<(usize, &Chunk), Error> {
+        let record = self.records().iter().enumerate().find(|(_, chunk)| chunk[0].claim_absent());
         // Whoever takes a chunk away makes its first block absent last, so the others are so too.
-        record.ok_or(Error::PoolFull).inspect(|record| {
-            for block in &record.blocks[1..] {
+        record.ok_or(Error::PoolFull).inspect(|(_, chunk)| {
+            for block in &chunk[1..] {
                 let absent = block.claim_absent();
                 debug_assert!(absent);
             }
@@ -80,7 +98,7 @@ impl Pool {
     /// [`Error::PoolFull`] if there is no record for it. The region is dropped then, and stays shared.
     pub fn add(&self, region: SharedRegion) -> Result<(), Error> {
         Self::check(&region.range())?;
-        self.claim_record()?.settle(&region);
+        self.settle(self.claim_record()?.0, &region);
         self.wake();
         Ok(())
     }
@@ -94,12 +112,12 @@ impl Pool {
     /// As for [`Pool::add`], before anything was shared, and for [`Platform::share`].
     pub unsafe fn grow<M: Machine>(&self, platform: &Platform<M>, range: GpaRange) -> Result<(), Error> {
         Self::check(&range)?;
-        let record = self.claim_record()?;
+        let (number, chunk) = self.claim_record()?;
         // SAFETY: passed on to the caller.
         match unsafe { platform.share(range) } {
-            Ok(region) => record.settle(&region),
+            Ok(region) => self.settle(number, &region),
             Err(error) => {
-                record.blocks.iter().rev().for_each(Block::vacate);
+                chunk.iter().rev().for_each(Block::vacate);
                 return Err(error);
             }
         }
@@ -117,10 +135,12 @@ impl Pool {
     /// # Errors
     /// As for [`Platform::unshare`]. The chunk is lost to the guest then.
     pub unsafe fn shrink<M: Machine>(&self, platform: &Platform<M>) -> Result<Option<GpaRange>, Error> {
-        let Some(record) = self.chunks.iter().rev().find(|record| record.claim()) else { return Ok(None) };
-        let (base, gpa) = (record.blocks[0].base(), record.blocks[0].gpa());
+        let records = self.records();
+        let Some(number) = (0..records.len()).rev().find(|number| self.claim_chunk(*number)) else { return Ok(None) };
+        let chunk = &records[number];
+        let (base, gpa) = (chunk[0].base(), chunk[0].gpa());
         // In reverse, since `claim_record` begins with the first one.
-        record.blocks.iter().rev().for_each(Block::vacate);
+        chunk.iter().rev().for_each(Block::vacate);
         let range = GpaRange::from_pages(gpa, CHUNK_LEN as u64 / PAGE_SIZE).ok();
         let (Some(base), Some(range)) = (NonNull::new(base), range) else { return Ok(None) };
         // SAFETY: the chunk was added as a region of this length, and nobody has anything of it any more.
@@ -130,7 +150,7 @@ impl Pool {
 
     /// How many chunks there are.
     pub fn chunks(&self) -> usize {
-        self.chunks.iter().filter(|record| record.blocks[0].is_present()).count()
+        self.records().iter().filter(|chunk| chunk[0].is_present()).count()
     }
 
     /// How often something was refused because nothing was free.

@@ -4,7 +4,8 @@ use core::fmt;
 
 const OFFSET_BITS: u32 = 34;
 const LEN_BITS: u32 = 18;
-const OWNER_SHIFT: u32 = OFFSET_BITS + LEN_BITS;
+const LEN_SHIFT: u32 = 12;
+const OFFSET_SHIFT: u32 = LEN_SHIFT + LEN_BITS;
 
 /// How much memory handles can name: 16 GiB.
 pub(super) const POOL_LIMIT: u64 = 1 << OFFSET_BITS;
@@ -16,23 +17,26 @@ pub(super) const LONG: usize = (1 << LEN_BITS) - 1;
 pub(super) const QUEUE_LIMIT: usize = 1 << QUEUE_BITS;
 const QUEUE_BITS: u32 = 8;
 
-/// The queue that a buffer was taken by, and four bits of its pool: as they are in a handle.
+/// The queue that a buffer was taken by, and four bits of its pool: the lower bits of a handle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Owner(u64);
 
 impl Owner {
+    /// Of no handle.
+    pub(super) const NOBODY: Self = Self(u64::MAX);
+
     pub(super) const fn new(pool: u8, queue: usize) -> Self {
-        Self((pool as u64) << (OWNER_SHIFT + QUEUE_BITS) | (queue as u64 % QUEUE_LIMIT as u64) << OWNER_SHIFT)
+        Self(((pool as u64) << QUEUE_BITS) | (queue as u64 % QUEUE_LIMIT as u64))
     }
 
     /// The queue's number, if it is one of this pool's.
     pub(super) fn queue_of(self, pool: u8) -> Option<usize> {
-        let queue = (self.0 >> OWNER_SHIFT) as usize % QUEUE_LIMIT;
+        let queue = self.0 as usize % QUEUE_LIMIT;
         (self == Self::new(pool, queue)).then_some(queue)
     }
 }
 
-/// Offset in the pool (34 bits), length (18), owner (12). Only the type of a handle makes it one; it is in nobody's hands.
+/// Offset in the pool (34 bits, the upper ones, from which a block is one shift away), length (18), owner (12). Only the type of a handle makes it one; it is in nobody's hands.
 #[derive(PartialEq, Eq)]
 pub(crate) struct Raw(u64);
 
@@ -40,12 +44,12 @@ impl Raw {
     #[inline]
     pub(crate) const fn new(offset: u64, len: usize, owner: Owner) -> Self {
         let len = if len < LONG { len } else { LONG };
-        Self(offset | (len as u64) << OFFSET_BITS | owner.0)
+        Self((offset << OFFSET_SHIFT) | ((len as u64) << LEN_SHIFT) | owner.0)
     }
 
     #[inline]
     pub(super) const fn offset(&self) -> u64 {
-        self.0 & (POOL_LIMIT - 1)
+        self.0 >> OFFSET_SHIFT
     }
 
     /// The same handle, for whoever looks at it or has forgotten the first.
@@ -57,12 +61,12 @@ impl Raw {
     /// The length if it is below [`LONG`], and otherwise that.
     #[inline]
     pub(super) const fn short_len(&self) -> usize {
-        (self.0 >> OFFSET_BITS) as usize & LONG
+        (self.0 >> LEN_SHIFT) as usize & LONG
     }
 
     #[inline]
     pub(super) const fn owner(&self) -> Owner {
-        Owner(self.0 >> OWNER_SHIFT << OWNER_SHIFT)
+        Owner(self.0 % (1 << LEN_SHIFT))
     }
 }
 

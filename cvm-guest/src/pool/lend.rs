@@ -1,7 +1,7 @@
 //! Reading a buffer where it is.
 
 use super::handle::{Raw, Sealed};
-use super::{Buffer, Pool};
+use super::{Buffer, Pool, copy};
 use crate::Error;
 use core::mem::MaybeUninit;
 use zerocopy::FromBytes;
@@ -16,15 +16,24 @@ use zerocopy::FromBytes;
 pub struct Lent<'p> {
     pool: &'p Pool,
     raw: Raw,
-    /// What is not read yet: where in the pool, and how much.
-    at: u64,
+    /// The first byte that is not read yet, or null if the bytes are in several blocks.
+    from: *const u8,
+    /// How many are not read yet, and where they end in the pool.
     left: usize,
+    end: u64,
 }
 
+// SAFETY: the pointer leads to shared memory, which is only accessed by copies; a pool may be shared by threads.
+unsafe impl Send for Lent<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Lent<'_> {}
+
 impl<'p> Lent<'p> {
+    #[inline]
     pub(super) fn new(pool: &'p Pool, raw: Raw, used: usize) -> Self {
-        let at = raw.offset();
-        Self { pool, raw, at, left: used }
+        let offset = raw.offset();
+        let from = pool.span(offset).filter(|(_, left)| used <= *left).map_or(core::ptr::null(), |(from, _)| from);
+        Self { pool, raw, from, left: used, end: offset + used as u64 }
     }
 
     /// How many bytes can still be read.
@@ -34,12 +43,41 @@ impl<'p> Lent<'p> {
     }
 
     #[inline]
-    fn advance(&mut self, len: usize) -> Result<u64, Error> {
-        let at = self.at;
-        let left = self.left.checked_sub(len);
-        self.left = left.ok_or(Error::OutOfBounds { offset: 0, len, limit: self.left })?;
-        self.at += len as u64;
-        Ok(at)
+    fn advance(&mut self, len: usize) -> Result<(), Error> {
+        if len > self.left {
+            return Err(self.too_short(len));
+        }
+        if !self.from.is_null() {
+            // SAFETY: there are `left` bytes from there on in the block, as `new` saw.
+            self.from = unsafe { self.from.add(len) };
+        }
+        self.left -= len;
+        Ok(())
+    }
+
+    // Made out of the way, because a result that is an error in pieces has its values put together from pieces too.
+    #[cold]
+    #[inline(never)]
+    fn too_short(&self, len: usize) -> Error {
+        Error::OutOfBounds { offset: 0, len, limit: self.left }
+    }
+
+    /// Copies the next `len` bytes to `to`.
+    ///
+    /// # Safety
+    /// `to` must be valid for writes of `len` bytes of private memory.
+    #[inline]
+    unsafe fn copy_to(&mut self, to: *mut u8, len: usize) -> Result<(), Error> {
+        let (from, at) = (self.from, self.end - self.left as u64);
+        self.advance(len)?;
+        if !from.is_null() {
+            // SAFETY: `advance` has compared the length with what is left behind the pointer, in a block that stays
+            // where it is as long as this buffer is in it; the rest is the caller's promise.
+            unsafe { copy(from, to, len) };
+            return Ok(());
+        }
+        // SAFETY: passed on to the caller.
+        unsafe { self.pool.read_run(at, to, len) }
     }
 
     /// Reads the next `data.len()` bytes.
@@ -48,8 +86,8 @@ impl<'p> Lent<'p> {
     /// [`Error::OutOfBounds`] if there are fewer; none is read then.
     #[inline]
     pub fn read(&mut self, data: &mut [u8]) -> Result<(), Error> {
-        let at = self.advance(data.len())?;
-        if self.pool.read(at, data) { Ok(()) } else { Err(Error::ForeignBuffer) }
+        // SAFETY: it is as long, and the caller's own.
+        unsafe { self.copy_to(data.as_mut_ptr(), data.len()) }
     }
 
     /// Reads a header, say: the next bytes, as a value of the caller's own.
@@ -58,11 +96,10 @@ impl<'p> Lent<'p> {
     /// As for [`Lent::read`].
     #[inline]
     pub fn read_value<T: FromBytes>(&mut self) -> Result<T, Error> {
-        let mut value = MaybeUninit::<T>::zeroed();
-        // SAFETY: it is that long, and every byte of it is set. Only padding may lose its value, and it is not read.
-        let bytes = unsafe { core::slice::from_raw_parts_mut(value.as_mut_ptr().cast::<u8>(), size_of::<T>()) };
-        self.read(bytes)?;
-        // SAFETY: any bytes are a `T`.
+        let mut value = MaybeUninit::<T>::uninit();
+        // SAFETY: it is that long, and private.
+        unsafe { self.copy_to(value.as_mut_ptr().cast(), size_of::<T>()) }?;
+        // SAFETY: all of it was written, and any bytes are a `T`.
         Ok(unsafe { value.assume_init() })
     }
 
@@ -70,8 +107,9 @@ impl<'p> Lent<'p> {
     ///
     /// # Errors
     /// As for [`Lent::read`].
+    #[inline]
     pub fn skip(&mut self, len: usize) -> Result<(), Error> {
-        self.advance(len).map(|_| ())
+        self.advance(len)
     }
 }
 

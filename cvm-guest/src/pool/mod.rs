@@ -30,6 +30,7 @@ mod queue;
 mod record;
 mod ring;
 mod run;
+mod summary;
 mod sync;
 #[cfg(all(test, not(loom)))]
 pub(crate) mod tests;
@@ -44,6 +45,7 @@ pub use record::QueueRecord;
 pub use ring::{Ring, Sent};
 pub use usage::{ClassUse, PoolUse, QueueUse};
 
+use crate::Error;
 use crate::copy::{copy, zero};
 use block::{BLOCK_LEN, BLOCK_SHIFT, Block, MIN_SHIFT, RUN, slot_len};
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
@@ -95,7 +97,7 @@ pub struct PoolOptions {
 /// ```
 #[derive(Debug)]
 pub struct Pool {
-    chunks: &'static [ChunkRecord],
+    blocks: &'static [Block],
     queues: &'static [QueueRecord],
     options: PoolOptions,
     /// How many queues wait for others to give something back. Every release looks here, so it changes seldom.
@@ -106,8 +108,6 @@ pub struct Pool {
 /// What changes with refills and spills.
 #[derive(Debug)]
 struct Shelf {
-    /// For each class, a block where there may be a free slot; then, one that may be free.
-    hints: [AtomicU32; CLASSES + 1],
     /// How many bytes of slots and runs queues have, and the most that they had. What was released from another CPU
     /// counts until its queue's next refill.
     taken: AtomicU64,
@@ -126,34 +126,37 @@ impl Pool {
     /// A pool without memory, for as many chunks as there are records (8192 at most count) and as many queues (256).
     pub const fn new(chunks: &'static [ChunkRecord], queues: &'static [QueueRecord], options: PoolOptions) -> Self {
         let shelf = Shelf {
-            hints: [const { AtomicU32::new(0) }; _],
             taken: AtomicU64::new(0),
             high_water: AtomicU64::new(0),
             exhausted: AtomicU64::new(0),
             strays: AtomicU64::new(0),
         };
-        Self { chunks, queues, options, waiters: Line(AtomicU32::new(0)), shelf: Line(shelf) }
+        // What follows no handle leads to.
+        let most = handle::POOL_LIMIT as usize / CHUNK_LEN;
+        let chunks = if chunks.len() > most { chunks.split_at(most).0 } else { chunks };
+        let blocks = ChunkRecord::blocks(chunks);
+        Self { blocks, queues, options, waiters: Line(AtomicU32::new(0)), shelf: Line(shelf) }
     }
 
     /// Four bits by which handles of different pools are mostly told apart: from where the records are.
     fn tag(&self) -> u8 {
-        (self.chunks.as_ptr().addr() / size_of::<ChunkRecord>() % 16) as u8
+        (self.blocks.as_ptr().addr() / size_of::<ChunkRecord>() % 16) as u8
     }
 
     #[inline]
-    fn block(&self, index: usize) -> Option<&Block> {
-        self.chunks.get(index / chunk::BLOCKS).map(|chunk| &chunk.blocks[index % chunk::BLOCKS])
+    fn block(&self, index: usize) -> Option<&'static Block> {
+        self.blocks.get(index)
     }
 
     /// The block that a handle leads to.
     #[inline]
-    fn block_at(&self, offset: u64) -> Option<&Block> {
+    fn block_at(&self, offset: u64) -> Option<&'static Block> {
         self.block((offset >> BLOCK_SHIFT) as usize)
     }
 
     /// How many blocks there may be.
     fn extent(&self) -> usize {
-        (self.chunks.len() * chunk::BLOCKS).min((handle::POOL_LIMIT >> BLOCK_SHIFT) as usize)
+        self.blocks.len()
     }
 
     /// Takes up to `want` slots of `class`, of at most `limit` bytes, and passes on where they begin, in units of 256
@@ -173,8 +176,10 @@ impl Pool {
         if want == 0 {
             return (0, class);
         }
-        let (extent, hints) = (self.extent(), &self.shelf.0.hints);
-        let reserve = |index: usize, class, want| self.block(index).map_or(0, |block| block.reserve(class, want));
+        let reserve = |index: usize, class, want| {
+            let count = self.block(index).map_or(0, |block| block.reserve(class, want));
+            (count > 0).then_some((index, count))
+        };
         let mut collect = |index: usize, class: usize, count: u32| {
             if let Some(block) = self.block(index) {
                 let first = (index as u32) << (BLOCK_SHIFT - MIN_SHIFT);
@@ -182,29 +187,52 @@ impl Pool {
             }
             (count, class)
         };
-        let likely = [*prefer as usize, hints[class].load(Relaxed) as usize];
-        for index in likely.into_iter().chain(0..extent) {
-            let count = reserve(index, class, want);
-            if count > 0 {
-                *prefer = index as u32;
-                hints[class].store(index as u32, Relaxed);
-                return collect(index, class, count);
-            }
+        let near = *prefer as usize;
+        let some = reserve(near, class, want).or_else(|| self.seek(class, near, |index| reserve(index, class, want)));
+        if let Some((index, count)) = some {
+            *prefer = index as u32;
+            return collect(index, class, count);
         }
-        let from = hints[CLASSES].load(Relaxed) as usize % extent.max(1);
-        for index in (from..extent).chain(0..from) {
-            if let Some(block) = self.block(index).filter(|block| block.claim()) {
-                *prefer = index as u32;
-                hints[CLASSES].store(index as u32 + 1, Relaxed);
-                return collect(index, class, block.open(class, want));
-            }
+        let empty = |index| self.block(index).filter(|block| block.claim()).map(|block| (index, block));
+        if let Some((index, block)) = self.seek(summary::EMPTY, near, empty) {
+            *prefer = index as u32;
+            let count = block.open(class, want);
+            self.announce(index, class);
+            return collect(index, class, count);
         }
         for larger in (class + 1..CLASSES).take_while(|larger| slot_len(*larger) as u64 <= limit) {
-            if let Some(index) = (0..extent).find(|index| reserve(*index, larger, 1) > 0) {
-                return collect(index, larger, 1);
+            if let Some((index, count)) = self.seek(larger, near, |index| reserve(index, larger, 1)) {
+                return collect(index, larger, count);
             }
         }
         (0, class)
+    }
+
+    fn seek<R>(&self, what: usize, near: usize, attempt: impl FnMut(usize) -> Option<R>) -> Option<R> {
+        summary::seek(self.blocks, what, near, attempt, || self.wake())
+    }
+
+    fn announce(&self, index: usize, what: usize) {
+        summary::announce(self.blocks, index, what);
+    }
+
+    /// Lets go of a block that was claimed or is further back in a run.
+    fn unclaim(&self, index: usize) {
+        if let Some(block) = self.block(index) {
+            block.unclaim();
+            self.announce(index, summary::EMPTY);
+        }
+    }
+
+    /// Gives back slots of a block, as bits of a word; returns how many of them were taken.
+    fn give_slots(&self, index: usize, class: usize, word: u32, slots: u64) -> u32 {
+        let Some(block) = self.block(index) else { return 0 };
+        let count = block.give(word, slots);
+        self.announce(index, class);
+        if block.has(summary::EMPTY) {
+            self.announce(index, summary::EMPTY);
+        }
+        count
     }
 
     /// Gives back the slot or run that `offset` lies in; returns how many bytes that were.
@@ -213,8 +241,8 @@ impl Pool {
         let class = block.class();
         if class < CLASSES {
             let slot = (offset as usize % BLOCK_LEN / slot_len(class)) as u32;
-            let was_taken = block.give(slot / 64, 1 << (slot % 64)) == 1;
-            self.shelf.0.hints[class].store((offset >> BLOCK_SHIFT) as u32, Relaxed);
+            let index = (offset >> BLOCK_SHIFT) as usize;
+            let was_taken = self.give_slots(index, class, slot / 64, 1 << (slot % 64)) == 1;
             was_taken.then_some(slot_len(class) as u64)
         } else if class == RUN {
             self.give_run((offset >> BLOCK_SHIFT) as usize)
@@ -320,16 +348,43 @@ impl Pool {
         }
     }
 
-    /// Copies from `offset` on, in a buffer with so many bytes left; returns whether there was memory.
+    /// Copies `parts`, which have `len` bytes, to `offset`, one behind the other.
     #[inline]
-    pub(crate) fn read(&self, offset: u64, data: &mut [u8]) -> bool {
+    fn write_all(&self, mut offset: u64, parts: &[&[u8]], len: usize) {
+        match self.span(offset) {
+            Some((mut to, left)) if len <= left => {
+                for part in parts {
+                    // SAFETY: there are `len` bytes behind the first pointer, which is what all parts have together, and
+                    // they are private memory.
+                    unsafe {
+                        copy(part.as_ptr(), to, part.len());
+                        to = to.add(part.len());
+                    }
+                }
+            }
+            _ => {
+                for part in parts {
+                    self.write_run(offset, part);
+                    offset += part.len() as u64;
+                }
+            }
+        }
+    }
+
+    /// Copies from `offset` on, in a buffer with so many bytes left.
+    ///
+    /// # Errors
+    /// [`Error::ForeignBuffer`] if there is no memory.
+    #[inline]
+    pub(crate) fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), Error> {
         match self.span(offset) {
             Some((from, left)) if data.len() <= left => {
                 // SAFETY: there are as many bytes behind the pointer, and `data` is private memory.
                 unsafe { copy(from, data.as_mut_ptr(), data.len()) };
-                true
+                Ok(())
             }
-            _ => self.read_run(offset, data),
+            // SAFETY: it is as long.
+            _ => unsafe { self.read_run(offset, data.as_mut_ptr(), data.len()) },
         }
     }
 

@@ -2,7 +2,7 @@
 
 use super::block::{BLOCK_LEN, BLOCK_SHIFT, Block, CLASSES, MIN_SHIFT, class_of, slot_len};
 use super::handle::{LONG, Owner, QUEUE_LIMIT, Raw};
-use super::record::{QueueRecord, WINDOW_SLOTS, Windows, waiting};
+use super::record::{QueueRecord, Windows, waiting};
 use super::{Buffer, FromDevice, Lent, Pool, QueueUse, Refusal, ToDevice};
 use crate::Error;
 use core::sync::atomic::Ordering::Relaxed;
@@ -58,8 +58,8 @@ pub struct Queue<'p> {
     record: &'p QueueRecord,
     windows: &'p mut Windows,
     owner: Owner,
-    /// Whether a release has more to do than to keep the slot.
-    slow: bool,
+    /// Whose buffers a release just keeps: the queue's own, or nobody's while there is more to do.
+    keeps: Owner,
     random: Option<fn() -> u64>,
     limit: u64,
     usage: QueueUse,
@@ -77,16 +77,14 @@ impl Pool {
         let mut records = self.queues.iter().take(QUEUE_LIMIT).enumerate();
         let claimed = records.find_map(|(number, record)| Some((number, record, record.claim()?)));
         let (number, record, (windows, taken)) = claimed.ok_or(Error::NoQueue)?;
-        for (class, window) in windows.iter_mut().enumerate() {
-            window.most = (options.window / slot_len(class)).clamp(2, WINDOW_SLOTS) as u32;
-            window.batch = (window.most / 2).max(2);
-        }
+        windows.set_most(options.window);
+        let owner = Owner::new(self.tag(), number);
         Ok(Queue {
             pool: self,
             record,
             windows,
-            owner: Owner::new(self.tag(), number),
-            slow: self.options.zero_on_release,
+            owner,
+            keeps: self.keeps(owner),
             random: self.options.random,
             limit: options.limit,
             usage: QueueUse { taken, high_water: taken, ..QueueUse::default() },
@@ -102,9 +100,7 @@ impl<'p> Queue<'p> {
 
     /// What it has done and has.
     pub fn usage(&self) -> QueueUse {
-        let at_hand = self.windows.iter().enumerate();
-        let ready = at_hand.map(|(class, window)| u64::from(window.len()) << MIN_SHIFT << class).sum();
-        QueueUse { ready, ..self.usage }
+        QueueUse { ready: self.windows.bytes(), ..self.usage }
     }
 
     #[cfg(feature = "virtio")]
@@ -123,19 +119,32 @@ impl<'p> Queue<'p> {
     fn map(&mut self, len: usize, placement: Placement) -> Result<Raw, Refusal> {
         let Placement { mask, low } = placement;
         let class = class_of(low.saturating_add(len).max(mask.saturating_add(1)));
-        let Some(window) = self.windows.get_mut(class) else { return self.map_run(len, placement) };
-        if window.len() == 0 {
+        if self.random.is_none()
+            && len < LONG
+            && let Some(mut window) = self.windows.get(class)
+            && !window.is_empty()
+        {
+            self.usage.maps += 1;
+            return Ok(Raw::new((u64::from(window.pop()) << MIN_SHIFT) | low as u64, len, self.owner));
+        }
+        self.map_slowly(class, len, placement)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn map_slowly(&mut self, class: usize, len: usize, placement: Placement) -> Result<Raw, Refusal> {
+        if self.windows.get(class).is_some_and(|window| window.is_empty()) {
             self.refill(class)?;
         }
-        let window = &mut self.windows[class];
         if let Some(random) = self.random {
-            window.shuffle(random);
+            self.windows.shuffle(class, random);
         }
-        let offset = (u64::from(window.pop()) << MIN_SHIFT) | low as u64;
+        let Some(mut window) = self.windows.get(class) else { return self.map_run(len, placement) };
+        let offset = (u64::from(window.pop()) << MIN_SHIFT) | placement.low as u64;
+        self.usage.maps += 1;
         if len >= LONG {
             self.pool.block_at(offset).inspect(|block| block.set_long(len));
         }
-        self.usage.maps += 1;
         Ok(Raw::new(offset, len, self.owner))
     }
 
@@ -162,11 +171,7 @@ impl<'p> Queue<'p> {
     pub fn gather(&mut self, parts: &[&[u8]]) -> Result<ToDevice, Refusal> {
         let len = parts.iter().fold(0usize, |len, part| len.saturating_add(part.len()));
         let raw = self.map(len, Placement::ANY)?;
-        let mut offset = raw.offset();
-        for part in parts {
-            self.pool.write(offset, part);
-            offset += part.len() as u64;
-        }
+        self.pool.write_all(raw.offset(), parts, len);
         self.usage.to_device += len as u64;
         Ok(ToDevice(raw))
     }
@@ -192,7 +197,7 @@ impl<'p> Queue<'p> {
     /// the same, and nothing is copied.
     #[inline]
     pub fn receive(&mut self, buffer: FromDevice, used: usize, data: &mut [u8]) -> Result<(), Error> {
-        let copied = self.pool.copy_out(&buffer.0, used, data);
+        let copied = self.copy_out(&buffer.0, used, data);
         self.release(buffer);
         copied?;
         self.usage.from_device += used as u64;
@@ -205,12 +210,30 @@ impl<'p> Queue<'p> {
     /// As for [`Queue::receive`]; the buffer is given back then.
     #[inline]
     pub fn lend(&mut self, buffer: FromDevice, used: usize) -> Result<Lent<'p>, Error> {
-        if let Err(error) = self.pool.check_used(&buffer.0, used) {
+        if let Err(error) = self.check_used(&buffer.0, used) {
             self.release(buffer);
             return Err(error);
         }
         self.usage.lent += used as u64;
         Ok(Lent::new(self.pool, buffer.0, used))
+    }
+
+    /// Whether a buffer is this pool's and has as many bytes.
+    #[inline]
+    fn check_used(&self, raw: &Raw, used: usize) -> Result<(), Error> {
+        // What is too long for its handle to say has at least as much as that says.
+        if raw.owner() == self.owner && used <= raw.short_len() {
+            return Ok(());
+        }
+        self.pool.check_used(raw, used)
+    }
+
+    #[inline]
+    fn copy_out(&self, raw: &Raw, used: usize, data: &mut [u8]) -> Result<(), Error> {
+        self.check_used(raw, used)?;
+        let limit = data.len();
+        let data = data.get_mut(..used).ok_or(Error::OutOfBounds { offset: 0, len: used, limit })?;
+        self.pool.read(raw.offset(), data)
     }
 
     /// Gives a buffer back: the device must be done with it.
@@ -221,10 +244,9 @@ impl<'p> Queue<'p> {
         let raw = buffer.raw();
         core::mem::forget(buffer);
         let class = self.pool.block_at(raw.offset()).map_or(CLASSES, Block::class);
-        if let Some(window) = self.windows.get_mut(class)
-            && window.len() < window.most
-            && raw.owner() == self.owner
-            && !self.slow
+        if raw.owner() == self.keeps
+            && let Some(mut window) = self.windows.get(class)
+            && !window.is_full()
             && self.pool.waiters.0.load(Relaxed) == 0
         {
             window.push(slot_of(&raw, class));
@@ -242,12 +264,12 @@ impl<'p> Queue<'p> {
         if self.pool.options.zero_on_release {
             self.pool.scrub(&raw);
         }
-        if let Some(window) = self.windows.get_mut(class) {
-            if window.len() >= window.most {
-                let keep = window.most / 2;
+        if let Some(window) = self.windows.get(class) {
+            if window.is_full() {
+                let keep = window.half();
                 self.spill(class, keep);
             }
-            self.windows[class].push(slot_of(&raw, class));
+            self.windows.get(class).into_iter().for_each(|mut window| window.push(slot_of(&raw, class)));
         } else if let Some(bytes) = self.pool.give(raw.offset()) {
             self.note_given(bytes);
             self.pool.wake();
@@ -259,7 +281,7 @@ impl<'p> Queue<'p> {
         }
         // Should this queue itself wait, there is something for it now.
         self.record.wake(&self.pool.waiters.0);
-        self.slow = self.pool.options.zero_on_release;
+        self.keeps = self.pool.keeps(self.owner);
     }
 
     fn note_given(&mut self, bytes: u64) {
@@ -303,12 +325,12 @@ impl<'p> Queue<'p> {
 
     fn take(&mut self, class: usize) -> bool {
         let mut room = self.room();
-        let window = &mut self.windows[class];
-        let (mut want, mut bytes, start) = (window.batch, 0, window.turn());
+        let Some(mut window) = self.windows.get(class) else { return false };
+        let (mut want, mut bytes, start) = (window.half().max(2), 0, window.turn());
         while want > 0 {
-            let mut prefer = window.prefer;
+            let mut prefer = window.cursor.prefer;
             let (count, class) = self.pool.take((class, want), room, &mut prefer, start, |slot| window.push(slot));
-            window.prefer = prefer;
+            window.cursor.prefer = prefer;
             let more = u64::from(count) << MIN_SHIFT << class;
             (want, bytes, room) = (want - count, bytes + more, room - more);
             if count == 0 {
@@ -335,14 +357,14 @@ impl<'p> Queue<'p> {
     fn spill(&mut self, class: usize, keep: u32) {
         let (mut bytes, mut strays) = (0, 0);
         // Those in one word of one block go together.
-        let mut together = (0, 0, 0u64);
+        let mut together = ((0, 0, 0), 0u64);
         let pool = self.pool;
-        let mut flush = |(block, word, bits): (usize, u32, u64)| {
-            if let Some(block) = pool.block(block).filter(|_| bits != 0) {
-                strays += bits.count_ones() - block.give(word, bits);
+        let mut flush = |((block, class, word), bits): ((usize, usize, u32), u64)| {
+            if bits != 0 {
+                strays += bits.count_ones() - pool.give_slots(block, class, word, bits);
             }
         };
-        let window = &mut self.windows[class];
+        let Some(mut window) = self.windows.get(class) else { return };
         while window.len() > keep {
             let offset = u64::from(window.pop()) << MIN_SHIFT;
             let index = (offset >> BLOCK_SHIFT) as usize;
@@ -350,11 +372,11 @@ impl<'p> Queue<'p> {
             let class = pool.block(index).map_or(class, Block::class);
             bytes += 1 << MIN_SHIFT << class;
             let slot = ((offset as usize % BLOCK_LEN) >> MIN_SHIFT >> class) as u32;
-            if (together.0, together.1) != (index, slot / 64) {
+            if together.0 != (index, class, slot / 64) {
                 flush(together);
-                together = (index, slot / 64, 0);
+                together = ((index, class, slot / 64), 0);
             }
-            together.2 |= 1 << (slot % 64);
+            together.1 |= 1 << (slot % 64);
         }
         flush(together);
         (0..strays).for_each(|_| pool.stray());
@@ -370,7 +392,7 @@ impl<'p> Queue<'p> {
     pub fn trim(&mut self) -> bool {
         let mut any = false;
         for class in 0..CLASSES {
-            if self.windows[class].len() > 0 {
+            if self.windows.get(class).is_some_and(|window| !window.is_empty()) {
                 self.spill(class, 0);
                 any = true;
             }
@@ -415,7 +437,7 @@ impl<'p> Queue<'p> {
             // Who waits for the pool hears of his own buffers too.
             if needed <= registered {
                 self.usage.waits += 1;
-                self.slow = true;
+                self.keeps = Owner::NOBODY;
                 return Poll::Pending;
             }
             registered = needed;
@@ -426,7 +448,7 @@ impl<'p> Queue<'p> {
     fn look_for_room(&mut self, len: usize) -> Result<(), Refusal> {
         let class = class_of(len);
         match self.windows.get(class) {
-            Some(window) if window.len() > 0 => Ok(()),
+            Some(window) if !window.is_empty() => Ok(()),
             Some(_) => self.refill(class),
             None => {
                 let raw = self.map_run(len, Placement::ANY)?;
@@ -456,21 +478,18 @@ impl Drop for Queue<'_> {
 }
 
 impl Pool {
-    /// Whether a buffer is this pool's and has as many bytes.
-    #[inline]
+    /// Whose buffers a queue just keeps when they are released.
+    fn keeps(&self, owner: Owner) -> Owner {
+        if self.options.zero_on_release { Owner::NOBODY } else { owner }
+    }
+
+    #[cold]
+    #[inline(never)]
     fn check_used(&self, raw: &Raw, used: usize) -> Result<(), Error> {
         let limit = self.len_of(raw);
         if raw.owner().queue_of(self.tag()).is_none() {
             return Err(Error::ForeignBuffer);
         }
         if used > limit { Err(Error::OutOfBounds { offset: 0, len: used, limit }) } else { Ok(()) }
-    }
-
-    #[inline]
-    fn copy_out(&self, raw: &Raw, used: usize, data: &mut [u8]) -> Result<(), Error> {
-        self.check_used(raw, used)?;
-        let limit = data.len();
-        let data = data.get_mut(..used).ok_or(Error::OutOfBounds { offset: 0, len: used, limit })?;
-        if self.read(raw.offset(), data) { Ok(()) } else { Err(Error::ForeignBuffer) }
     }
 }

@@ -1,6 +1,6 @@
 //! What a pool keeps of each queue.
 
-use super::block::CLASSES;
+use super::block::{CLASSES, slot_len};
 use atomic_waker::AtomicWaker;
 use core::cell::UnsafeCell;
 use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, Ordering::SeqCst};
@@ -42,58 +42,111 @@ pub(super) mod waiting {
 }
 
 /// The free slots that a queue has at hand, for each class.
-pub(super) type Windows = [Window; CLASSES];
-
-/// Free slots in the order in which they came back, in units of 256 bytes from the pool's beginning.
 #[derive(Debug)]
-pub(super) struct Window {
-    head: u32,
-    tail: u32,
-    /// How many there may be before some go back to the pool, and how many come from it at once.
-    pub(super) most: u32,
-    pub(super) batch: u32,
-    /// The block that slots came from last.
-    pub(super) prefer: u32,
-    slots: [u32; WINDOW_SLOTS],
+#[repr(C)]
+pub(super) struct Windows {
+    cursors: [Cursor; CLASSES],
+    slots: [[u32; WINDOW_SLOTS]; CLASSES],
 }
 
-impl Window {
+/// Where a window is in its slots. Sixteen bytes, so that finding one takes a shift.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Cursor {
+    /// How many slots have left the window and come into it, modulo 2^32.
+    head: u32,
+    tail: u32,
+    /// How many there may be before some go back to the pool.
+    most: u32,
+    /// The block that slots came from last.
+    pub(super) prefer: u32,
+}
+
+/// Free slots in the order in which they came back, in units of 256 bytes from the pool's beginning.
+pub(super) struct Window<'w> {
+    pub(super) cursor: &'w mut Cursor,
+    slots: &'w mut [u32; WINDOW_SLOTS],
+}
+
+impl Windows {
     const fn new() -> Self {
-        Self { head: 0, tail: 0, most: 0, batch: 0, prefer: 0, slots: [0; _] }
+        Self { cursors: [Cursor { head: 0, tail: 0, most: 0, prefer: 0 }; _], slots: [[0; _]; _] }
+    }
+
+    /// Has each window keep up to `bytes`.
+    pub(super) fn set_most(&mut self, bytes: usize) {
+        for (class, cursor) in self.cursors.iter_mut().enumerate() {
+            cursor.most = (bytes / slot_len(class)).clamp(2, WINDOW_SLOTS) as u32;
+        }
+    }
+
+    /// The window of a class, if there is one.
+    #[inline]
+    pub(super) fn get(&mut self, class: usize) -> Option<Window<'_>> {
+        Some(Window { cursor: self.cursors.get_mut(class)?, slots: self.slots.get_mut(class)? })
+    }
+
+    /// Brings one of the older half of a window to the front.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn shuffle(&mut self, class: usize, random: fn() -> u64) {
+        let Some(Window { cursor, slots }) = self.get(class) else { return };
+        let half = cursor.len().div_ceil(2);
+        let step = ((random() >> 32) * u64::from(half)) >> 32;
+        let other = cursor.head.wrapping_add(step as u32);
+        slots.swap(cursor.head as usize % WINDOW_SLOTS, other as usize % WINDOW_SLOTS);
+    }
+
+    /// How many bytes there are.
+    pub(super) fn bytes(&self) -> u64 {
+        self.cursors.iter().enumerate().map(|(class, cursor)| u64::from(cursor.len()) * slot_len(class) as u64).sum()
+    }
+}
+
+impl Cursor {
+    #[inline]
+    fn len(&self) -> u32 {
+        self.tail.wrapping_sub(self.head)
+    }
+}
+
+impl Window<'_> {
+    #[inline]
+    pub(super) fn is_empty(&self) -> bool {
+        self.cursor.head == self.cursor.tail
     }
 
     #[inline]
+    pub(super) fn is_full(&self) -> bool {
+        self.cursor.len() >= self.cursor.most
+    }
+
+    /// How many slots come from the pool at once, and are left when some go back.
+    pub(super) fn half(&self) -> u32 {
+        self.cursor.most / 2
+    }
+
     pub(super) fn len(&self) -> u32 {
-        self.tail.wrapping_sub(self.head)
+        self.cursor.len()
     }
 
     /// How many slots have left it.
     pub(super) fn turn(&self) -> u32 {
-        self.head
+        self.cursor.head
     }
 
     /// Puts a slot at the end; there must be room.
     #[inline]
     pub(super) fn push(&mut self, slot: u32) {
-        self.slots[self.tail as usize % WINDOW_SLOTS] = slot;
-        self.tail = self.tail.wrapping_add(1);
+        self.slots[self.cursor.tail as usize % WINDOW_SLOTS] = slot;
+        self.cursor.tail = self.cursor.tail.wrapping_add(1);
     }
 
     /// Takes the slot at the front; there must be one.
     #[inline]
     pub(super) fn pop(&mut self) -> u32 {
-        let slot = self.slots[self.head as usize % WINDOW_SLOTS];
-        self.head = self.head.wrapping_add(1);
+        let slot = self.slots[self.cursor.head as usize % WINDOW_SLOTS];
+        self.cursor.head = self.cursor.head.wrapping_add(1);
         slot
-    }
-
-    /// Brings one of the older half to the front.
-    #[cold]
-    pub(super) fn shuffle(&mut self, random: fn() -> u64) {
-        let half = self.len().div_ceil(2);
-        let step = ((random() >> 32) * u64::from(half)) >> 32;
-        let other = self.head.wrapping_add(step as u32);
-        self.slots.swap(self.head as usize % WINDOW_SLOTS, other as usize % WINDOW_SLOTS);
     }
 }
 
@@ -108,7 +161,7 @@ impl QueueRecord {
             waiting: AtomicU8::new(waiting::NOTHING),
             waker: AtomicWaker::new(),
         };
-        Self { account, windows: UnsafeCell::new([const { Window::new() }; _]) }
+        Self { account, windows: UnsafeCell::new(Windows::new()) }
     }
 
     /// Gives the record to a queue, with what it has of the pool already, unless another queue has it.

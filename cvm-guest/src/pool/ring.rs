@@ -17,7 +17,8 @@ pub struct Ring<'p> {
     raw: Raw,
     base: NonNull<u8>,
     gpa: u64,
-    slot_len: u32,
+    /// A slot has `1 << shift` bytes.
+    shift: u32,
     mask: u32,
     /// How many packets were sent and released since the beginning, modulo 2^32.
     sent: u32,
@@ -55,12 +56,13 @@ impl<'p> Ring<'p> {
             queue.release(buffer);
             return Err(Refusal::Impossible);
         };
-        let (slot_len, mask) = (slot_len as u32, slots as u32 - 1);
-        Ok(Self { pool, raw: buffer.0, base, gpa, slot_len, mask, sent: 0, released: 0, bytes: 0 })
+        let (shift, mask) = (slot_len.ilog2(), slots as u32 - 1);
+        Ok(Self { pool, raw: buffer.0, base, gpa, shift, mask, sent: 0, released: 0, bytes: 0 })
     }
 
+    #[inline]
     fn offset(&self, number: u32) -> usize {
-        ((number & self.mask) * self.slot_len) as usize
+        ((number & self.mask) << self.shift) as usize
     }
 
     /// Copies a packet into the next slot.
@@ -69,7 +71,7 @@ impl<'p> Ring<'p> {
     /// [`Refusal::Exhausted`] while all slots are in flight, [`Refusal::Impossible`] for a packet that is too long.
     #[inline]
     pub fn send(&mut self, packet: &[u8]) -> Result<Sent, Refusal> {
-        if packet.len() > self.slot_len as usize {
+        if packet.len() > 1 << self.shift {
             return Err(Refusal::Impossible);
         }
         if self.in_flight() > self.mask {

@@ -2,6 +2,7 @@
 
 use super::block::{BLOCK_LEN, Block};
 use super::{Pool, copy};
+use crate::Error;
 
 impl Pool {
     /// Takes adjacent blocks for `len` bytes that begin `low` bytes into the first; returns its number.
@@ -33,7 +34,7 @@ impl Pool {
                 continue;
             }
             let end = if claimed { at + 1 } else { at };
-            (first..end).filter_map(|at| self.block(at)).for_each(Block::unclaim);
+            (first..end).for_each(|at| self.unclaim(at));
             return Err(if claimed { at } else { at + 1 });
         }
         (first + 1..first + count).filter_map(|at| self.block(at)).for_each(Block::follow);
@@ -47,8 +48,8 @@ impl Pool {
         if count == 0 {
             return None;
         }
-        (first + 1..first + count).filter_map(|at| self.block(at)).for_each(Block::unclaim);
-        head.unclaim();
+        // The first one last: from it on the run may be taken again.
+        (first..first + count).rev().for_each(|at| self.unclaim(at));
         Some((count * BLOCK_LEN) as u64)
     }
 
@@ -64,14 +65,19 @@ impl Pool {
     }
 
     /// [`Pool::read`] across blocks.
+    ///
+    /// # Safety
+    /// `to` must be valid for writes of `len` bytes of private memory.
     #[cold]
-    pub(super) fn read_run(&self, mut offset: u64, mut data: &mut [u8]) -> bool {
-        while let Some((from, left)) = self.span(offset).filter(|_| !data.is_empty()) {
-            let (piece, rest) = data.split_at_mut(data.len().min(left));
-            // SAFETY: there are as many bytes behind the pointer, and `data` is private memory.
-            unsafe { copy(from, piece.as_mut_ptr(), piece.len()) };
-            (offset, data) = (offset + piece.len() as u64, rest);
+    pub(super) unsafe fn read_run(&self, mut offset: u64, mut to: *mut u8, mut len: usize) -> Result<(), Error> {
+        while let Some((from, left)) = self.span(offset).filter(|_| len > 0) {
+            let piece = len.min(left);
+            // SAFETY: there are as many bytes behind both pointers, and `to` is private memory.
+            unsafe { copy(from, to, piece) };
+            // SAFETY: the piece is part of what the caller promises.
+            to = unsafe { to.add(piece) };
+            (offset, len) = (offset + piece as u64, len - piece);
         }
-        data.is_empty()
+        if len == 0 { Ok(()) } else { Err(Error::ForeignBuffer) }
     }
 }

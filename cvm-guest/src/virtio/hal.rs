@@ -126,7 +126,7 @@ mod tests {
             let buffer = NonNull::from(&mut payload[..]);
             let shared = TestHal::share(buffer, BufferDirection::Both);
             let mut seen = [0; 7];
-            assert!(pool.read(offset(shared), &mut seen));
+            pool.read(offset(shared), &mut seen).unwrap();
             assert_eq!(&seen, b"payload");
             pool.write(offset(shared), b"changed");
             TestHal::unshare(shared, buffer, BufferDirection::DriverToDevice);

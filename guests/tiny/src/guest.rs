@@ -3,7 +3,7 @@
 #![allow(unsafe_code, reason = "it starts without a stack, shares memory that it owns, and tries what is forbidden")]
 
 use crate::disk::{self, ForgetfulHal};
-use core::arch::{asm, naked_asm};
+use core::arch::asm;
 use core::fmt::Write;
 use core::hint::spin_loop;
 use core::panic::PanicInfo;
@@ -20,11 +20,7 @@ use zerocopy::{FromZeros, IntoBytes};
 
 const STACK_LEN: usize = 32 << 10;
 
-/// A stack for each vCPU; they grow down.
-#[repr(C, align(4096))]
-struct Stacks([[u8; STACK_LEN]; MAX_VCPUS as usize]);
-
-static mut STACKS: Stacks = Stacks([[0; STACK_LEN]; MAX_VCPUS as usize]);
+cvm_guest::entry!(main, vcpus: MAX_VCPUS, stack: STACK_LEN);
 
 /// The secret, in private memory for good.
 #[repr(C, align(4096))]
@@ -34,31 +30,6 @@ static SECRET: Mutex<Secret> = Mutex::new(Secret([0; SECRET_LEN]));
 
 static VCPUS_DONE: AtomicU32 = AtomicU32::new(0);
 static CONVERTED_BY_OTHERS: AtomicU64 = AtomicU64::new(0);
-
-/// Where every vCPU starts: its index in RDI, the boot page in RSI, no stack.
-#[unsafe(naked)]
-#[unsafe(no_mangle)]
-#[unsafe(link_section = ".text.start")]
-extern "C" fn start() -> ! {
-    naked_asm!(
-        "cmp rdi, {max}",
-        "jae 2f",
-        "lea rax, [rdi + 1]",
-        "imul rax, rax, {len}",
-        "lea rsp, [rip + {stacks}]",
-        "add rsp, rax",
-        "xor ebp, ebp",
-        "call {main}",
-        "2:",
-        "cli",
-        "hlt",
-        "jmp 2b",
-        max = const MAX_VCPUS,
-        len = const STACK_LEN,
-        stacks = sym STACKS,
-        main = sym main,
-    )
-}
 
 extern "C" fn main(index: u64, boot: *const BootPage) {
     // SAFETY: the VMM's convention is that RSI has the address of the boot page, a private page that nobody changes.
@@ -214,15 +185,8 @@ fn convert_back_and_forth(platform: &Platform<Processor>, boot: &BootPage, index
     VCPUS_DONE.fetch_add(1, Ordering::Release);
 }
 
-/// Ends the guest. What panicked is not said: the console is the host's to read.
 #[panic_handler]
 fn panic(_: &PanicInfo<'_>) -> ! {
-    for doorbell in [cvm_core::doorbell::Doorbell::Port, cvm_core::doorbell::Doorbell::Msr] {
-        // SAFETY: this is ring 0; a host that does not know the doorbell ends the guest all the same.
-        let processor = unsafe { Processor::new(doorbell) };
-        cvm_guest::Machine::write(&processor, cvm_core::doorbell::control::END, code::PANIC);
-    }
-    loop {
-        spin_loop();
-    }
+    // SAFETY: this is ring 0.
+    unsafe { cvm_guest::end_after_panic(code::PANIC) }
 }
