@@ -43,7 +43,7 @@ impl Guest {
         write(&mut code).unwrap();
         let pages = vec![
             (Gpa(BOOT_PAGE), vec![0; PAGE_SIZE as usize]),
-            (Gpa(TABLES), identity_map(Gpa(TABLES), memory).unwrap()),
+            (Gpa(TABLES), identity_map(Gpa(TABLES), memory, None).unwrap()),
             (Gpa(CODE), code.assemble(CODE).unwrap()),
         ];
         Self { memory, pages, state: VcpuState::long_mode(Gpa(CODE), Gpa(TABLES), 0, Gpa(BOOT_PAGE)) }

@@ -87,6 +87,7 @@ impl KvmPlatform {
             Some(Transport::Hypercall) if !self.hypercalls_work() => {
                 Err(CoreError::Config("hypercalls do not work on this kvm: use a doorbell".into()))
             }
+            Some(Transport::PageState) => Err(CoreError::Config("page state changes are amd sev-snp's".into())),
             None if !self.hypercalls_work() => Ok(Transport::Doorbell),
             Some(Transport::Hypercall) | None => Ok(Transport::Hypercall),
         }

@@ -266,7 +266,7 @@ impl Loading {
 
     fn load_all(&mut self, write: impl FnOnce(&mut Assembler) -> Result<(), IcedError>) {
         self.load(CODE, &assemble(&config(self.vcpus), CODE, write));
-        self.load(TABLES, &identity_map(Gpa(TABLES), MEMORY).unwrap());
+        self.load(TABLES, &identity_map(Gpa(TABLES), MEMORY, None).unwrap());
         (0..self.vcpus).for_each(|index| self.vault.done(&Self::state(index)));
     }
 
@@ -635,7 +635,7 @@ fn what_is_refused_while_loading_is_neither_loaded_nor_measured() {
     // As the honest launch goes on.
     let boot_page = honest_boot_page();
     loading.load(BOOT_PAGE, &boot_page);
-    loading.load(TABLES, &identity_map(Gpa(TABLES), MEMORY).unwrap());
+    loading.load(TABLES, &identity_map(Gpa(TABLES), MEMORY, None).unwrap());
     loading.vault.done(&Loading::state(0));
     loading.vault.refused(&Loading::state(0));
     let (mut guest, measurement) = loading.seal();

@@ -82,6 +82,8 @@ fn page_type(kind: PageKind) -> PageType {
         PageKind::Measured => PageType::Normal,
         PageKind::Zero => PageType::Zero,
         PageKind::Unmeasured => PageType::Unmeasured,
+        PageKind::Secrets => PageType::Secrets,
+        PageKind::Cpuid => PageType::Cpuid,
     }
 }
 

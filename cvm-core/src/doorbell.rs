@@ -90,6 +90,8 @@ pub enum Transport {
     Doorbell = 0,
     /// By the KVM hypercall `KVM_HC_MAP_GPA_RANGE` (Linux `Documentation/virt/kvm/x86/hypercalls.rst`).
     Hypercall = 1,
+    /// By the page state changes of AMD SEV-SNP (AMD publication 56421).
+    PageState = 2,
 }
 
 /// One access to a register, as a port or MSR exit exposes it.

@@ -9,7 +9,7 @@
 //! Each step consumes the one before, so that a VM which is not sealed cannot run and one that is sealed cannot be
 //! loaded. When a backend's step fails, the launch is over. Dropping a [`Launch`] leaves nothing of the VM.
 
-use crate::boot::{self, BootPage, MemoryRange};
+use crate::boot::{self, BootPage, Interface, MemoryRange};
 use crate::doorbell::{Doorbell, Transport};
 use crate::image::Image;
 use crate::interrupt::{InterruptController, InterruptPolicy, Refusal};
@@ -32,6 +32,9 @@ pub const MAX_MEMORY: u64 = PAGE_SIZE << 32;
 
 /// The page of the local APIC (Intel SDM, volume 3, section 12.4.1). No access to it is emulated, but KVM may use it.
 pub const APIC_PAGE: Gpa = Gpa(0xfee0_0000);
+
+/// What a guest accepts memory by, in bytes: where what was loaded ends for it.
+const LARGE_PAGE: u64 = 2 << 20;
 
 /// What a VM shall be.
 #[derive(Debug, Clone)]
@@ -112,6 +115,10 @@ pub enum PageKind {
     Zero = 3,
     /// Only its address is measured, not its contents: the guest must not trust them.
     Unmeasured = 4,
+    /// The trusted entity fills it with what only it and the guest know.
+    Secrets = 5,
+    /// The trusted entity has checked that the CPUID leaves in it are such as this processor has.
+    Cpuid = 6,
 }
 
 /// A line of the transcript.
@@ -229,8 +236,9 @@ pub trait Loader {
     /// What the launch becomes.
     type Vm: crate::Vm;
 
-    /// Puts `contents`, as long as `range`, into private memory; for [`PageKind::Zero`] it is empty, and the pages
-    /// have to be zero.
+    /// Puts `contents`, as long as `range`, into private memory. For [`PageKind::Zero`], [`PageKind::Secrets`] and
+    /// [`PageKind::Cpuid`] it is empty: the pages have to be zero, or are one page that is the backend's to fill. The last
+    /// two kinds come only where the [`Interface`] says so.
     ///
     /// # Errors
     /// The launch is over then.
@@ -254,20 +262,22 @@ pub trait Loader {
 pub struct Launch<L> {
     loader: L,
     config: VmConfig,
-    transport: Transport,
+    interface: Interface,
     memory: Slots,
     loaded: BTreeMap<Gpa, GpaRange>,
+    /// What the guest was told to be accepted: memory below this.
+    accepted: Option<Gpa>,
     vcpus: Vec<bool>,
     transcript: Transcript,
     failed: bool,
 }
 
 impl<L: Loader> Launch<L> {
-    /// For backends: a launch of what `config` says through `loader`, whose guest will use `transport`.
+    /// For backends: a launch of what `config` says through `loader`, whose guest will find the platform as `interface` says.
     ///
     /// # Errors
     /// As [`VmConfig::check`].
-    pub fn new(loader: L, config: VmConfig, transport: Transport) -> Result<Self, Error> {
+    pub fn new(loader: L, config: VmConfig, interface: impl Into<Interface>) -> Result<Self, Error> {
         config.check()?;
         let memory = Slots::new(&config.memory)?;
         let first = Entry::Config {
@@ -280,9 +290,10 @@ impl<L: Loader> Launch<L> {
         };
         Ok(Self {
             loader,
-            transport,
+            interface: interface.into(),
             memory,
             loaded: BTreeMap::new(),
+            accepted: None,
             vcpus: vec![false; config.vcpus as usize],
             transcript: Transcript { entries: vec![first] },
             config,
@@ -297,7 +308,12 @@ impl<L: Loader> Launch<L> {
 
     /// How the guest will ask for conversions.
     pub fn transport(&self) -> Transport {
-        self.transport
+        self.interface.transport
+    }
+
+    /// How the guest will find the platform.
+    pub fn interface(&self) -> &Interface {
+        &self.interface
     }
 
     /// Passes on the result of a backend's step, after whose failure nothing else works.
@@ -316,6 +332,11 @@ impl<L: Loader> Launch<L> {
             return Err(Error::LaunchFailed);
         }
         self.memory.split(range)?;
+        if let Some(accepted) = self.accepted.filter(|accepted| range.end() > *accepted) {
+            let problem =
+                format!("{range} is loaded too late: the boot page says that memory from {accepted} on was not");
+            return Err(Error::Layout(problem));
+        }
         let before = self.loaded.range(..range.end()).next_back();
         if let Some(twice) = before.and_then(|(_, earlier)| earlier.intersection(&range)) {
             return Err(Error::LoadedTwice { range: twice });
@@ -333,8 +354,12 @@ impl<L: Loader> Launch<L> {
             let loaded = self.loader.load(part, cut, kind);
             self.done("load pages", Some(part), loaded)?;
         }
-        if kind == PageKind::Zero {
-            self.transcript.entries.push(Entry::Zero { range });
+        match kind {
+            PageKind::Zero => self.transcript.entries.push(Entry::Zero { range }),
+            PageKind::Secrets | PageKind::Cpuid => {
+                self.transcript.entries.push(Entry::Page { kind, gpa: range.start(), contents: [0; 48] });
+            }
+            PageKind::Measured | PageKind::Unmeasured => {}
         }
         for (page, contents) in (0..).zip(contents.chunks(PAGE_SIZE as usize)) {
             let gpa = Gpa(range.start().0 + page * PAGE_SIZE);
@@ -353,8 +378,8 @@ impl<L: Loader> Launch<L> {
         let len = (contents.len() as u64).next_multiple_of(PAGE_SIZE);
         let range = GpaRange::new(gpa.0, len).map_err(|error| Error::Layout(error.to_string()))?;
         self.memory.split(range)?;
-        if kind == PageKind::Zero {
-            return Err(Error::Layout(format!("{range} is to be zero and has contents")));
+        if !matches!(kind, PageKind::Measured | PageKind::Unmeasured) {
+            return Err(Error::Layout(format!("{range} has contents, which a page of kind {kind:?} has not")));
         }
         let mut padded = contents.to_vec();
         padded.resize(len as usize, 0);
@@ -398,39 +423,92 @@ impl<L: Loader> Launch<L> {
         if self.memory != *image.memory() {
             return Err(Error::Layout("the image was laid out for other memory".into()));
         }
+        if self.interface != Interface::from(self.interface.transport) {
+            return Err(Error::Config("a kernel is started here without firmware, which this platform needs".into()));
+        }
         self.load_image(image.image())?;
         self.set_vcpu(0, &image.first_state())
     }
 
-    /// Loads a measured [`BootPage`] at `gpa`, with `argument` for the guest.
+    /// Loads a measured [`BootPage`] at `gpa`, with `argument` for the guest. Where the trusted entity has pages for the guest,
+    /// they follow: that of secrets, and that of CPUID leaves.
+    ///
+    /// Where a guest has to accept memory that was not loaded, it is told here from what address on: the next multiple of
+    /// 2 MiB above all that was loaded so far. So what lies above must be loaded before; what is not loaded below will be
+    /// zero, which is measured at the seal.
     ///
     /// # Errors
     /// As [`Launch::load`].
     pub fn load_boot_page(&mut self, gpa: Gpa, argument: [u64; 4]) -> Result<(), Error> {
+        let following = |page: u64| gpa.0.saturating_add(page * PAGE_SIZE);
+        let Interface { transport, exits, private_bit, acceptance, vouched_pages } = self.interface;
+        let last = self.loaded.values().next_back().map_or(0, |range| range.end().0);
+        let accepted = last.max(following(1 + 2 * u64::from(vouched_pages))).checked_next_multiple_of(LARGE_PAGE);
+        let accepted = accepted.filter(|_| acceptance).unwrap_or(boot::ALL_ACCEPTED);
         let mut page = BootPage {
             magic: boot::MAGIC,
             vcpus: self.config.vcpus,
             doorbell: self.config.doorbell as u32,
-            transport: self.transport as u32,
+            transport: transport as u32,
+            exits: exits as u32,
+            shared_at: if private_bit.is_some() { x86::SHARED_AT } else { 0 },
+            accepted,
             argument,
             ..BootPage::new_zeroed()
         };
+        if vouched_pages {
+            (page.secrets, page.cpuid) = (following(1), following(2));
+        }
         for (entry, range) in page.memory.iter_mut().zip(&self.config.memory) {
             *entry = MemoryRange { start: range.start().0, len: range.len() };
         }
-        self.load(gpa, page.as_bytes(), PageKind::Measured)
+        self.load(gpa, page.as_bytes(), PageKind::Measured)?;
+        if vouched_pages {
+            for (gpa, kind) in [(page.secrets, PageKind::Secrets), (page.cpuid, PageKind::Cpuid)] {
+                let range = GpaRange::new(gpa, PAGE_SIZE).map_err(|error| Error::Layout(error.to_string()))?;
+                self.submit(range, &[], kind)?;
+            }
+        }
+        self.accepted = (accepted != boot::ALL_ACCEPTED).then_some(Gpa(accepted));
+        Ok(())
+    }
+
+    /// Declares zero what the guest was told to be accepted and was not loaded.
+    fn fill(&mut self) -> Result<(), Error> {
+        let Some(accepted) = self.accepted else { return Ok(()) };
+        let mut holes = Vec::new();
+        for slot in self.memory.ranges() {
+            let end = slot.end().min(accepted);
+            let mut next = slot.start();
+            // What was loaded lies in slots, and nothing of it overlaps; a range may go on in the slot behind.
+            for loaded in self.loaded.values().filter(|range| range.end() > slot.start() && range.start() < end) {
+                holes.push((next, loaded.start()));
+                next = loaded.end();
+            }
+            holes.push((next, end));
+        }
+        for (start, end) in holes {
+            if start < end {
+                let hole = GpaRange::new(start.0, end.0 - start.0).map_err(|error| Error::Layout(error.to_string()))?;
+                self.zero(hole)?;
+            }
+        }
+        Ok(())
     }
 
     /// Makes every vCPU start in 64-bit mode at `entry`, on page tables that map all memory to its own address and are
-    /// loaded, measured, from `tables` on; RDI is the vCPU's index and RSI the boot page.
+    /// loaded, measured, from `tables` on; RDI is the vCPU's index and RSI the boot page. How the tables tell the sides
+    /// apart, where they do, is said at [`x86::identity_map`].
     ///
     /// # Errors
     /// As [`Launch::load`] and [`Launch::set_vcpu`].
     pub fn start_in_long_mode(&mut self, entry: Gpa, tables: Gpa, boot_page: Gpa) -> Result<(), Error> {
         let top = self.config.memory.iter().map(|range| range.end().0).max().unwrap_or(0);
-        self.load(tables, &x86::identity_map(tables, top)?, PageKind::Measured)?;
+        let private_bit = self.interface.private_bit;
+        self.load(tables, &x86::identity_map(tables, top, private_bit)?, PageKind::Measured)?;
+        let root = Gpa(tables.0 | private_bit.map_or(0, |bit| 1 << bit));
         for index in 0..self.config.vcpus {
-            self.set_vcpu(index, &VcpuState::long_mode(entry, tables, index, boot_page))?;
+            self.set_vcpu(index, &VcpuState::long_mode(entry, root, index, boot_page))?;
         }
         Ok(())
     }
@@ -458,13 +536,14 @@ impl<L: Loader> Launch<L> {
     ///
     /// # Errors
     /// [`Error::VcpuState`] if a vCPU has no state, [`Error::LaunchFailed`], [`Error::Backend`].
-    pub fn seal(self) -> Result<L::Vm, Error> {
+    pub fn seal(mut self) -> Result<L::Vm, Error> {
         if self.failed {
             return Err(Error::LaunchFailed);
         }
         if let Some(vcpu) = self.vcpus.iter().position(|set| !set) {
             return Err(Error::VcpuState { vcpu: vcpu as u32, problem: "it has no state to start from" });
         }
+        self.fill()?;
         let sealed = self.loader.seal(self.transcript);
         sealed.map_err(|source| Error::Backend { step: "seal the vm", range: None, source })
     }

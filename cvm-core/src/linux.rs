@@ -119,7 +119,7 @@ impl LinuxImage {
             let gpa = staging.initrd(initrd, loaded.span, header.initrd_addr_max)?;
             (header.ramdisk_image, header.ramdisk_size) = (gpa.0 as u32, initrd.len() as u32);
         }
-        staging.write(PAGE_TABLES, &x86::identity_map(PAGE_TABLES, TOP)?)?;
+        staging.write(PAGE_TABLES, &x86::identity_map(PAGE_TABLES, TOP, None)?)?;
         staging.write(BOOT_PARAMS, zero_page(header, slots.ranges()).as_slice())?;
         Ok(Self { image: Image { entry: loaded.entry, pages: staging.pages(&loaded.zeros)? }, memory: slots })
     }

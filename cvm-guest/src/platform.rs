@@ -28,7 +28,8 @@ impl<M: Machine> Platform<M> {
         if boot.magic != boot::MAGIC {
             return Err(Error::BootPage("magic"));
         }
-        Ok(Self { machine, transport: boot.transport().ok_or(Error::BootPage("transport"))? })
+        let transport = boot.transport().filter(|transport| *transport != Transport::PageState);
+        Ok(Self { machine, transport: transport.ok_or(Error::BootPage("transport"))? })
     }
 
     /// Makes `range` private or shared. Its contents are lost.
@@ -41,7 +42,7 @@ impl<M: Machine> Platform<M> {
         let mut is_first = true;
         for _ in 0..TRIES {
             answer = match self.transport {
-                Transport::Hypercall => self.ask_by_hypercall(range, to)?,
+                Transport::Hypercall | Transport::PageState => self.ask_by_hypercall(range, to)?,
                 Transport::Doorbell => self.ask_by_doorbell(range, to, is_first)?,
             };
             is_first = false;

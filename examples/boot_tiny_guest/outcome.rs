@@ -176,6 +176,7 @@ impl Outcome {
             measurement: machine.vm.transcript().measurement().to_string(),
             transport: match transport {
                 Transport::Hypercall => "hypercall",
+                Transport::PageState => "page state",
                 Transport::Doorbell => "doorbell",
             },
             ends: ends.iter().map(describe).collect(),

@@ -318,8 +318,9 @@ impl LocalVcpu {
     fn answer_request(&mut self, transport: Transport, answer: Answer, reached: Gpa) {
         match transport {
             Transport::Doorbell => self.doorbell.answer(answer, reached),
-            // Has no place for how far a request got: the guest repeats it, and what is done is skipped.
-            Transport::Hypercall => {
+            // Has no place for how far a request got: the guest repeats it, and what is done is skipped. KVM shows page
+            // state changes as hypercalls.
+            Transport::Hypercall | Transport::PageState => {
                 // Positive error numbers: KVM passes them to the guest negated where its convention asks for that
                 // (Linux arch/x86/kvm/svm/sev.c and vmx/tdx.c accept these three values only).
                 let result = match answer {

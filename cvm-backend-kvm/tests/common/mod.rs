@@ -167,7 +167,7 @@ impl Assembler {
                 self.mov(ebx, (gpa / PAGE_SIZE) as u32)?;
                 self.convert_frame(pages as u32, to)
             }
-            Transport::Hypercall => {
+            Transport::Hypercall | Transport::PageState => {
                 // Bit 4 of the attributes is "encrypted".
                 self.map_gpa_range(gpa, pages, if to == Side::Private { 1 << 4 } else { 0 })
             }

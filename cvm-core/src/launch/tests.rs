@@ -1,4 +1,5 @@
 use super::*;
+use crate::boot::Exits;
 use crate::interrupt::Guarding;
 use crate::memory::{Allocated, Conversion, ConversionListener, ConversionRequest, ConversionTotals, SharedMemory};
 use crate::x86::Register;
@@ -323,6 +324,41 @@ fn the_boot_page_says_what_the_launch_is() {
     assert_eq!((page.doorbell(), page.transport()), (Some(Doorbell::Port), Some(Transport::Doorbell)));
     assert_eq!(page.memory[2], MemoryRange { start: 64 * PAGE_SIZE, len: 16 * PAGE_SIZE });
     assert_eq!(page.memory[3], MemoryRange::default());
+}
+
+#[test]
+fn a_guest_that_has_to_accept_memory_is_told_from_where_on_and_what_lies_below_is_loaded() {
+    let mut config = VmConfig::new(16 * PAGE_SIZE, 1).unwrap();
+    config.memory = vec![range(0, 16), range(16, 1100)];
+    let interface = Interface {
+        transport: Transport::PageState,
+        exits: Exits::Ghcb,
+        private_bit: Some(51),
+        acceptance: true,
+        vouched_pages: true,
+    };
+    let mut launch = Launch::new(Keeper::default(), config, interface).unwrap();
+    launch.load(Gpa(15 * PAGE_SIZE), &[1; 2 * PAGE_SIZE as usize], PageKind::Measured).unwrap();
+    launch.load_boot_page(Gpa(PAGE_SIZE), [0; 4]).unwrap();
+    let (_, contents, _) = &launch.loader.loads[2];
+    let (page, _) = BootPage::read_from_prefix(contents).unwrap();
+    assert_eq!((page.exits(), page.transport()), (Some(Exits::Ghcb), Some(Transport::PageState)));
+    assert_eq!((page.shared_at, page.accepted), (x86::SHARED_AT, 2 << 20));
+    assert_eq!((page.secrets, page.cpuid), (2 * PAGE_SIZE, 3 * PAGE_SIZE));
+    let vouched: Vec<_> = launch.loader.loads[3..].iter().map(|(range, _, kind)| (*range, *kind)).collect();
+    assert_eq!(vouched, [(range(2, 1), PageKind::Secrets), (range(3, 1), PageKind::Cpuid)]);
+    assert!(matches!(launch.load(Gpa(512 * PAGE_SIZE), &[1], PageKind::Measured), Err(Error::Layout(_))));
+    launch.start_in_long_mode(Gpa(0), Gpa(0x10_0000), Gpa(PAGE_SIZE)).unwrap();
+    let vm = launch.seal().unwrap();
+    let zeros: Vec<_> =
+        vm.loads.iter().filter(|(.., kind)| *kind == PageKind::Zero).map(|(range, ..)| *range).collect();
+    let tables = 1 + 2 * 5;
+    assert_eq!(zeros, [range(0, 1), range(4, 11), range(17, 256 - 17), range(256 + tables, 256 - tables)]);
+    let root = vm.transcript.entries().iter().find_map(|entry| match entry {
+        Entry::Vcpu { state, .. } => Some(state.cr3),
+        _ => None,
+    });
+    assert_eq!(root, Some(0x10_0000 | 1 << 51));
 }
 
 proptest! {
