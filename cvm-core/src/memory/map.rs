@@ -145,6 +145,7 @@ impl Slot {
     fn page(&self, index: u64) -> PageState {
         let summary = self.summary(block_of(index));
         let is_in = |bits: &[AtomicU64]| {
+            // No index that panics, which would take two instructions more.
             let word = bits.get((index / PAGES_PER_WORD) as usize).map_or(0, |word| word.load(Ordering::Acquire));
             word >> (index % PAGES_PER_WORD) & 1 == 1
         };
@@ -291,6 +292,7 @@ impl Slot {
 #[derive(Debug)]
 pub struct PageStateMap {
     slots: Slots,
+    /// Not with the others, so that what is looked up in most VMs is two loads nearer.
     first: Slot,
     more: Vec<Slot>,
 }
