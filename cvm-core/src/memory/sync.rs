@@ -38,8 +38,8 @@ pub(super) fn pause() {
 
 /// A full fence, for a thread whose last change of an atomic was to read and write it in one: it has counted or locked.
 ///
-/// On x86-64 that change is a full fence by itself (Intel SDM, volume 3, section 9.2.3.9: loads and stores are not reordered
-/// with locked instructions; AMD64 Architecture Programmer's Manual, volume 2, section 7.2), so only the compiler is told.
+/// On x86-64 that change is a full fence by itself, so that only the compiler has to be told (Intel SDM, volume 3, "Loads and
+/// Stores Are Not Reordered with Locked Instructions"; AMD64 Architecture Programmer's Manual, volume 2, section 7.2).
 #[inline]
 pub(super) fn full_fence() {
     #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
