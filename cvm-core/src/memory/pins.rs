@@ -45,7 +45,7 @@ struct Tokens<T> {
 /// Alone in its cache lines (two, which processors fetch together).
 #[derive(Debug)]
 #[repr(align(128))]
-struct Padded<T>(T);
+pub(super) struct Padded<T>(pub(super) T);
 
 impl<T> Tokens<T> {
     /// How many pins share the token of a phase.
