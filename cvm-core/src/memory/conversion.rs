@@ -175,24 +175,29 @@ impl<C: Converter> ConversionEngine<C> {
         let claim = self.claims.claim(range);
         let mut begin = None;
         let mut left = RUNS_PER_REQUEST;
-        let runs = self.map().runs(range).flat_map(|(run, state)| cut(run).map(move |run| (run, state)));
-        for (run, state) in runs {
-            progress.reached = run.start();
-            match state {
-                _ if state == PageState::from(request.to()) => continue,
-                PageState::Private | PageState::Shared => {}
-                PageState::Poisoned => return Err(Error::Inaccessible { range: run }),
+        while let Some((run, state)) = self.next_run(progress.reached, range.end()) {
+            if state != PageState::from(request.to()) {
+                if state == PageState::Poisoned {
+                    return Err(Error::Inaccessible { range: run });
+                }
+                // Counted from the second run on, so that requests of one run read no clock.
+                let mut is_late = || begin.get_or_insert_with(Instant::now).elapsed() > TIME_PER_REQUEST;
+                if left == 0 || left < RUNS_PER_REQUEST && is_late() {
+                    return Err(Error::Unfinished { range: run });
+                }
+                left -= 1;
+                self.convert_run(request.vcpu(), run, request.to(), &claim)?;
+                progress.pages += run.pages();
             }
-            left = left.checked_sub(1).ok_or(Error::Unfinished { range: run })?;
-            // Counted from the second run on, so that requests of one run read no clock.
-            if left < RUNS_PER_REQUEST - 1 && begin.get_or_insert_with(Instant::now).elapsed() > TIME_PER_REQUEST {
-                return Err(Error::Unfinished { range: run });
-            }
-            self.convert_run(request.vcpu(), run, request.to(), &claim)?;
-            progress.pages += run.pages();
+            progress.reached = run.end();
         }
-        progress.reached = range.end();
         Ok(())
+    }
+
+    /// The pages in one state that memory has from `start` on, as many as are converted at once; nothing at `end`.
+    fn next_run(&self, start: Gpa, end: Gpa) -> Option<(GpaRange, PageState)> {
+        let range = GpaRange::new(start.0, LONGEST_RUN.min(end.0 - start.0)).ok()?;
+        self.map().first_run(range)
     }
 
     /// Puts `range`, which is claimed and all of it in one state, into `state`.
@@ -309,12 +314,6 @@ impl<C: Converter> Drop for Run<'_, C> {
             self.engine.set(self.claim, self.range, PageState::Poisoned);
         }
     }
-}
-
-/// The parts of `run` that are converted at once.
-fn cut(run: GpaRange) -> impl Iterator<Item = GpaRange> {
-    let starts = (run.start().0..run.end().0).step_by(LONGEST_RUN as usize);
-    starts.filter_map(move |start| GpaRange::new(start, LONGEST_RUN.min(run.end().0 - start)).ok())
 }
 
 #[cfg(test)]

@@ -64,7 +64,8 @@ fn uniform(summary: u8) -> Option<PageState> {
 /// summary of a moment ago led to was true at that moment or is true now.
 #[derive(Debug)]
 struct Slot {
-    range: GpaRange,
+    start: Gpa,
+    pages: u64,
     summaries: Box<[AtomicU8]>,
     shared: Box<[AtomicU64]>,
     /// Looked at where a summary says so only, so that it takes memory in blocks with poisoned pages only.
@@ -103,18 +104,22 @@ impl Slot {
         let summaries = FromZeros::new_box_zeroed_with_elems(blocks);
         let bits = || FromZeros::new_box_zeroed_with_elems(blocks * WORDS_PER_BLOCK);
         match (summaries, bits(), bits()) {
-            (Ok(summaries), Ok(shared), Ok(poisoned)) => Ok(Self { range, summaries, shared, poisoned }),
+            (Ok(summaries), Ok(shared), Ok(poisoned)) => {
+                Ok(Self { start: range.start(), pages: range.pages(), summaries, shared, poisoned })
+            }
             _ => Err(Error::Layout(format!("there is no memory for the page-state map of {range}"))),
         }
     }
 
+    /// Which of its pages `gpa` lies in.
     #[inline]
-    fn index(&self, gpa: Gpa) -> u64 {
-        (gpa.0 - self.range.start().0) / PAGE_SIZE
+    fn index(&self, gpa: Gpa) -> Option<u64> {
+        let index = gpa.0.wrapping_sub(self.start.0) / PAGE_SIZE;
+        (index < self.pages).then_some(index)
     }
 
     fn gpa(&self, index: u64) -> Gpa {
-        Gpa(self.range.start().0 + index * PAGE_SIZE)
+        Gpa(self.start.0 + index * PAGE_SIZE)
     }
 
     #[inline]
@@ -139,18 +144,21 @@ impl Slot {
     #[inline]
     fn page(&self, index: u64) -> PageState {
         let summary = self.summary(block_of(index));
-        uniform(summary).unwrap_or_else(|| {
-            let is_in = |bits: &[AtomicU64]| {
-                bits[(index / PAGES_PER_WORD) as usize].load(Ordering::Acquire) >> (index % PAGES_PER_WORD) & 1 == 1
-            };
-            if summary & summary::POISON != 0 && is_in(&self.poisoned) {
-                PageState::Poisoned
-            } else if is_in(&self.shared) {
-                PageState::Shared
-            } else {
-                PageState::Private
+        let is_in = |bits: &[AtomicU64]| {
+            // No index that panics, which would take two instructions more.
+            let word = bits.get((index / PAGES_PER_WORD) as usize).map_or(0, |word| word.load(Ordering::Acquire));
+            word >> (index % PAGES_PER_WORD) & 1 == 1
+        };
+        // What the summary of a mixed block mostly is takes one comparison.
+        if summary != summary::MIXED {
+            if let Some(all) = uniform(summary) {
+                return all;
             }
-        })
+            if summary & summary::POISON != 0 && is_in(&self.poisoned) {
+                return PageState::Poisoned;
+            }
+        }
+        if is_in(&self.shared) { PageState::Shared } else { PageState::Private }
     }
 
     /// The first of `pages` that is not in `state`.
@@ -167,6 +175,15 @@ impl Slot {
         })
     }
 
+    /// The run of pages in one state that `pages` begins with.
+    fn first_run(&self, pages: Range<u64>) -> Option<(GpaRange, PageState)> {
+        let Range { start, end } = pages;
+        let state = self.page(start);
+        // The page may change while we look: a run has one page at least.
+        let next = self.first_other(pages, state).unwrap_or(end).max(start + 1);
+        Some((GpaRange::from_pages(self.gpa(start).0, next - start).ok()?, state))
+    }
+
     fn count(&self, state: PageState) -> u64 {
         let in_block = |(block, pages): (usize, Range<u64>)| {
             let summary = self.summary(block);
@@ -178,7 +195,12 @@ impl Slot {
                     .sum(),
             }
         };
-        blocks(0..self.range.pages()).map(in_block).sum()
+        blocks(0..self.pages).map(in_block).sum()
+    }
+
+    fn pages_of(&self, block: usize) -> Range<u64> {
+        let first = block as u64 * PAGES_PER_BLOCK;
+        first..(first + PAGES_PER_BLOCK).min(self.pages)
     }
 
     /// Takes the right to change a block.
@@ -203,8 +225,7 @@ impl Slot {
 
     /// Puts `pages`, all of them in `block`, which is taken, into `state`; returns the block's summary.
     fn set_in(&self, block: usize, pages: Range<u64>, state: PageState) -> u8 {
-        let base = block as u64 * PAGES_PER_BLOCK;
-        let whole = base..(base + PAGES_PER_BLOCK).min(self.range.pages());
+        let whole = self.pages_of(block);
         if pages == whole {
             return state as u8;
         }
@@ -241,7 +262,7 @@ impl Slot {
             i64::from(neighbour != to) - i64::from(neighbour != from)
         };
         let before = pages.start.checked_sub(1).map_or(0, border);
-        let after = if pages.end < self.range.pages() { border(pages.end) } else { 0 };
+        let after = if pages.end < self.pages { border(pages.end) } else { 0 };
         before + after
     }
 
@@ -249,14 +270,15 @@ impl Slot {
     fn set(&self, pages: Range<u64>, state: PageState) -> i64 {
         // The neighbours too, so that nobody changes them while the borders are counted. All in ascending order, so that
         // nobody waits for somebody who waits for him.
-        let last = pages.end.min(self.range.pages() - 1);
-        let taken = block_of(pages.start.saturating_sub(1))..=block_of(last);
+        let last = pages.end.min(self.pages - 1);
+        let taken = block_of(pages.start.saturating_sub(1))..block_of(last) + 1;
         taken.clone().for_each(|block| self.take(block));
         let more = self.more_runs(&pages, state);
-        let mut changed = blocks(pages).map(|(block, pages)| (block, self.set_in(block, pages, state))).peekable();
         for block in taken {
-            let summary = changed.next_if(|(other, _)| *other == block).map(|(_, summary)| summary);
-            self.give_back(block, summary.unwrap_or_else(|| self.summary(block)));
+            let whole = self.pages_of(block);
+            let part = pages.start.max(whole.start)..pages.end.min(whole.end);
+            let summary = if part.is_empty() { self.summary(block) } else { self.set_in(block, part, state) };
+            self.give_back(block, summary);
         }
         more
     }
@@ -270,7 +292,9 @@ impl Slot {
 #[derive(Debug)]
 pub struct PageStateMap {
     slots: Slots,
-    states: Vec<Slot>,
+    /// Not with the others, so that what is looked up in most VMs is two loads nearer.
+    first: Slot,
+    more: Vec<Slot>,
 }
 
 impl PageStateMap {
@@ -279,8 +303,8 @@ impl PageStateMap {
     /// # Errors
     /// [`Error::Layout`] if there is not enough memory.
     pub fn new(slots: Slots) -> Result<Self, Error> {
-        let states = slots.ranges().iter().map(|range| Slot::new(*range)).collect::<Result<_, _>>()?;
-        Ok(Self { states, slots })
+        let mut more = slots.ranges().iter().map(|range| Slot::new(*range)).collect::<Result<Vec<_>, _>>()?;
+        Ok(Self { first: more.remove(0), more, slots })
     }
 
     /// Where memory is.
@@ -288,31 +312,34 @@ impl PageStateMap {
         &self.slots
     }
 
+    /// The slot that `gpa` lies in, its number, and which of its pages.
     #[inline]
-    fn slot(&self, gpa: Gpa) -> Option<&Slot> {
-        // Most VMs have a slot or two: found here, it takes half the time that it takes by number.
-        match &self.states[..] {
-            few @ ([_] | [_, _]) => few.iter().find(|slot| slot.range.contains(gpa)),
-            states => states.get(self.slots.find(gpa)?),
-        }
+    fn find(&self, gpa: Gpa) -> Option<(usize, &Slot, u64)> {
+        let within = |number: usize| {
+            let slot = if number == 0 { &self.first } else { self.more.get(number - 1)? };
+            Some((number, slot, slot.index(gpa)?))
+        };
+        // Most VMs have a slot or two: to look there takes half the time of a search.
+        within(0).or_else(|| within(1)).or_else(|| within(self.slots.find(gpa)?))
     }
 
     /// The state of the page that `gpa` lies in; nothing outside every slot.
     #[inline]
     pub fn get(&self, gpa: Gpa) -> Option<PageState> {
-        let slot = self.slot(gpa)?;
-        Some(slot.page(slot.index(gpa)))
+        let (_, slot, page) = self.find(gpa)?;
+        Some(slot.page(page))
     }
 
     /// The number of the slot that all of these bytes lie in, and where in it they begin, if one look is enough to know
     /// that they are shared. If it is not, they may be nevertheless.
     #[inline]
     pub(super) fn plainly_shared(&self, gpa: Gpa, len: u64) -> Option<(usize, u64)> {
-        let number = self.slots.find(gpa)?;
-        let slot = &self.states[number];
-        let offset = gpa.0 - slot.range.start().0;
-        let last = offset.checked_add(len.checked_sub(1)?).filter(|last| *last < slot.range.len())? / PAGE_SIZE;
-        let first = offset / PAGE_SIZE;
+        let (number, slot, first) = self.find(gpa)?;
+        let offset = gpa.0 - slot.start.0;
+        let last = offset.checked_add(len.checked_sub(1)?)? / PAGE_SIZE;
+        if last >= slot.pages {
+            return None;
+        }
         let summary = slot.summary(block_of(first));
         let is_shared = match uniform(summary) {
             Some(state) => state == PageState::Shared && block_of(first) == block_of(last),
@@ -331,22 +358,25 @@ impl PageStateMap {
     pub fn first_not_in(&self, range: GpaRange, state: PageState) -> Option<Gpa> {
         let mut next = range.start();
         while next < range.end() {
-            let Some(slot) = self.slot(next) else { return Some(next) };
-            let end = slot.range.end().min(range.end());
-            let pages = (end.0 - slot.range.start().0) / PAGE_SIZE;
-            if let Some(other) = slot.first_other(slot.index(next)..pages, state) {
+            let Some((_, slot, first)) = self.find(next) else { return Some(next) };
+            let end = slot.pages.min(first + (range.end().0 - next.0) / PAGE_SIZE);
+            if let Some(other) = slot.first_other(first..end, state) {
                 return Some(slot.gpa(other));
             }
-            next = end;
+            next = slot.gpa(end);
         }
         None
     }
 
+    fn states(&self) -> impl Iterator<Item = &Slot> {
+        std::iter::once(&self.first).chain(&self.more)
+    }
+
     /// The parts of `range` in the slots, page numbers within each.
     fn parts(&self, range: GpaRange) -> impl Iterator<Item = (&Slot, Range<u64>)> {
-        self.states.iter().filter_map(move |slot| {
-            let part = slot.range.intersection(&range)?;
-            let first = slot.index(part.start());
+        self.slots.ranges().iter().zip(self.states()).filter_map(move |(whole, slot)| {
+            let part = whole.intersection(&range)?;
+            let first = (part.start().0 - whole.start().0) / PAGE_SIZE;
             Some((slot, first..first + part.pages()))
         })
     }
@@ -356,22 +386,22 @@ impl PageStateMap {
     pub fn runs(&self, range: GpaRange) -> impl Iterator<Item = (GpaRange, PageState)> + '_ {
         self.parts(range).flat_map(|(slot, Range { start: mut next, end })| {
             std::iter::from_fn(move || {
-                if next >= end {
-                    return None;
-                }
-                let first = next;
-                let state = slot.page(first);
-                // The page may change while we look: a run has one page at least.
-                next = slot.first_other(first..end, state).unwrap_or(end).max(first + 1);
-                let run = GpaRange::from_pages(slot.gpa(first).0, next - first).ok()?;
+                let (run, state) = if next < end { slot.first_run(next..end)? } else { return None };
+                next += run.pages();
                 Some((run, state))
             })
         })
     }
 
+    /// The first of these runs; nothing if `range` begins outside every slot.
+    pub(super) fn first_run(&self, range: GpaRange) -> Option<(GpaRange, PageState)> {
+        let (_, slot, first) = self.find(range.start())?;
+        slot.first_run(first..slot.pages.min(first + range.pages()))
+    }
+
     /// How many pages of all slots are in `state`.
     pub fn count(&self, state: PageState) -> u64 {
-        self.states.iter().map(|slot| slot.count(state)).sum()
+        self.states().map(|slot| slot.count(state)).sum()
     }
 
     /// What it says now, page runs in order. Conversions under way meanwhile may be in it in part.
@@ -381,13 +411,13 @@ impl PageStateMap {
 
     /// How many more runs of pages there are when `range`, all of it in one slot and one state, is in state `to`.
     pub(super) fn more_runs(&self, range: GpaRange, to: PageState) -> i64 {
-        self.parts(range).map(|(slot, pages)| slot.more_runs(&pages, to)).sum()
+        self.find(range.start()).map_or(0, |(_, slot, first)| slot.more_runs(&(first..first + range.pages()), to))
     }
 
-    /// Puts the pages of `range` that lie in a slot into `state`; returns how many more runs there are now, if those of
-    /// each slot were in one state before.
+    /// Puts `range`, all of it in one slot, into `state`; returns how many more runs there are now, if it was in one state
+    /// before.
     pub(super) fn set(&self, range: GpaRange, state: PageState) -> i64 {
-        self.parts(range).map(|(slot, pages)| slot.set(pages, state)).sum()
+        self.find(range.start()).map_or(0, |(_, slot, first)| slot.set(first..first + range.pages(), state))
     }
 }
 
@@ -440,6 +470,13 @@ mod tests {
         vec![range(3, 70), range(73, 1), range(80, 1290)]
     }
 
+    /// Puts the pages of `range` that lie in a slot into `state`.
+    fn set(map: &PageStateMap, range: GpaRange, state: PageState) {
+        for part in map.slots().ranges().iter().filter_map(|slot| slot.intersection(&range)) {
+            map.set(part, state);
+        }
+    }
+
     proptest! {
         #[test]
         fn the_map_agrees_with_a_plain_list(
@@ -453,7 +490,7 @@ mod tests {
                 .map(|page| (page, PageState::Private))
                 .collect();
             for (start, pages, state) in changes {
-                map.set(range(start, pages), STATES[state]);
+                set(&map, range(start, pages), STATES[state]);
                 for (_, old) in model.range_mut(start..start + pages) {
                     *old = STATES[state];
                 }
@@ -491,14 +528,14 @@ mod tests {
     #[test]
     fn a_block_is_uniform_again_when_its_last_page_joins_the_others() {
         let map = PageStateMap::new(Slots::new(&[range(0, 1000)]).unwrap()).unwrap();
-        let mixed = |block: usize| uniform(map.states[0].summary(block)).is_none();
+        let mixed = |block: usize| uniform(map.first.summary(block)).is_none();
         map.set(range(1, 510), PageState::Shared);
         assert!(mixed(0) && !mixed(1));
         map.set(range(0, 1), PageState::Shared);
         assert!(mixed(0));
         map.set(range(511, 489), PageState::Shared);
         assert_eq!(
-            [0, 1].map(|block| uniform(map.states[0].summary(block))),
+            [0, 1].map(|block| uniform(map.first.summary(block))),
             [Some(PageState::Shared); 2],
             "a short last block"
         );
@@ -522,7 +559,7 @@ mod tests {
         let map = PageStateMap::new(Slots::new(&layout()).unwrap()).unwrap();
         let before = map.snapshot();
         assert!(before.differences(&before).is_empty());
-        map.set(range(70, 20), PageState::Shared);
+        set(&map, range(70, 20), PageState::Shared);
         let (private, shared) = (Some(PageState::Private), Some(PageState::Shared));
         let expected =
             [(range(70, 3), private, shared), (range(73, 1), private, shared), (range(80, 10), private, shared)];

@@ -1,26 +1,22 @@
 //! Pins: how a conversion knows that nobody still looks at a page which it takes away.
 
-use super::sync::{AtomicBool, AtomicUsize, Counted, Mutex, MutexGuard, Ordering, fence, now, pause};
+use super::sync::{AtomicUsize, Counted, Mutex, MutexGuard, Ordering, fence, full_fence, now, pause};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 /// Those who may look at a shared view, and the phase that they come in.
 ///
-/// Each holder has a token for each of two phases, and a pin is one more that shares the token, so that the token's count
-/// says how many pins there are, and holders do not wait for each other's memory. A holder takes its pin first and reads
-/// the page-state map after; the engine changes the map first and [asks](Tokens::pins) for pins after. Both change the
-/// count for that, and of two changes of one number one comes after the other: either the engine counts the pin, or the
-/// pin comes after a change that comes after the map's, so that its holder sees what has become of the map. That needs no
-/// fence between writing and reading, which would take as long as the pin itself.
+/// Each holder has two tokens, and a pin is one more that shares a token, so that the token's count says how many pins
+/// there are, and holders do not wait for each other's memory. A holder takes its pin first and reads the page-state map
+/// after; the engine changes the map first and reads the counts after. Both have a full fence in between: either the engine
+/// counts the pin, or its holder sees what has become of the map. The engine changes nothing for that, so that those who
+/// convert at once do not wait for each other's memory either.
 ///
-/// The phases are there for those who wait: pins that are taken meanwhile belong to the next phase. Mostly nobody waits, and
-/// then there are pins of the present phase only, so that one number of each holder is all that is changed. The phase
-/// changes while all lists of holders are locked; who asks has one of them.
+/// The phase says which token the pins to come share. It is there for those who wait: pins that are taken meanwhile share
+/// the other token. Who reads it late, and takes the token that is waited for, is waited for too.
 #[derive(Debug)]
 pub(super) struct Pins<T> {
     phase: AtomicUsize,
-    /// Whether there may be pins of the phase before.
-    behind: AtomicBool,
     /// Whoever takes pins, as long as he or a pin of his is there. The same list several times, so that those who ask at
     /// once do not wait for each other.
     holders: [Padded<Mutex<Holders<T>>>; LISTS],
@@ -35,7 +31,7 @@ const LISTS: usize = if cfg!(loom) { 2 } else { 4 };
 impl<T> Default for Pins<T> {
     fn default() -> Self {
         let holders = [(); LISTS].map(|()| Padded(Mutex::new(Vec::new())));
-        Self { phase: AtomicUsize::new(0), behind: AtomicBool::new(false), holders, draining: Mutex::new(()) }
+        Self { phase: AtomicUsize::new(0), holders, draining: Mutex::new(()) }
     }
 }
 
@@ -49,22 +45,19 @@ struct Tokens<T> {
 /// Alone in its cache lines (two, which processors fetch together).
 #[derive(Debug)]
 #[repr(align(128))]
-struct Padded<T>(T);
+pub(super) struct Padded<T>(pub(super) T);
 
 impl<T> Tokens<T> {
-    /// Changes the count of a phase's pins and changes it back, which releases what this thread has written before to
-    /// whoever changes it from now on.
-    fn touch(&self, phase: usize) {
-        drop(self.phases[phase % 2].clone());
-    }
-
-    /// How many pins of a phase there are.
+    /// How many pins share the token of a phase.
     fn pins(&self, phase: usize) -> usize {
-        self.touch(phase);
         let pins = self.phases[phase % 2].count() - 1;
         // And what those did who are gone has happened.
         fence(Ordering::Acquire);
         pins
+    }
+
+    fn has_pins(&self) -> bool {
+        self.pins(0) + self.pins(1) > 0
     }
 }
 
@@ -82,7 +75,12 @@ impl<T: Clone> Holder<T> {
         let tokens = Arc::new(Tokens { name, phases });
         for mut holders in pins.all_lists() {
             // Of some, nothing is left but what the lists have.
-            holders.retain(|holder| Arc::strong_count(holder) > LISTS || holder.pins(0) + holder.pins(1) > 0);
+            holders.retain(|holder| {
+                let is_there = Arc::strong_count(holder) > LISTS;
+                // All pins of a holder that is gone were taken before.
+                fence(Ordering::Acquire);
+                is_there || holder.has_pins()
+            });
             holders.push(Arc::clone(&tokens));
         }
         Self { tokens, pins: Arc::clone(pins) }
@@ -103,15 +101,10 @@ impl<T: Clone> Holder<T> {
     /// A pin: as long as it lives, no page that its holder sees as shared leaves the shared side.
     #[inline]
     pub(super) fn pin(&self) -> Pin<T> {
-        loop {
-            let phase = self.pins.phase.load(Ordering::Acquire);
-            let token = self.tokens.phases[phase % 2].clone();
-            fence(Ordering::Acquire);
-            // Who changes the phase touches the tokens of the one before: a pin that comes after that sees it here.
-            if self.pins.phase.load(Ordering::Relaxed) == phase {
-                return Pin { token };
-            }
-        }
+        let phase = self.pins.phase.load(Ordering::Relaxed);
+        let token = self.tokens.phases[phase % 2].clone();
+        full_fence();
+        Pin { token }
     }
 }
 
@@ -123,46 +116,26 @@ impl<T> Pins<T> {
     /// The names of those who still have one.
     pub(super) fn drain(&self, caller: usize, patience: Duration) -> Result<(), Vec<String>> {
         let holders = self.holders[caller % LISTS].0.lock().unwrap_or_else(PoisonError::into_inner);
-        // Who becomes a holder or changes the phase after this sees the map as it is now.
-        let phase = self.phase.load(Ordering::Relaxed);
-        let behind = self.behind.load(Ordering::Relaxed);
-        let has_pins =
-            |holder: &&Arc<Tokens<T>>| holder.pins(phase) > 0 || behind && holder.pins(phase.wrapping_add(1)) > 0;
+        // Who becomes a holder after this sees the map as it is now.
+        full_fence();
         // Mostly nobody has one, and then there is nothing to wait for.
-        let left: Vec<_> = holders.iter().filter(has_pins).cloned().collect();
+        let left: Vec<_> = holders.iter().filter(|holder| holder.has_pins()).cloned().collect();
         drop(holders);
         if left.is_empty() {
             return Ok(());
         }
         let _draining = self.draining.lock().unwrap_or_else(PoisonError::into_inner);
         let phase = self.phase.load(Ordering::Relaxed);
+        let next = phase.wrapping_add(1);
         // What is left of the phase before, when an earlier call has given up.
-        wait(left.clone(), phase.wrapping_add(1), patience)?;
-        self.enter(phase.wrapping_add(1));
-        wait(left, phase, patience)?;
-        self.settle(phase);
-        Ok(())
+        wait(left.clone(), next, patience)?;
+        self.phase.store(next, Ordering::Relaxed);
+        wait(left, phase, patience)
     }
 
     /// All lists at once, so that they agree whenever somebody changes them.
     fn all_lists(&self) -> Vec<MutexGuard<'_, Holders<T>>> {
         self.holders.iter().map(|list| list.0.lock().unwrap_or_else(PoisonError::into_inner)).collect()
-    }
-
-    /// Begins a phase.
-    fn enter(&self, phase: usize) {
-        let lists = self.all_lists();
-        self.behind.store(true, Ordering::Relaxed);
-        self.phase.store(phase, Ordering::Release);
-        lists.first().into_iter().flat_map(|list| list.iter()).for_each(|holder| holder.touch(phase.wrapping_add(1)));
-    }
-
-    /// Notes that nobody has a pin of the phase before any more, if it is so.
-    fn settle(&self, phase: usize) {
-        let lists = self.all_lists();
-        if lists.first().is_none_or(|list| list.iter().all(|holder| holder.pins(phase) == 0)) {
-            self.behind.store(false, Ordering::Relaxed);
-        }
     }
 }
 

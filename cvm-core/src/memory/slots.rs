@@ -35,12 +35,7 @@ impl Slots {
     }
 
     /// The number of the slot that `gpa` lies in.
-    #[inline]
     pub fn find(&self, gpa: Gpa) -> Option<usize> {
-        // Most VMs have a few slots, where looking at each in turn is faster than bisection.
-        if self.0.len() <= 4 {
-            return self.0.iter().position(|slot| slot.contains(gpa));
-        }
         let after = self.0.partition_point(|slot| slot.end() <= gpa);
         self.0.get(after).filter(|slot| slot.contains(gpa)).map(|_| after)
     }
@@ -52,7 +47,8 @@ impl Slots {
     pub fn check(&self, range: GpaRange) -> Result<(), Error> {
         let mut next = range.start();
         while next < range.end() {
-            next = self.0[self.find(next).ok_or(Error::OutsideMemory { gpa: next })?].end();
+            let Some(slot) = self.find(next) else { return Err(Error::OutsideMemory { gpa: next }) };
+            next = self.0[slot].end();
         }
         Ok(())
     }

@@ -4,13 +4,13 @@
 #[cfg(not(loom))]
 pub(super) use std::sync::{
     Mutex, MutexGuard,
-    atomic::{AtomicBool, AtomicUsize, Ordering, fence},
+    atomic::{AtomicUsize, Ordering, fence},
 };
 
 #[cfg(loom)]
 pub(super) use loom::sync::{
     Mutex, MutexGuard,
-    atomic::{AtomicBool, AtomicUsize, Ordering, fence},
+    atomic::{AtomicUsize, Ordering, fence},
 };
 
 use std::ops::Deref;
@@ -34,6 +34,18 @@ pub(super) fn pause() {
     std::thread::sleep(std::time::Duration::from_micros(20));
     #[cfg(loom)]
     loom::thread::yield_now();
+}
+
+/// A full fence, for a thread whose last change of an atomic was to read and write it in one: it has counted or locked.
+///
+/// On x86-64 that change is a full fence by itself, so that only the compiler has to be told (Intel SDM, volume 3, "Loads and
+/// Stores Are Not Reordered with Locked Instructions"; AMD64 Architecture Programmer's Manual, volume 2, section 7.2).
+#[inline]
+pub(super) fn full_fence() {
+    #[cfg(all(target_arch = "x86_64", not(any(loom, miri))))]
+    std::sync::atomic::compiler_fence(Ordering::SeqCst);
+    #[cfg(not(all(target_arch = "x86_64", not(any(loom, miri)))))]
+    fence(Ordering::SeqCst);
 }
 
 /// Something that counts who shares it: an [`Arc`], whose count a model counts once more, with the orderings that `Arc` has,

@@ -231,7 +231,9 @@ mod tests {
     fn shared_memory() -> SharedMemory {
         let slots = [GpaRange::from_pages(0, 4).unwrap(), GpaRange::from_pages(4 * PAGE_SIZE, 4).unwrap()];
         let map = Arc::new(PageStateMap::new(Slots::new(&slots).unwrap()).unwrap());
-        map.set(GpaRange::from_pages(2 * PAGE_SIZE, 4).unwrap(), PageState::Shared);
+        for start in [2, 4] {
+            map.set(GpaRange::from_pages(start * PAGE_SIZE, 2).unwrap(), PageState::Shared);
+        }
         let regions = slots.map(|slot| (GuestAddress(slot.start().0), slot.len() as usize));
         SharedMemory::new(GuestMemoryMmap::from_ranges(&regions).unwrap(), map).unwrap()
     }

@@ -2,6 +2,7 @@
 
 use super::ConversionListener;
 use crate::GpaRange;
+use crate::memory::pins::Padded;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Those who want to hear of conversions, in the order that they came in.
@@ -31,8 +32,8 @@ struct Shard {
 #[derive(Default)]
 struct Queue {
     next: u64,
-    /// In the order that they came in.
-    claims: Vec<(Number, GpaRange)>,
+    /// In the order that they came in; padded, as the allocator may put others' memory right beside.
+    claims: Vec<Padded<(Number, GpaRange)>>,
     waiting: usize,
     /// The same in each shard, and counted in each for itself; nothing is faster to hand out than none.
     listeners: Option<Listeners>,
@@ -45,7 +46,7 @@ impl Queue {
             self.next += 1;
             (shard, self.next)
         });
-        self.claims.push((number, range));
+        self.claims.push(Padded((number, range)));
         number
     }
 }
@@ -122,8 +123,8 @@ impl Claims {
     fn wait(&self, shard: u64, mut queue: MutexGuard<'_, Queue>, number: Number, range: GpaRange) -> Option<Listeners> {
         let shard = self.shard(shard);
         let must_wait = |queue: &Queue| {
-            let mut earlier = queue.claims.iter().take_while(|(other, _)| *other != number);
-            earlier.any(|(_, theirs)| theirs.intersection(&range).is_some())
+            let mut earlier = queue.claims.iter().take_while(|Padded((other, _))| *other != number);
+            earlier.any(|Padded((_, theirs))| theirs.intersection(&range).is_some())
         };
         while must_wait(&queue) {
             queue.waiting += 1;
@@ -167,7 +168,7 @@ impl Drop for Claim<'_> {
         for number in self.shards.iter() {
             let shard = self.claims.shard(number);
             let mut queue = shard.lock();
-            queue.claims.retain(|(number, _)| *number != self.number);
+            queue.claims.retain(|Padded((number, _))| *number != self.number);
             let somebody_waits = queue.waiting > 0;
             drop(queue);
             // To wake nobody is a system call too.

@@ -1,5 +1,6 @@
 //! What guests ask for, and what becomes of it.
 
+use crate::memory::pins::Padded;
 use crate::{Answer, Error, Gpa, GpaRange, Side};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -141,7 +142,8 @@ struct Desk(Mutex<Open>);
 
 #[derive(Debug, Default)]
 struct Open {
-    asked: Vec<(Ticket, ConversionRequest)>,
+    /// Padded, as the allocator may put others' memory right beside.
+    asked: Vec<Padded<(Ticket, ConversionRequest)>>,
     tickets: Range<u64>,
     totals: ConversionTotals,
 }
@@ -160,7 +162,7 @@ impl Open {
     }
 
     fn position(&self, vcpu: u32) -> Option<usize> {
-        self.asked.iter().position(|(_, asked)| asked.vcpu == vcpu)
+        self.asked.iter().position(|Padded((_, asked))| asked.vcpu == vcpu)
     }
 }
 
@@ -174,8 +176,8 @@ impl Requests {
         let mut desk = self.desk(request.vcpu);
         let ticket = desk.ticket();
         match desk.position(request.vcpu) {
-            Some(at) => desk.asked[at] = (ticket, request),
-            None => desk.asked.push((ticket, request)),
+            Some(at) => desk.asked[at] = Padded((ticket, request)),
+            None => desk.asked.push(Padded((ticket, request))),
         }
         ticket
     }
@@ -183,20 +185,20 @@ impl Requests {
     /// What this vCPU has asked for.
     pub(super) fn get(&self, vcpu: u32) -> Option<(Ticket, ConversionRequest)> {
         let desk = self.desk(vcpu);
-        desk.position(vcpu).map(|at| desk.asked[at])
+        desk.position(vcpu).map(|at| desk.asked[at].0)
     }
 
     /// Takes the request away if it is there.
     pub(super) fn take(&self, request: &ConversionRequest) -> Option<Ticket> {
         let mut desk = self.desk(request.vcpu);
-        let at = desk.position(request.vcpu).filter(|at| desk.asked[*at].1 == *request)?;
-        Some(desk.asked.swap_remove(at).0)
+        let at = desk.position(request.vcpu).filter(|at| desk.asked[*at].0.1 == *request)?;
+        Some(desk.asked.swap_remove(at).0.0)
     }
 
     /// Takes away whatever this vCPU has asked for.
     pub(super) fn withdraw(&self, vcpu: u32) {
         let mut desk = self.desk(vcpu);
-        desk.asked.retain(|(_, asked)| asked.vcpu != vcpu);
+        desk.asked.retain(|Padded((_, asked))| asked.vcpu != vcpu);
     }
 
     /// Counts a request that was carried out as far as it could be.
