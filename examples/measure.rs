@@ -1,7 +1,7 @@
 //! What a launch of AMD SEV, SEV-ES or SEV-SNP is measured as, computed from its files.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use cvm::sev::{CpuSignature, Firmware, Igvm, KernelHashes, SevFeatures, Vcpus, Vmm, sev, snp};
+use cvm::sev::{CpuSignature, Firmware, KernelHashes, SevFeatures, Vcpus, Vmm, igvm, sev, snp};
 use serde_json::{Value, json};
 use std::error::Error;
 use std::fs;
@@ -129,10 +129,10 @@ fn measure(mode: &Mode) -> Result<Value, Box<dyn Error>> {
     let (Mode::Snp { files, .. } | Mode::SevEs { files, .. } | Mode::Sev { files }) = mode;
     if let Some(path) = &files.igvm {
         let file = read(path)?;
-        let igvm = Igvm::parse(&file)?;
         let Mode::Snp { .. } = mode else { return Err("an igvm file is measured for snp only".into()) };
-        let policy = format!("{:#x}", igvm.policy().bits());
-        return Ok(json!({ "mode": "snp", "digest": igvm.measurement()?.to_string(), "policy": policy }));
+        let file = igvm::parse(&file)?;
+        let (digest, policy) = (igvm::measurement(&file)?.to_string(), igvm::policy(&file)?.bits());
+        return Ok(json!({ "mode": "snp", "digest": digest, "policy": format!("{policy:#x}") }));
     }
     let path = files.ovmf.as_deref().ok_or("it takes a firmware or an igvm file")?;
     let (image, kernel) = (read(path)?, files.kernel()?);

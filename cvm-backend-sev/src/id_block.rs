@@ -17,7 +17,7 @@ pub const KEY_BYTES: usize = 0x404;
 pub const SIGNATURE_BYTES: usize = 0x200;
 
 /// Length of a number in keys and signatures: little endian.
-const NUMBER_BYTES: usize = 72;
+pub(crate) const NUMBER_BYTES: usize = 72;
 /// Length of the numbers of P-384.
 const P384_BYTES: usize = 48;
 /// `CURVE` of P-384, and the algorithm ECDSA P-384 with SHA-384.
@@ -27,10 +27,10 @@ const ECDSA_P384_SHA384: u32 = 1;
 const VERSION: u32 = 1;
 
 // Offsets in the signatures' page.
-const BLOCK_SIGNATURE: usize = 0x40;
-const ID_KEY: usize = 0x240;
-const KEY_SIGNATURE: usize = 0x680;
-const AUTHOR_KEY: usize = 0x880;
+pub(crate) const BLOCK_SIGNATURE: usize = 0x40;
+pub(crate) const ID_KEY: usize = 0x240;
+pub(crate) const KEY_SIGNATURE: usize = 0x680;
+pub(crate) const AUTHOR_KEY: usize = 0x880;
 
 fn refuse(problem: &'static str) -> Error {
     Error::IdBlock { problem }
@@ -251,4 +251,4 @@ impl std::fmt::Debug for IdAuth {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

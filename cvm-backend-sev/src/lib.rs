@@ -6,7 +6,7 @@
 //! | [`sev`] | the digest of SEV and SEV-ES, and the measurement that a guest's owner compares |
 //! | [`digest`] | the chain of pages under the first |
 //! | [`ovmf`], [`kernel`] | what firmware says of how it is launched, and the kernel beside it |
-//! | [`igvm`] | the launch digest of what an IGVM file says |
+//! | [`igvm`] | what an IGVM file says: the launch digest, and what of it can be launched |
 //! | [`id_block`] | what a launch is to be, signed by the guest's owner |
 //! | [`vmsa`], [`vcpu`] | the initial state of vCPUs, and the processors that they are |
 //! | [`policy`] | what a guest's owner allows |
@@ -31,7 +31,6 @@ pub mod vmsa;
 pub use digest::{LaunchDigest, PageType};
 pub use error::Error;
 pub use id_block::{IdAuth, IdBlock};
-pub use igvm::Igvm;
 pub use kernel::KernelHashes;
 pub use ovmf::Firmware;
 pub use policy::{SevFlags, SevPolicy, SnpFlags, SnpPolicy};

@@ -1,4 +1,5 @@
 use crate::doorbell::Access;
+use crate::igvm::IgvmError;
 use crate::interrupt::Refusal;
 use crate::{Event, Gpa, GpaRange, RangeError};
 use std::time::Duration;
@@ -45,6 +46,9 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// An IGVM file that cannot be loaded.
+    #[error(transparent)]
+    Igvm(#[from] IgvmError),
     /// A guest asked to convert something that is no range of pages.
     #[error("vcpu {vcpu} asked to convert what is no page range")]
     InvalidRequest {

@@ -48,7 +48,7 @@ fn block() -> IdBlock {
     IdBlock { digest, family: [0; 16], image: [0; 16], svn: 0, policy }
 }
 
-fn keys() -> (PrivateKey, PrivateKey) {
+pub(crate) fn keys() -> (PrivateKey, PrivateKey) {
     (PrivateKey::from_pem(ID).unwrap(), PrivateKey::from_pem(AUTHOR).unwrap())
 }
 
