@@ -12,6 +12,7 @@ mod image;
 mod native;
 
 pub use image::{IgvmImage, difference};
+pub use native::native_page;
 
 use crate::{Gpa, GpaRange, PAGE_SIZE, PageKind};
 use std::collections::BTreeMap;

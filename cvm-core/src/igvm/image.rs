@@ -129,6 +129,7 @@ impl<L: Loader> Launch<L> {
                     self.submit(range, &[], *kind)?;
                 }
                 Directive::Parameters { range, initial, parameters } => {
+                    memory.check(*range)?;
                     let mut area = vec![0; range.len() as usize];
                     area[..initial.len()].copy_from_slice(initial);
                     for (parameter, at) in parameters {

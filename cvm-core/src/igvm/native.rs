@@ -77,8 +77,9 @@ const SAME: [(usize, u64); 11] = [
 ];
 const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
 
-/// The page that stands for a state.
-pub(super) fn page(state: &VcpuState) -> [u8; PAGE_SIZE as usize] {
+/// The page that stands for a state in a file for [`IgvmPlatform::Native`](super::IgvmPlatform::Native), for whoever writes one:
+/// an `IgvmNativeVpContextX64`, and zeros.
+pub fn native_page(state: &VcpuState) -> [u8; PAGE_SIZE as usize] {
     let VcpuState { rip, rsp, rdi, rsi, cr3 } = *state;
     let own = [(RIP, rip), (RSP, rsp), (RDI, rdi), (RSI, rsi), (CR3, cr3), (EFER, EFER_LME_LMA)];
     let mut page = [0; PAGE_SIZE as usize];
@@ -100,6 +101,6 @@ pub(super) fn state(context: &Context<'_>) -> Result<VcpuState, IgvmError> {
         u64::from_le_bytes(bytes)
     };
     let state = VcpuState { rip: number(RIP), rsp: number(RSP), rdi: number(RDI), rsi: number(RSI), cr3: number(CR3) };
-    difference(context, &page(&state), &FIELDS)?;
+    difference(context, &native_page(&state), &FIELDS)?;
     Ok(state)
 }

@@ -39,7 +39,7 @@ fn page(gpa: u64, mask: u32, unmeasured: bool, data: &[u8]) -> IgvmDirectiveHead
 
 /// The state that vCPUs start from, as `IgvmNativeVpContextX64` has it.
 fn native(state: &VcpuState) -> IgvmNativeVpContextX64 {
-    IgvmNativeVpContextX64::read_from_prefix(&native::page(state)).unwrap().0
+    IgvmNativeVpContextX64::read_from_prefix(&native_page(state)).unwrap().0
 }
 
 const STATE: VcpuState = VcpuState { rip: 0x1000, rsp: 0x8000, rdi: 0, rsi: 0x2000, cr3: 0x3000 };
@@ -248,12 +248,12 @@ fn a_state_other_than_flat_64_bit_mode_is_refused_by_its_field() {
     for (at, field) in
         [(0, "rax"), (127, "r15"), (137, "rflags"), (170, "code attributes"), (200, "cr0"), (231, "efer")]
     {
-        let mut contents = native::page(&STATE);
+        let mut contents = native_page(&STATE);
         contents[at] ^= 0x40;
         let context = Context { vcpu: 3, gpa: Gpa(0), contents: &contents };
         assert_eq!(native::state(&context), Err(IgvmError::State { vcpu: 3, field, at }));
     }
-    let mut contents = native::page(&STATE);
+    let mut contents = native_page(&STATE);
     contents[bytes] = 1;
     let context = Context { vcpu: 0, gpa: Gpa(0), contents: &contents };
     assert!(native::state(&context).unwrap_err().to_string().contains("0xe8"));
@@ -269,7 +269,7 @@ fn the_state_of_a_vcpu_is_laid_out_as_the_format_has_it() {
     (expected.cr0, expected.cr4, expected.efer) = (0x8001_0033, 0x20, 0x500);
     let state = VcpuState { rip: 1, rsp: 2, rdi: 3, rsi: 4, cr3: 5 };
     assert_eq!(native(&state), expected);
-    let contents = native::page(&state);
+    let contents = native_page(&state);
     assert_eq!(native::state(&Context { vcpu: 0, gpa: Gpa(0), contents: &contents }), Ok(state));
 }
 
