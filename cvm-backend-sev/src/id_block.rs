@@ -1,5 +1,4 @@
-//! The ID block: what a guest's owner says that a launch is to be, signed (SEV-SNP firmware ABI specification, section 8.18,
-//! `SNP_LAUNCH_FINISH`).
+//! The ID block: what a guest's owner says that a launch is to be, signed (AMD publication 56860, `SNP_LAUNCH_FINISH`).
 
 use crate::{Error, SnpPolicy};
 use cvm_core::Measurement;
@@ -11,9 +10,9 @@ use sha2::{Digest, Sha384};
 pub const BLOCK_BYTES: usize = 0x60;
 /// Length of the signatures beside it.
 pub const AUTH_BYTES: usize = 0x1000;
-/// Length of a public key (the specification, chapter 10).
+/// Length of a public key (the same, format of a public key for ECDSA P-384).
 pub const KEY_BYTES: usize = 0x404;
-/// Length of a signature (the same).
+/// Length of a signature (the same, format of an ECDSA P-384 signature).
 pub const SIGNATURE_BYTES: usize = 0x200;
 
 /// Length of a number in keys and signatures: little endian.

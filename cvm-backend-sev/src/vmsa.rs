@@ -153,7 +153,7 @@ pub(crate) const FIELDS: [(usize, &str); 63] = [
 ];
 const RESERVED: &str = "reserved field";
 
-// Registers that a reset gives other values than zero (AMD64 APM volume 2, table 14-1), and what KVM adds to them: EFER.SVME
+// Registers that a reset gives other values than zero (AMD64 APM volume 2, initial processor state), and what KVM adds to them: EFER.SVME
 // and CR4.MCE.
 const EFER_SVME: u64 = 1 << 12;
 const CR4_MCE: u64 = 1 << 6;
@@ -171,7 +171,7 @@ const CR0_PE_MP_NE_WP_PG: u64 = 1 | 1 << 1 | 1 << 5 | 1 << 16 | 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
 
-/// A segment register: selector, attributes (AMD64 APM volume 2, section 15.5.1), limit and base.
+/// A segment register: selector, attributes (AMD64 APM volume 2, `VMRUN`), limit and base.
 type Segment = (u16, u16, u32, u64);
 
 /// A VM save area.
