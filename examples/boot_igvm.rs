@@ -95,7 +95,10 @@ fn tiny_guest() -> Result<Vec<u8>, BoxError> {
         }
     };
     for (range, contents) in image.pages() {
-        add(range.start().0, contents.as_deref().unwrap_or(&vec![0; range.len() as usize]));
+        match contents {
+            Some(contents) => add(range.start().0, contents),
+            None => add(range.start().0, &vec![0; range.len() as usize]),
+        }
     }
     add(BOOT_PAGE, boot_page.as_bytes());
     add(PAGE_TABLES, &tables);
