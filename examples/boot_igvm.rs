@@ -103,11 +103,12 @@ fn tiny_guest() -> Result<Vec<u8>, BoxError> {
     add(BOOT_PAGE, boot_page.as_bytes());
     add(PAGE_TABLES, &tables);
     let state = VcpuState::long_mode(image.entry(), Gpa(PAGE_TABLES), 0, Gpa(BOOT_PAGE));
-    let context = IgvmNativeVpContextX64::read_from_prefix(&native_page(&state)).map_err(|error| error.to_string())?;
+    let page = native_page(&state);
+    let (context, _) = IgvmNativeVpContextX64::read_from_prefix(&page).map_err(|error| error.to_string())?;
     directives.push(IgvmDirectiveHeader::X64NativeVpContext {
         compatibility_mask: 1,
         vp_index: 0,
-        context: Box::new(context.0),
+        context: Box::new(context),
     });
     let platform = IgvmPlatformHeader::SupportedPlatform(IGVM_VHS_SUPPORTED_PLATFORM {
         compatibility_mask: 1,
