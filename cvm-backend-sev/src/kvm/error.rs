@@ -1,3 +1,4 @@
+use super::{Asids, CpuidCorrection};
 use crate::FirmwareError;
 use cvm_core::{GpaRange, Protection};
 use std::io;
@@ -25,20 +26,43 @@ pub enum Error {
         /// What lacks.
         what: String,
     },
+    /// The options of a launch make no sense, or this host cannot fulfil them.
+    #[error("the options are refused: {0}")]
+    Options(String),
     /// A command of the launch failed.
     #[error("failed to {step}{}{}", range.map(|range| format!(" at {range}")).unwrap_or_default(),
         firmware.map(|firmware| format!(": the firmware says {firmware}")).unwrap_or_default())]
     Command {
         /// What it was to do.
         step: &'static str,
-        /// To which pages: those that are left.
+        /// To which pages: the first is the one that it failed at.
         range: Option<GpaRange>,
         /// What the firmware says, if it was asked.
         firmware: Option<FirmwareError>,
         /// What the kernel says.
         source: io::Error,
     },
+    /// Every address space identifier is taken, so that the host can have no more guests of this kind.
+    #[error("no more guests of {protection}: {asids}")]
+    Exhausted {
+        /// The kind.
+        protection: Protection,
+        /// How many identifiers there are for it, and how many are free.
+        asids: Asids,
+        /// What the kernel says.
+        source: io::Error,
+    },
+    /// The firmware does not vouch for what the vCPUs are said to be, and nobody agreed to what it does vouch for.
+    #[error("the firmware corrects the page of cpuid leaves: {}", list(corrections))]
+    CpuidCorrected {
+        /// What it would have instead.
+        corrections: Vec<CpuidCorrection>,
+    },
     /// What plain KVM has too failed.
     #[error(transparent)]
     Kvm(#[from] cvm_backend_kvm::Error),
+}
+
+fn list(corrections: &[CpuidCorrection]) -> String {
+    corrections.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
