@@ -398,4 +398,14 @@ fn measure_prints_the_digest_alone_on_its_last_line_and_says_what_firmware_lacks
     assert!(!output.status.success() && stderr(&output).contains("where vcpus"), "{}", stderr(&output));
     let output = run("measure", &["snp", "--igvm", plain]);
     assert!(!output.status.success() && stderr(&output).contains("no igvm file"), "{}", stderr(&output));
+
+    fs::write(plain, "no firmware").unwrap();
+    let output = run("measure", &["snp", "--ovmf", plain, "--vcpus", "1", "--vcpu-type", "EPYC"]);
+    assert!(!output.status.success() && stderr(&output).contains("it takes an image of OVMF"), "{}", stderr(&output));
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/seeds/igvm/sev-snp");
+    let output = run("measure", &["snp", "--igvm", file]);
+    let last = stdout(&output).lines().last().unwrap_or_default().to_owned();
+    assert!(last.len() == 96 && last.bytes().all(|byte| byte.is_ascii_hexdigit()), "{}", stderr(&output));
+    let output = run("measure", &["snp", "--igvm", file, "--vcpus", "2"]);
+    assert!(!output.status.success() && stderr(&output).contains("cannot be used with"), "{}", stderr(&output));
 }
