@@ -35,16 +35,13 @@ impl<'a> IgvmImage<'a> {
     ) -> Result<Self, E> {
         let mut states = BTreeMap::new();
         for (offset, directive) in igvm.directives() {
-            match directive {
-                Directive::Vcpu(context) => {
-                    if states.insert(context.vcpu.into(), state(context)?).is_some() {
-                        return Err(refuse(offset, format!("vcpu {} has two states", context.vcpu)).into());
-                    }
-                }
-                Directive::Shared { range } => {
-                    return Err(refuse(offset, format!("it wants {range} shared, and all is private at first")).into());
-                }
-                _ => {}
+            if let Directive::Shared { range } = directive {
+                return Err(refuse(offset, format!("it wants {range} shared, and all is private at first")).into());
+            }
+        }
+        for (offset, context) in igvm.contexts() {
+            if states.insert(context.vcpu.into(), state(context)?).is_some() {
+                return Err(refuse(offset, format!("vcpu {} has two states", context.vcpu)).into());
             }
         }
         Ok(Self { igvm, states })
