@@ -1,7 +1,7 @@
 //! Launches that an IGVM file describes, on SEV-SNP: what they are measured as, and what of a file can be launched.
 //!
-//! A VMM reads the file with [`parse`], gives the platform its [`policy`], [`features`] and, if there is one, [`id_block`], and has
-//! the launch load what [`image`] makes of it. Then the launch digest is [`measurement`].
+//! A VMM reads the file with [`parse`], gives the platform its [`policy()`], [`features()`] and, if there is one, [`id_block()`],
+//! and has the launch load what [`image()`] makes of it. Then the launch digest is [`measurement()`].
 
 use crate::digest::{LaunchDigest, VMSA_GPA, pages};
 use crate::id_block::{self, AUTH_BYTES, KEY_BYTES, SIGNATURE_BYTES};
