@@ -1,7 +1,7 @@
 //! What a launch of AMD SEV, SEV-ES or SEV-SNP is measured as, computed from its files.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use cvm::sev::{CpuSignature, Firmware, Igvm, KernelHashes, SevFeatures, Vcpus, Vmm, sev, snp};
+use cvm::sev::{CpuSignature, Firmware, KernelHashes, SevFeatures, Vcpus, Vmm, igvm, sev, snp};
 use serde_json::{Value, json};
 use std::error::Error;
 use std::fs;
@@ -70,13 +70,14 @@ struct Files {
 #[derive(Debug, Args)]
 struct VcpuOptions {
     /// How many vCPUs
-    #[arg(long, value_name = "N", required_unless_present = "igvm")]
+    #[arg(long, value_name = "N", required_unless_present = "igvm", conflicts_with = "igvm")]
     vcpus: Option<u32>,
     /// QEMU's name of their model, such as EPYC-v4
-    #[arg(long, value_name = "MODEL", required_unless_present_any = ["vcpu_sig", "igvm"], conflicts_with = "vcpu_sig")]
+    #[arg(long, value_name = "MODEL", required_unless_present_any = ["vcpu_sig", "igvm"],
+          conflicts_with_all = ["vcpu_sig", "igvm"])]
     vcpu_type: Option<CpuSignature>,
     /// Their signature, CPUID leaf 1 EAX, instead
-    #[arg(long, value_name = "NUMBER", value_parser = signature)]
+    #[arg(long, value_name = "NUMBER", value_parser = signature, conflicts_with = "igvm")]
     vcpu_sig: Option<CpuSignature>,
     /// Who makes their initial state
     #[arg(long, value_enum, default_value = "qemu")]
@@ -129,17 +130,25 @@ fn measure(mode: &Mode) -> Result<Value, Box<dyn Error>> {
     let (Mode::Snp { files, .. } | Mode::SevEs { files, .. } | Mode::Sev { files }) = mode;
     if let Some(path) = &files.igvm {
         let file = read(path)?;
-        let igvm = Igvm::parse(&file)?;
-        let Mode::Snp { .. } = mode else { return Err("an igvm file is measured for snp only".into()) };
-        let policy = format!("{:#x}", igvm.policy().bits());
-        return Ok(json!({ "mode": "snp", "digest": igvm.measurement()?.to_string(), "policy": policy }));
+        let Mode::Snp { .. } = mode else {
+            return Err("an igvm file is measured for snp only: `measure snp --igvm FILE`".into());
+        };
+        let file = igvm::parse(&file).map_err(|error| format!("{}: {error}", path.display()))?;
+        let (digest, policy) = (igvm::measurement(&file)?.to_string(), igvm::policy(&file)?.bits());
+        return Ok(json!({ "mode": "snp", "digest": digest, "policy": format!("{policy:#x}") }));
     }
     let path = files.ovmf.as_deref().ok_or("it takes a firmware or an igvm file")?;
     let (image, kernel) = (read(path)?, files.kernel()?);
-    let firmware = Firmware::parse(&image)?;
+    let firmware = Firmware::parse(&image).map_err(|error| {
+        format!(
+            "{}: {error}; it takes an image of OVMF, which Debian's packages ovmf and ovmf-amdsev have",
+            path.display()
+        )
+    })?;
     let (name, digest) = match mode {
         Mode::Snp { vcpus, features, .. } => {
-            let features = SevFeatures::from_bits(*features).ok_or("there are unknown bits among the features")?;
+            let features = SevFeatures::from_bits(*features)
+                .ok_or_else(|| format!("the known bits among the features are {:#x}", SevFeatures::all().bits()))?;
             ("snp", snp::of_firmware(&firmware, &vcpus.vcpus(features), kernel.as_ref())?.to_string())
         }
         Mode::SevEs { vcpus, .. } => {
@@ -160,7 +169,9 @@ fn main() -> ExitCode {
     let measured = match measure(&options.mode) {
         Ok(measured) => measured,
         Err(error) => {
-            eprintln!("error: {error}");
+            let lacks = matches!(error.downcast_ref(), Some(cvm::sev::Error::FirmwareLacks { .. }));
+            let next = if lacks { "; that of Debian's package ovmf-amdsev has all that is asked for here" } else { "" };
+            eprintln!("error: {error}{next}");
             return ExitCode::FAILURE;
         }
     };

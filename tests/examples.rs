@@ -357,6 +357,29 @@ fn the_readme_shows_the_smallest_vmm_as_it_is() {
 }
 
 #[test]
+fn a_guest_from_an_igvm_file_says_hello_and_a_file_that_is_none_is_refused() {
+    if !kvm() {
+        return;
+    }
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let path = file.path().to_str().unwrap();
+    assert!(run("boot_igvm", &["--save", path]).status.success());
+    let [made, read] = [vec![], vec![path]].map(|arguments: Vec<&str>| run("boot_igvm", &arguments));
+    for output in [&made, &read] {
+        assert!(output.status.success() && stdout(output).contains("hello"), "{}", stderr(output));
+    }
+    assert_eq!(stdout(&made), stdout(&read));
+
+    let small = run("boot_igvm", &[path, "--memory", "1"]);
+    assert!(!small.status.success() && stderr(&small).contains("outside the guest's memory"), "{}", stderr(&small));
+    let many = run("boot_igvm", &[path, "--vcpus", "2"]);
+    assert!(!many.status.success() && stderr(&many).contains("vcpu 1"), "{}", stderr(&many));
+    fs::write(path, [0; 0x1000]).unwrap();
+    let output = run("boot_igvm", &[path]);
+    assert!(!output.status.success() && stderr(&output).contains("no igvm file"), "{}", stderr(&output));
+}
+
+#[test]
 fn measure_prints_the_digest_alone_on_its_last_line_and_says_what_firmware_lacks() {
     // What the Python package sev-snp-measure 0.0.13 computes for this image.
     let digest = "d806ef9bcfdb2717d82b1eb5b9ef2c62231dca3afa56617cfae8333d91edf13eb0a2e6c6736345687bc002df969c291c";
@@ -375,4 +398,14 @@ fn measure_prints_the_digest_alone_on_its_last_line_and_says_what_firmware_lacks
     assert!(!output.status.success() && stderr(&output).contains("where vcpus"), "{}", stderr(&output));
     let output = run("measure", &["snp", "--igvm", plain]);
     assert!(!output.status.success() && stderr(&output).contains("no igvm file"), "{}", stderr(&output));
+
+    fs::write(plain, "no firmware").unwrap();
+    let output = run("measure", &["snp", "--ovmf", plain, "--vcpus", "1", "--vcpu-type", "EPYC"]);
+    assert!(!output.status.success() && stderr(&output).contains("it takes an image of OVMF"), "{}", stderr(&output));
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/seeds/igvm/sev-snp");
+    let output = run("measure", &["snp", "--igvm", file]);
+    let last = stdout(&output).lines().last().unwrap_or_default().to_owned();
+    assert!(last.len() == 96 && last.bytes().all(|byte| byte.is_ascii_hexdigit()), "{}", stderr(&output));
+    let output = run("measure", &["snp", "--igvm", file, "--vcpus", "2"]);
+    assert!(!output.status.success() && stderr(&output).contains("cannot be used with"), "{}", stderr(&output));
 }

@@ -40,6 +40,9 @@ pub enum Error {
         /// Its answer.
         source: io::Error,
     },
+    /// Memory cannot be laid out like this.
+    #[error("failed to lay out memory")]
+    Layout(#[source] cvm_core::Error),
     /// A call about guest memory failed.
     #[error("failed to {step} {range}")]
     Memory {
@@ -90,7 +93,7 @@ pub enum Error {
 
 impl Error {
     /// For `map_err`: `step` was what a KVM call was to do.
-    pub(crate) fn kvm(step: &'static str) -> impl Fn(kvm_ioctls::Error) -> Self {
+    pub fn kvm(step: &'static str) -> impl Fn(kvm_ioctls::Error) -> Self {
         move |error| Self::Kvm { step, source: error.into() }
     }
 

@@ -10,8 +10,7 @@ use std::thread;
 
 const PAGE: usize = PAGE_SIZE as usize;
 
-/// What a page is to the firmware. The numbers are those of `PAGE_TYPE` (SEV-SNP firmware ABI specification, section
-/// 8.17, `SNP_LAUNCH_UPDATE`).
+/// What a page is to the firmware. The numbers are those of `PAGE_TYPE` (AMD publication 56860, `SNP_LAUNCH_UPDATE`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum PageType {
@@ -66,7 +65,7 @@ impl LaunchDigest {
     /// Adds one page, of whose contents this is what enters the measurement: SHA-384 of a normal page and of a
     /// [`PageType::Vmsa`], else zeros.
     ///
-    /// What is hashed is `PAGE_INFO` (the firmware's specification, section 8.17.2): the digest so far, that of the
+    /// What is hashed is `PAGE_INFO` (AMD publication 56860, section 8.17.2): the digest so far, that of the
     /// contents, the structure's length, the page's type, whether it is of an initial migration image (none is), the
     /// permissions of VMPL 3, 2 and 1 (none: KVM gives none), a reserved byte, and the address.
     pub fn extend(&mut self, page: PageType, gpa: Gpa, contents: &[u8; 48]) {

@@ -1,4 +1,5 @@
 use cvm_core::Gpa;
+use cvm_core::igvm::IgvmError;
 
 /// What can be wrong with what a launch is to be made of.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -57,11 +58,6 @@ pub enum Error {
         problem: &'static str,
     },
     /// An IGVM file is damaged, or cannot be launched on SEV-SNP.
-    #[error("the igvm file at offset {offset:#x}: {problem}")]
-    Igvm {
-        /// Where in the file.
-        offset: usize,
-        /// What is wrong there.
-        problem: String,
-    },
+    #[error(transparent)]
+    Igvm(#[from] IgvmError),
 }

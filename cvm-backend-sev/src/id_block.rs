@@ -1,5 +1,4 @@
-//! The ID block: what a guest's owner says that a launch is to be, signed (SEV-SNP firmware ABI specification, section 8.18,
-//! `SNP_LAUNCH_FINISH`).
+//! The ID block: what a guest's owner says that a launch is to be, signed (AMD publication 56860, `SNP_LAUNCH_FINISH`).
 
 use crate::{Error, SnpPolicy};
 use cvm_core::Measurement;
@@ -11,13 +10,13 @@ use sha2::{Digest, Sha384};
 pub const BLOCK_BYTES: usize = 0x60;
 /// Length of the signatures beside it.
 pub const AUTH_BYTES: usize = 0x1000;
-/// Length of a public key (the specification, chapter 10).
+/// Length of a public key (the same, format of a public key for ECDSA P-384).
 pub const KEY_BYTES: usize = 0x404;
-/// Length of a signature (the same).
+/// Length of a signature (the same, format of an ECDSA P-384 signature).
 pub const SIGNATURE_BYTES: usize = 0x200;
 
 /// Length of a number in keys and signatures: little endian.
-const NUMBER_BYTES: usize = 72;
+pub(crate) const NUMBER_BYTES: usize = 72;
 /// Length of the numbers of P-384.
 const P384_BYTES: usize = 48;
 /// `CURVE` of P-384, and the algorithm ECDSA P-384 with SHA-384.
@@ -27,10 +26,10 @@ const ECDSA_P384_SHA384: u32 = 1;
 const VERSION: u32 = 1;
 
 // Offsets in the signatures' page.
-const BLOCK_SIGNATURE: usize = 0x40;
-const ID_KEY: usize = 0x240;
-const KEY_SIGNATURE: usize = 0x680;
-const AUTHOR_KEY: usize = 0x880;
+pub(crate) const BLOCK_SIGNATURE: usize = 0x40;
+pub(crate) const ID_KEY: usize = 0x240;
+pub(crate) const KEY_SIGNATURE: usize = 0x680;
+pub(crate) const AUTHOR_KEY: usize = 0x880;
 
 fn refuse(problem: &'static str) -> Error {
     Error::IdBlock { problem }
@@ -216,6 +215,11 @@ impl IdAuth {
         Self(Box::new(*bytes))
     }
 
+    /// Whether it has a signature of the author of the image's key.
+    pub fn has_author(&self) -> bool {
+        number(&self.0[..], 4) != 0
+    }
+
     /// As the firmware takes it.
     pub fn as_bytes(&self) -> &[u8; AUTH_BYTES] {
         &self.0
@@ -251,4 +255,4 @@ impl std::fmt::Debug for IdAuth {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -3,7 +3,7 @@
 use crate::Error;
 
 bitflags::bitflags! {
-    /// The bits of an SEV-SNP guest policy (SEV-SNP firmware ABI specification, section 4.3).
+    /// The bits of an SEV-SNP guest policy (AMD publication 56860, section 4.3).
     #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
     pub struct SnpFlags: u64 {
         /// Simultaneous multithreading may be on.
@@ -64,7 +64,7 @@ impl SnpPolicy {
 }
 
 bitflags::bitflags! {
-    /// The bits of an SEV guest policy (Secure Encrypted Virtualization API, chapter 3).
+    /// The bits of an SEV guest policy (AMD publication 55766, guest policy).
     #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
     pub struct SevFlags: u32 {
         /// The host must not debug the guest.

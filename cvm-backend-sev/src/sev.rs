@@ -6,7 +6,7 @@ use crate::{Error, KernelHashes, SevPolicy};
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
 
-/// What a launch has loaded, as SHA-256 over all of it in the order of loading (Secure Encrypted Virtualization API,
+/// What a launch has loaded, as SHA-256 over all of it in the order of loading (AMD publication 55766,
 /// section 6.3, `LAUNCH_UPDATE_DATA`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct SevDigest(pub [u8; 32]);
@@ -49,8 +49,7 @@ pub struct Api {
 }
 
 impl SevDigest {
-    /// The launch measurement that a guest's owner compares (Secure Encrypted Virtualization API, section 6.5,
-    /// `LAUNCH_MEASURE`): an HMAC-SHA-256, by the transport integrity key, of the byte 4, the version of the firmware, the
+    /// The launch measurement that a guest's owner compares (AMD publication 55766, `LAUNCH_MEASURE`): an HMAC-SHA-256, by the transport integrity key, of the byte 4, the version of the firmware, the
     /// policy, the digest, and the nonce that the firmware gives with it.
     pub fn measurement(&self, api: Api, policy: SevPolicy, nonce: &[u8; 16], integrity_key: &[u8; 16]) -> [u8; 32] {
         self.hmac(api, policy, nonce, integrity_key).finalize().into_bytes().into()

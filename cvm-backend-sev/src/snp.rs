@@ -77,7 +77,7 @@ pub fn of_transcript(transcript: &Transcript, features: SevFeatures) -> Measurem
     digest.measurement()
 }
 
-fn page_type(kind: PageKind) -> PageType {
+pub(crate) fn page_type(kind: PageKind) -> PageType {
     match kind {
         PageKind::Measured => PageType::Normal,
         PageKind::Zero => PageType::Zero,

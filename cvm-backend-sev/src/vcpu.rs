@@ -4,8 +4,8 @@ use crate::Error;
 use std::fmt;
 use std::str::FromStr;
 
-/// What CPUID leaf 1 has in EAX, and a vCPU after reset in EDX: family, model and stepping (AMD64 APM volume 3,
-/// appendix E.3.2).
+/// What CPUID leaf 1 has in EAX, and a vCPU after reset in EDX: family, model and stepping (AMD64 APM volume 3, CPUID
+/// Fn0000_0001_EAX).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct CpuSignature(pub u32);
 

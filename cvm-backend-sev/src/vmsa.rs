@@ -85,7 +85,75 @@ mod at {
     pub const X87_FCW: usize = 0x410;
 }
 
-// Registers that a reset gives other values than zero (AMD64 APM volume 2, table 14-1), and what KVM adds to them: EFER.SVME
+/// The save area's fields with their offsets, in order, for messages (the same).
+pub(crate) const FIELDS: [(usize, &str); 63] = [
+    (at::ES, "es"),
+    (at::CS, "cs"),
+    (at::SS, "ss"),
+    (at::DS, "ds"),
+    (at::FS, "fs"),
+    (at::GS, "gs"),
+    (at::GDTR, "gdtr"),
+    (at::LDTR, "ldtr"),
+    (at::IDTR, "idtr"),
+    (at::TR, "tr"),
+    (0x0a0, "shadow stack pointer of a ring"),
+    (0x0c0, "u_cet"),
+    (0x0c8, RESERVED),
+    (0x0ca, "vmpl"),
+    (0x0cb, "cpl"),
+    (0x0cc, RESERVED),
+    (at::EFER, "efer"),
+    (0x0d8, RESERVED),
+    (0x140, "xss"),
+    (at::CR4, "cr4"),
+    (at::CR3, "cr3"),
+    (at::CR0, "cr0"),
+    (at::DR7, "dr7"),
+    (at::DR6, "dr6"),
+    (at::RFLAGS, "rflags"),
+    (at::RIP, "rip"),
+    (0x180, "dr0 to dr3"),
+    (0x1a0, "masks of dr0 to dr3"),
+    (0x1c0, RESERVED),
+    (at::RSP, "rsp"),
+    (0x1e0, "s_cet"),
+    (0x1e8, "ssp"),
+    (0x1f0, "isst_addr"),
+    (0x1f8, "rax"),
+    (0x200, "star, lstar, cstar or sfmask"),
+    (0x220, "kernel_gs_base"),
+    (0x228, "sysenter register"),
+    (0x240, "cr2"),
+    (0x248, RESERVED),
+    (at::G_PAT, "g_pat"),
+    (0x270, "dbgctl"),
+    (0x278, "record of a branch"),
+    (0x298, RESERVED),
+    (0x2e0, "spec_ctrl"),
+    (0x2e8, RESERVED),
+    (0x308, "rcx"),
+    (at::RDX, "rdx"),
+    (0x318, "rbx"),
+    (0x320, RESERVED),
+    (0x328, "rbp"),
+    (at::RSI, "rsi"),
+    (at::RDI, "rdi"),
+    (0x340, "r8 to r15"),
+    (0x380, RESERVED),
+    (0x390, "guest exit field"),
+    (at::SEV_FEATURES, "sev_features"),
+    (0x3b8, "vintr_ctrl"),
+    (0x3c0, "guest_error_code"),
+    (0x3c8, "virtual_tom"),
+    (0x3d0, "field of the processor's own"),
+    (at::XCR0, "xcr0"),
+    (0x3f0, "x87 or sse state"),
+    (0x670, RESERVED),
+];
+const RESERVED: &str = "reserved field";
+
+// Registers that a reset gives other values than zero (AMD64 APM volume 2, initial processor state), and what KVM adds to them: EFER.SVME
 // and CR4.MCE.
 const EFER_SVME: u64 = 1 << 12;
 const CR4_MCE: u64 = 1 << 6;
@@ -103,7 +171,7 @@ const CR0_PE_MP_NE_WP_PG: u64 = 1 | 1 << 1 | 1 << 5 | 1 << 16 | 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
 
-/// A segment register: selector, attributes (AMD64 APM volume 2, section 15.5.1), limit and base.
+/// A segment register: selector, attributes (AMD64 APM volume 2, `VMRUN`), limit and base.
 type Segment = (u16, u16, u32, u64);
 
 /// A VM save area.
@@ -208,6 +276,29 @@ impl Vmsa {
     }
 }
 
+fn number(page: &[u8; PAGE_SIZE as usize], place: usize) -> u64 {
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&page[place..place + 8]);
+    u64::from_le_bytes(bytes)
+}
+
+/// What is active in the guest with this save area.
+pub(crate) fn features(page: &[u8; PAGE_SIZE as usize]) -> u64 {
+    number(page, at::SEV_FEATURES)
+}
+
+/// The state that [`Vmsa::long_mode`] made this save area of, if that is where it is from.
+pub(crate) fn long_mode_state(page: &[u8; PAGE_SIZE as usize]) -> VcpuState {
+    let number = |place| number(page, place);
+    VcpuState {
+        rip: number(at::RIP),
+        rsp: number(at::RSP),
+        rdi: number(at::RDI),
+        rsi: number(at::RSI),
+        cr3: number(at::CR3),
+    }
+}
+
 impl fmt::Debug for Vmsa {
     /// What is not zero in it, by eight bytes.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -222,7 +313,7 @@ mod tests {
     use super::*;
 
     fn number(vmsa: &Vmsa, place: usize) -> u64 {
-        u64::from_le_bytes(vmsa.0[place..place + 8].try_into().unwrap())
+        super::number(&vmsa.0, place)
     }
 
     #[test]

@@ -8,6 +8,12 @@
 //!
 //! Each step consumes the one before, so that a VM which is not sealed cannot run and one that is sealed cannot be
 //! loaded. When a backend's step fails, the launch is over. Dropping a [`Launch`] leaves nothing of the VM.
+//!
+//! What a launch will be measured as can be known before, see [`Rehearsal`].
+
+mod rehearsal;
+
+pub use rehearsal::{Never, Rehearsal};
 
 use crate::boot::{self, BootPage, Interface, MemoryRange};
 use crate::doorbell::{Doorbell, Transport};
@@ -345,7 +351,7 @@ impl<L: Loader> Launch<L> {
         Ok(())
     }
 
-    fn submit(&mut self, range: GpaRange, contents: &[u8], kind: PageKind) -> Result<(), Error> {
+    pub(crate) fn submit(&mut self, range: GpaRange, contents: &[u8], kind: PageKind) -> Result<(), Error> {
         self.claim(range)?;
         for part in self.memory.split(range)? {
             // A zero page has no contents, so there is nothing to cut then.
@@ -532,18 +538,23 @@ impl<L: Loader> Launch<L> {
         Ok(())
     }
 
-    /// Ends the launch: from here on the guest runs, and nothing more can be loaded.
-    ///
-    /// # Errors
-    /// [`Error::VcpuState`] if a vCPU has no state, [`Error::LaunchFailed`], [`Error::Backend`].
-    pub fn seal(mut self) -> Result<L::Vm, Error> {
+    /// Makes sure that nothing lacks.
+    fn complete(&mut self) -> Result<(), Error> {
         if self.failed {
             return Err(Error::LaunchFailed);
         }
         if let Some(vcpu) = self.vcpus.iter().position(|set| !set) {
             return Err(Error::VcpuState { vcpu: vcpu as u32, problem: "it has no state to start from" });
         }
-        self.fill()?;
+        self.fill()
+    }
+
+    /// Ends the launch: from here on the guest runs, and nothing more can be loaded.
+    ///
+    /// # Errors
+    /// [`Error::VcpuState`] if a vCPU has no state, [`Error::LaunchFailed`], [`Error::Backend`].
+    pub fn seal(mut self) -> Result<L::Vm, Error> {
+        self.complete()?;
         let sealed = self.loader.seal(self.transcript);
         sealed.map_err(|source| Error::Backend { step: "seal the vm", range: None, source })
     }

@@ -26,6 +26,8 @@ pub mod side;
 #[cfg(feature = "std")]
 mod error;
 #[cfg(feature = "std")]
+pub mod igvm;
+#[cfg(feature = "std")]
 pub mod image;
 #[cfg(feature = "std")]
 pub mod interrupt;

@@ -29,10 +29,18 @@ const FEATURES: [&str; 2] = ["0x1", "0x21"];
 /// Fetches the Python package sev-snp-measure and Debian's OVMF images, once, and compares what is computed for each of them,
 /// for numbers and models of vCPUs, VMMs and kernels; refusals too.
 #[derive(Args)]
-pub struct MeasureMatrix {}
+pub struct MeasureMatrix {
+    /// Compare all cases, which takes minutes, and not each seventh
+    #[arg(long)]
+    full: bool,
+}
+
+/// How many cases are passed over for one that is compared: no number of values of anything is a multiple of this, so all come
+/// up with each other.
+const STEP: usize = 7;
 
 impl MeasureMatrix {
-    /// Compares all cases; fails if one differs.
+    /// Compares the cases; fails if one differs.
     pub fn run(&self) -> Result<ExitCode> {
         let directory = workspace::cache().join("measure-matrix");
         let write = || {
@@ -42,7 +50,10 @@ impl MeasureMatrix {
         };
         write().context(|| format!("writing to {}", directory.display()))?;
         let python = python(&directory)?;
-        let cases = cases(&firmware(&directory)?, &directory);
+        let mut cases = cases(&firmware(&directory)?, &directory);
+        if !self.full {
+            cases = cases.into_iter().step_by(STEP).collect();
+        }
         let expected = reference(&python, &cases)?;
         let program = program()?;
         let mut different = 0;

@@ -131,6 +131,8 @@ const TARGETS: &[Target] = &[
     // The launch digest of SEV-SNP, to SHA-384 of the same bytes on as many threads.
     to_floor("measure snp, one thread", "measure/snp/1", 1.1),
     to_floor("measure snp, two threads", "measure/snp/2", 1.1),
+    to_floor_reported("launch by pages, above their hashes", "measure/launch/pages"),
+    to_floor_reported("launch at once, above their hashes", "measure/launch/image"),
     to_floor_reported("convert on two threads, an engine each", "convert/apart/threads"),
     // An exit, to one by the bare ioctl; where a process of its own holds the vCPU, to one where this process does.
     report("exit, none", "none/exit", "raw/exit"),

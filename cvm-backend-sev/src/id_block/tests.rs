@@ -48,7 +48,7 @@ fn block() -> IdBlock {
     IdBlock { digest, family: [0; 16], image: [0; 16], svn: 0, policy }
 }
 
-fn keys() -> (PrivateKey, PrivateKey) {
+pub(crate) fn keys() -> (PrivateKey, PrivateKey) {
     (PrivateKey::from_pem(ID).unwrap(), PrivateKey::from_pem(AUTHOR).unwrap())
 }
 
@@ -72,6 +72,46 @@ fn signatures_of_the_other_implementation_are_right() {
     }
     assert_ne!(theirs, IdAuth::sign(&block(), &id, Some(&author)));
     assert_eq!(theirs.verify(&block()).unwrap(), (id.public(), Some(author.public())));
+}
+
+/// What `snpguest` 0.11.0 makes of keys in its folder: the numbers 1 to 48 and 2 to 49, and two whose public keys have a number
+/// that is shorter by a byte. For each, with another as its author's:
+///
+/// ```text
+/// snpguest generate key-digest KEY.pem -d KEY.digest
+/// snpguest generate id-block KEY.pem AUTHOR.pem 0x000102..2f -f 000102..0f -m f0f1f2..ff -s 7 -p 0xb0137 -i BLOCK -a AUTH
+/// base64 -d BLOCK > block; base64 -d AUTH > KEY.auth
+/// ```
+macro_rules! snpguest {
+    ($($key:literal),*) => {
+        [$((
+            include_str!(concat!("snpguest/", $key, ".pem")),
+            include_str!(concat!("snpguest/", $key, ".digest")),
+            include_bytes!(concat!("snpguest/", $key, ".auth")),
+        )),*]
+    };
+}
+
+#[test]
+fn blocks_and_key_digests_are_those_of_snpguest_byte_for_byte_and_its_signatures_are_right() {
+    let all = snpguest!("numbers-1", "numbers-2", "short-x", "short-y");
+    let keys = all.map(|(pem, ..)| PrivateKey::from_pem(pem).unwrap());
+    let family = std::array::from_fn(|index| index as u8);
+    let image = std::array::from_fn(|index| 0xf0 + index as u8);
+    let block = IdBlock { family, image, svn: 7, policy: SnpPolicy::from_bits(0xb_0137).unwrap(), ..block() };
+    assert_eq!(&block.to_bytes(), include_bytes!("snpguest/block"));
+    for (index, (_, digest, auth)) in all.into_iter().enumerate() {
+        // The first two sign for each other, and so do the others.
+        let (id, author) = (&keys[index], &keys[index ^ 1]);
+        assert_eq!(id.public().digest().to_vec(), bytes(digest));
+        let mut ours = IdAuth::sign(&block, id, Some(author));
+        // Its signatures are random.
+        for at in [BLOCK_SIGNATURE, KEY_SIGNATURE] {
+            ours.put(at, &auth[at..at + 2 * NUMBER_BYTES]);
+        }
+        assert_eq!(ours.as_bytes(), auth);
+        assert_eq!(ours.verify(&block).unwrap(), (id.public(), Some(author.public())));
+    }
 }
 
 #[test]

@@ -2,8 +2,7 @@ use super::*;
 use crate::boot::Exits;
 use crate::interrupt::Guarding;
 use crate::memory::{Allocated, Conversion, ConversionListener, ConversionRequest, ConversionTotals, SharedMemory};
-use crate::x86::Register;
-use crate::{Event, Exit, Kick, Lifecycle, LifecycleAnswer, RegisterRead, Vcpu, Vm};
+use crate::{Lifecycle, LifecycleAnswer, Vm};
 use proptest::prelude::*;
 use std::sync::Arc;
 use zerocopy::FromBytes;
@@ -45,41 +44,10 @@ impl Loader for Keeper {
     }
 }
 
-/// Never runs: a launch only needs its type.
-#[derive(Debug)]
-enum NoVcpu {}
-
-impl Vcpu for NoVcpu {
-    fn index(&self) -> u32 {
-        match *self {}
-    }
-    fn run(&mut self) -> Result<Exit, Error> {
-        match *self {}
-    }
-    fn answer_read(&mut self, _: u64) -> Result<(), Error> {
-        match *self {}
-    }
-    fn answer_conversion(&mut self, _: Conversion) -> Result<(), Error> {
-        match *self {}
-    }
-    fn refuse_conversion(&mut self) -> Result<(), Error> {
-        match *self {}
-    }
-    fn register(&self, _: Register) -> Result<RegisterRead, Error> {
-        match *self {}
-    }
-    fn inject(&mut self, _: Event) -> Result<(), Error> {
-        match *self {}
-    }
-    fn kicker(&self) -> Arc<dyn Kick> {
-        match *self {}
-    }
-}
-
 impl Vm for Kept {
-    type Vcpu = NoVcpu;
+    type Vcpu = Never;
 
-    fn take_vcpus(&mut self) -> Vec<NoVcpu> {
+    fn take_vcpus(&mut self) -> Vec<Never> {
         Vec::new()
     }
     fn memory(&self) -> &SharedMemory {

@@ -1,0 +1,68 @@
+use super::{Asids, CpuidCorrection};
+use crate::FirmwareError;
+use cvm_core::{GpaRange, Protection};
+use std::io;
+use std::path::PathBuf;
+
+/// What can go wrong between this backend and the host.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The device by which commands reach the firmware cannot be opened.
+    #[error("failed to open {}: {remedy}", path.display())]
+    Open {
+        /// The device.
+        path: PathBuf,
+        /// What to do about it.
+        remedy: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The host does not offer a protection.
+    #[error("{protection} is not offered here: {what}")]
+    NotOffered {
+        /// The protection.
+        protection: Protection,
+        /// What lacks.
+        what: String,
+    },
+    /// The options of a launch make no sense, or this host cannot fulfil them.
+    #[error("the options are refused: {0}")]
+    Options(String),
+    /// A command of the launch failed.
+    #[error("failed to {step}{}{}", range.map(|range| format!(" at {range}")).unwrap_or_default(),
+        firmware.map(|firmware| format!(": the firmware says {firmware}")).unwrap_or_default())]
+    Command {
+        /// What it was to do.
+        step: &'static str,
+        /// To which pages: the first is the one that it failed at.
+        range: Option<GpaRange>,
+        /// What the firmware says, if it was asked.
+        firmware: Option<FirmwareError>,
+        /// What the kernel says.
+        source: io::Error,
+    },
+    /// Every address space identifier is taken, so that the host can have no more guests of this kind.
+    #[error("no more guests of {protection}: {asids}")]
+    Exhausted {
+        /// The kind.
+        protection: Protection,
+        /// How many identifiers there are for it, and how many are free.
+        asids: Asids,
+        /// What the kernel says.
+        source: io::Error,
+    },
+    /// The firmware does not vouch for what the vCPUs are said to be, and nobody agreed to what it does vouch for.
+    #[error("the firmware corrects the page of cpuid leaves: {}", list(corrections))]
+    CpuidCorrected {
+        /// What it would have instead.
+        corrections: Vec<CpuidCorrection>,
+    },
+    /// What plain KVM has too failed.
+    #[error(transparent)]
+    Kvm(#[from] cvm_backend_kvm::Error),
+}
+
+fn list(corrections: &[CpuidCorrection]) -> String {
+    corrections.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}

@@ -1,0 +1,25 @@
+//! AMD SEV, SEV-ES and SEV-SNP guests on Linux with KVM.
+//!
+//! [`SevPlatform`] launches them through the contract of `cvm-core`; what is particular to a launch is in [`SnpOptions`].
+//! [`Resources`] says how many such guests the host can have.
+//!
+//! Upstream KVM has neither restricted nor alternate injection: the host can inject whatever it likes, whenever the guest
+//! has interrupts on. The interrupt guard is this library's, so it protects from device models, not from a host; a guest has
+//! to be written for interrupts that come without reason.
+
+mod certificates;
+mod command;
+mod cpuid;
+mod error;
+mod exits;
+mod options;
+mod platform;
+mod probe;
+mod resources;
+mod snp;
+
+pub use cpuid::CpuidCorrection;
+pub use error::Error;
+pub use options::SnpOptions;
+pub use platform::{SevLoader, SevPlatform};
+pub use resources::{Asids, Resources};
