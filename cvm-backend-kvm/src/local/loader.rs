@@ -104,6 +104,7 @@ impl Loader for LocalLoader {
         match (&self.memory, &self.staging, self.vcpus.first_mut()) {
             (GuestMemory::Files(memory), ..) => Ok(memory.write_private(range, contents)?),
             (GuestMemory::Gmem(_), Some(staging), Some(vcpu)) => staging.load(vcpu, range, contents),
+            (GuestMemory::Pinned(memory), ..) => Ok(memory.write(range, contents)?),
             (GuestMemory::Gmem(_), ..) => Err("there is nothing to load by".into()),
         }
     }

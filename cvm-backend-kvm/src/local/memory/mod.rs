@@ -1,15 +1,17 @@
-//! A VM's memory, of either kind that KVM has for it.
+//! A VM's memory, of any kind that KVM has for it.
 
 mod backing;
 mod files;
 mod gmem;
 mod layout;
+mod pinned;
 mod window;
 
 pub(crate) use backing::Backing;
 pub(crate) use files::FilesMemory;
 pub(crate) use gmem::GmemMemory;
 pub(crate) use layout::Layout;
+pub(crate) use pinned::PinnedMemory;
 pub(crate) use window::Window;
 
 use cvm_core::memory::{Allocated, ConverterError, PageStateMap, SharedMemory, Sides};
@@ -25,6 +27,8 @@ pub(crate) enum GuestMemory {
     Files(FilesMemory),
     /// Private memory that no process can map.
     Gmem(GmemMemory),
+    /// One file for both sides, pinned.
+    Pinned(PinnedMemory),
 }
 
 impl GuestMemory {
@@ -33,6 +37,7 @@ impl GuestMemory {
         match self {
             Self::Files(memory) => shared_view(memory.shared(), memory.layout()),
             Self::Gmem(memory) => shared_view(memory.shared(), memory.layout()),
+            Self::Pinned(memory) => shared_view(memory.backing(), memory.layout()),
         }
     }
 
@@ -40,6 +45,7 @@ impl GuestMemory {
         match self {
             Self::Files(memory) => memory.allocated(),
             Self::Gmem(memory) => memory.allocated(),
+            Self::Pinned(memory) => memory.allocated(),
         }
     }
 }
@@ -60,6 +66,7 @@ impl Sides for GuestMemory {
         match self {
             Self::Files(memory) => memory.show(range, side),
             Self::Gmem(memory) => memory.show(range, side),
+            Self::Pinned(memory) => memory.show(range, side),
         }
     }
 
@@ -67,6 +74,7 @@ impl Sides for GuestMemory {
         match self {
             Self::Files(memory) => memory.discard(range, losing),
             Self::Gmem(memory) => memory.discard(range, losing),
+            Self::Pinned(memory) => memory.discard(range, losing),
         }
     }
 
@@ -74,6 +82,7 @@ impl Sides for GuestMemory {
         match self {
             Self::Files(memory) => memory.poison(range),
             Self::Gmem(memory) => memory.poison(range),
+            Self::Pinned(memory) => memory.poison(range),
         }
     }
 
@@ -81,6 +90,7 @@ impl Sides for GuestMemory {
         match self {
             Self::Files(memory) => memory.most_runs(),
             Self::Gmem(memory) => memory.most_runs(),
+            Self::Pinned(memory) => memory.most_runs(),
         }
     }
 }
