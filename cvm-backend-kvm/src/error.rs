@@ -40,6 +40,9 @@ pub enum Error {
         /// Its answer.
         source: io::Error,
     },
+    /// Memory cannot be laid out like this.
+    #[error("failed to lay out memory")]
+    Layout(#[source] cvm_core::Error),
     /// A call about guest memory failed.
     #[error("failed to {step} {range}")]
     Memory {

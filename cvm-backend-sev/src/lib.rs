@@ -11,17 +11,21 @@
 //! | [`id_block`] | what a launch is to be, signed by the guest's owner |
 //! | [`vmsa`], [`vcpu`] | the initial state of vCPUs, and the processors that they are |
 //! | [`policy`] | what a guest's owner allows |
+//! | [`firmware`] | what the secure processor answers |
+//! | `kvm` | launching and running such guests on Linux with KVM, on x86-64 |
 //!
-//! It is arithmetic on bytes, for every operating system and architecture: who checks evidence needs no AMD processor.
-
-#![forbid(unsafe_code)]
+//! All but the last is arithmetic on bytes, for every operating system and architecture: who checks evidence needs no AMD
+//! processor.
 
 pub mod digest;
 mod error;
+pub mod firmware;
 mod guid;
 pub mod id_block;
 pub mod igvm;
 pub mod kernel;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub mod kvm;
 pub mod ovmf;
 pub mod owner;
 pub mod policy;
@@ -32,6 +36,7 @@ pub mod vmsa;
 
 pub use digest::{LaunchDigest, PageType};
 pub use error::Error;
+pub use firmware::FirmwareError;
 pub use id_block::{IdAuth, IdBlock};
 pub use igvm::Igvm;
 pub use kernel::KernelHashes;

@@ -32,14 +32,15 @@ struct Slot {
     window: Window,
 }
 
-/// The memory of one VM, in slots.
+/// Memory of a VM whose guest decides, access by access, what the processor encrypts: both sides are one page, which stays
+/// where it is.
 #[derive(Debug)]
-pub(crate) struct PinnedMemory {
-    backing: Backing,
+pub struct PinnedMemory {
+    file: Backing,
     layout: Layout,
     slots: Vec<Slot>,
     /// How many bytes are on the shared side.
-    shared: AtomicU64,
+    shared_bytes: AtomicU64,
 }
 
 impl PinnedMemory {
@@ -51,7 +52,7 @@ impl PinnedMemory {
             window.show(range, &backing, offset).map_err(Error::memory("map", range))?;
             slots.push(Slot { range, window });
         }
-        Ok(Self { backing, layout, slots, shared: AtomicU64::new(0) })
+        Ok(Self { file: backing, layout, slots, shared_bytes: AtomicU64::new(0) })
     }
 
     /// Makes the windows the memory of `vm`, and pins what is behind them. The vCPUs of `vm` must keep this memory alive.
@@ -80,8 +81,8 @@ impl PinnedMemory {
         })
     }
 
-    pub(super) fn backing(&self) -> &Backing {
-        &self.backing
+    pub(super) fn shared(&self) -> &Backing {
+        &self.file
     }
 
     pub(super) fn layout(&self) -> &Layout {
@@ -89,21 +90,27 @@ impl PinnedMemory {
     }
 
     /// Where `range`, which must lie in one slot, is in this process. For the kernel: this process never reads or writes there.
-    pub(crate) fn address(&self, range: GpaRange) -> Result<u64, Error> {
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if it does not.
+    pub fn address(&self, range: GpaRange) -> Result<u64, Error> {
         let slot = self.slot(range).map_err(Error::memory("find", range))?;
         Ok(slot.window.address() + (range.start().0 - slot.range.start().0))
     }
 
-    /// Writes as the host does, before there is a guest.
-    pub(crate) fn write(&self, range: GpaRange, contents: &[u8]) -> Result<(), Error> {
+    /// Writes as the host does, without encryption, before there is a guest.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if `range` does not lie in one slot, or the host has no memory.
+    pub fn write(&self, range: GpaRange, contents: &[u8]) -> Result<(), Error> {
         let offset = self.layout.offset(range).ok_or(Errno::FAULT).map_err(Error::memory("find", range))?;
-        self.backing.file().write_all_at(contents, offset).map_err(Error::memory("write", range))
+        self.file.file().write_all_at(contents, offset).map_err(Error::memory("write", range))
     }
 
     pub(super) fn allocated(&self) -> io::Result<Allocated> {
         // What is pinned is all there, so nobody but the side of a page decides what it counts as.
-        let shared = self.shared.load(Ordering::Relaxed);
-        Ok(Allocated { private: Some(self.backing.allocated()?.saturating_sub(shared)), shared })
+        let shared = self.shared_bytes.load(Ordering::Relaxed);
+        Ok(Allocated { private: Some(self.file.allocated()?.saturating_sub(shared)), shared })
     }
 
     fn slot(&self, range: GpaRange) -> Result<&Slot, Errno> {
@@ -116,7 +123,7 @@ impl PinnedMemory {
         let offset = self.layout.offset(range).ok_or(Errno::FAULT).map_err(Error::memory("find", range))?;
         let clear = |done: u64| {
             let len = (range.len() - done).min(ZEROS.len() as u64) as usize;
-            self.backing.file().write_all_at(&ZEROS[..len], offset + done)
+            self.file.file().write_all_at(&ZEROS[..len], offset + done)
         };
         (0..range.len()).step_by(ZEROS.len()).try_for_each(clear).map_err(Error::memory("clear", range))
     }
@@ -134,8 +141,8 @@ impl Sides for PinnedMemory {
             source: error.into(),
         })?;
         match side {
-            Side::Private => self.shared.fetch_sub(range.len(), Ordering::Relaxed),
-            Side::Shared => self.shared.fetch_add(range.len(), Ordering::Relaxed),
+            Side::Private => self.shared_bytes.fetch_sub(range.len(), Ordering::Relaxed),
+            Side::Shared => self.shared_bytes.fetch_add(range.len(), Ordering::Relaxed),
         };
         Ok(())
     }
@@ -178,7 +185,7 @@ mod tests {
     }
 
     fn engine(memory: PinnedMemory) -> ConversionEngine<PinnedMemory> {
-        let view = super::super::shared_view(memory.backing(), memory.layout()).unwrap();
+        let view = super::super::shared_view(memory.shared(), memory.layout()).unwrap();
         ConversionEngine::new(memory, view)
     }
 
