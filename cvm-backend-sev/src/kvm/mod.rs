@@ -9,5 +9,5 @@ mod sev;
 
 pub use device::PlatformKeys;
 pub use error::Error;
-pub use platform::SevPlatform;
-pub use sev::{Session, SevLoader, SevOptions};
+pub use platform::{SevLoader, SevPlatform};
+pub use sev::{InPlaceLoader, Session, SevOptions};

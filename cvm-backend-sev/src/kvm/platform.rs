@@ -1,4 +1,7 @@
-use super::sev::{self, SevLoader, SevOptions};
+use super::sev::{self, InPlaceLoader, SevOptions};
+
+/// Loads.
+pub type SevLoader = InPlaceLoader;
 use super::{Error, PlatformKeys, device};
 use cvm_backend_kvm::backend::Host;
 use cvm_core::platform::{Offer, Platform, Powers, TrustModel};
@@ -27,7 +30,7 @@ impl SevPlatform {
     }
 
     /// With options.
-    pub fn with_sev_options(self, sev: SevOptions) -> Self {
+    pub fn with_sev(self, sev: SevOptions) -> Self {
         Self { sev, ..self }
     }
 
@@ -55,7 +58,7 @@ impl Platform for SevPlatform {
         self.host.check(&config, Policy::empty())?;
         let es = self.protection == Protection::SevEs;
         let interface = sev::interface(es, &config, 51)?;
-        let loader = SevLoader::new(
+        let loader = InPlaceLoader::new(
             &self.host,
             Arc::clone(&self.device),
             es,

@@ -39,6 +39,9 @@ const MOST_AT_ONCE: u64 = 2 << 20;
 /// `SEV_FW_BLOB_MAX_SIZE`).
 pub(super) const MOST_BLOB: usize = 0x4000;
 
+/// Machine checks are on (AMD64 APM volume 2, section 3.1.3).
+const CR4_MCE: u64 = 1 << 6;
+
 /// What the guest's owner has made for one launch on this platform.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Session {
@@ -142,6 +145,18 @@ impl Encrypted {
         Ok(Self { machine: Machine::new(host, vm, memory, config, transport)?, commands, es })
     }
 
+    /// Switches on in all vCPUs what KVM switches on by itself where its own kernel has it, so that the measurement is the
+    /// same on every host.
+    fn set_machine_checks(&mut self) -> Result<(), Error> {
+        let kvm = |step| move |error: kvm_ioctls::Error| KvmError::Kvm { step, source: error.into() };
+        for vcpu in self.machine.vcpus() {
+            let mut registers = vcpu.get_sregs().map_err(kvm("read the system registers"))?;
+            registers.cr4 |= CR4_MCE;
+            vcpu.set_sregs(&registers).map_err(kvm("set the system registers"))?;
+        }
+        Ok(())
+    }
+
     pub(super) fn memory(&self) -> Result<&PinnedMemory, BoxError> {
         self.machine.memory().as_pinned().ok_or_else(|| "the memory is not pinned".into())
     }
@@ -164,14 +179,14 @@ struct Answer {
 
 /// Loads an SEV or SEV-ES guest.
 #[derive(Debug)]
-pub struct SevLoader {
+pub struct InPlaceLoader {
     made: Encrypted,
     options: SevOptions,
     policy: SevPolicy,
     digest: Running,
 }
 
-impl SevLoader {
+impl InPlaceLoader {
     /// Starts a launch.
     pub(super) fn new(
         host: &Host,
@@ -249,7 +264,7 @@ impl SevLoader {
     }
 }
 
-impl Loader for SevLoader {
+impl Loader for InPlaceLoader {
     type Vm = LocalVm;
 
     fn load(&mut self, range: GpaRange, contents: &[u8], kind: PageKind) -> Result<(), BoxError> {
@@ -270,9 +285,10 @@ impl Loader for SevLoader {
         Ok(())
     }
 
-    fn seal(self, transcript: Transcript) -> Result<LocalVm, BoxError> {
+    fn seal(mut self, transcript: Transcript) -> Result<LocalVm, BoxError> {
         self.made.machine.set_states()?;
         if self.made.es {
+            self.made.set_machine_checks()?;
             self.made.commands.give(Command::LaunchUpdateVmsa)?;
         }
         let launch = self.measure()?;
