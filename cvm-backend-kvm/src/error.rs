@@ -40,6 +40,9 @@ pub enum Error {
         /// Its answer.
         source: io::Error,
     },
+    /// Memory cannot be laid out like this.
+    #[error("failed to lay out memory")]
+    Layout(#[source] cvm_core::Error),
     /// A call about guest memory failed.
     #[error("failed to {step} {range}")]
     Memory {
@@ -56,6 +59,17 @@ pub enum Error {
         /// What it was to do.
         step: &'static str,
         /// For how much memory.
+        bytes: u64,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Memory cannot be pinned: the kernel counts it against a limit of this process.
+    #[error(
+        "failed to pin {bytes} bytes: raise the limit of locked memory above that (ulimit -l, LimitMEMLOCK=), or give \
+         CAP_IPC_LOCK"
+    )]
+    Pin {
+        /// How much memory the VM has.
         bytes: u64,
         /// The kernel's answer.
         source: io::Error,

@@ -1,7 +1,11 @@
 //! The host's KVM and what it can do.
 
 use crate::Error;
+use crate::local::apic_lacks;
 use crate::policy::Facts;
+use cvm_core::launch::VmConfig;
+use cvm_core::{Error as CoreError, InterruptController, Policy};
+use kvm_bindings::{CpuId, KVM_CAP_VM_TYPES, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm};
 use std::ffi::CString;
 use std::fs::{self, OpenOptions};
@@ -14,7 +18,7 @@ use std::path::Path;
 pub(crate) const HC_MAP_GPA_RANGE: u32 = 12;
 
 /// What the kernel says in one of its files, without its line end; nothing where there is no such file.
-pub(crate) fn setting(path: &str) -> Option<String> {
+pub fn setting(path: &str) -> Option<String> {
     Some(fs::read_to_string(path).ok()?.trim_end().to_owned())
 }
 
@@ -30,7 +34,7 @@ pub(crate) fn most_runs() -> u64 {
 /// An opened KVM device, and what the kernel's files say of the host: nothing is opened later, so that a process which
 /// has this can give up the right to open files.
 #[derive(Debug)]
-pub(crate) struct Host {
+pub struct Host {
     pub(crate) kvm: Kvm,
     /// What decides about policies.
     pub(crate) facts: Facts,
@@ -40,7 +44,10 @@ pub(crate) struct Host {
 
 impl Host {
     /// Opens `path`, which is usually `/dev/kvm`.
-    pub(crate) fn open(path: &Path) -> Result<Self, Error> {
+    ///
+    /// # Errors
+    /// [`Error::Open`], [`Error::ApiVersion`].
+    pub fn open(path: &Path) -> Result<Self, Error> {
         let fail = |source: io::Error| {
             let remedy = match source.kind() {
                 ErrorKind::NotFound => {
@@ -60,6 +67,46 @@ impl Host {
             12 => Ok(Self { facts: Facts::of(&kvm), kvm, most_runs: most_runs() }),
             version => Err(Error::ApiVersion { path: path.to_owned(), version }),
         }
+    }
+
+    /// The KVM device.
+    pub fn kvm(&self) -> &Kvm {
+        &self.kvm
+    }
+
+    /// The processor that KVM can show to guests.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`].
+    pub fn supported_cpuid(&self) -> Result<CpuId, Error> {
+        self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(Error::kvm("list cpuid leaves"))
+    }
+
+    /// Whether KVM has VMs of this type (`KVM_CAP_VM_TYPES`).
+    pub fn has_vm_type(&self, vm_type: u32) -> bool {
+        self.kvm.check_extension_raw(KVM_CAP_VM_TYPES.into()) >> vm_type & 1 == 1
+    }
+
+    /// Refuses what this host cannot do, but for those demands of the policy that are `fulfilled` whatever the host does.
+    ///
+    /// # Errors
+    /// As [`VmConfig::check`]; [`CoreError::Config`] with the reasons.
+    pub fn check(&self, config: &VmConfig, fulfilled: Policy) -> Result<(), CoreError> {
+        config.check()?;
+        let most = self.kvm.get_max_vcpus();
+        if config.vcpus as usize > most {
+            return Err(CoreError::Config(format!("{} vcpus; this kvm takes at most {most}", config.vcpus)));
+        }
+        let refusals = self.facts.refusals(config.policy - fulfilled);
+        if !refusals.is_empty() {
+            return Err(CoreError::Config(format!("the policy cannot be fulfilled: {}", refusals.join("; "))));
+        }
+        if config.interrupt_controller == InterruptController::Apic
+            && let Some(what) = apic_lacks(self)
+        {
+            return Err(CoreError::Config(format!("this kvm has no {what}: launch without interrupt controller")));
+        }
+        Ok(())
     }
 
     /// Whether the kernel says that a hypercall for conversions can be handed to user space.

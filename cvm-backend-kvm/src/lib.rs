@@ -18,6 +18,7 @@
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 compile_error!("cvm-backend-kvm needs Linux on x86-64; build `cvm` with `default-features = false` elsewhere");
 
+pub mod backend;
 mod error;
 mod handles;
 mod host;

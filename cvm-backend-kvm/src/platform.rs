@@ -1,13 +1,12 @@
 use crate::handles::{KvmLoader, LoaderOf};
 use crate::host::Host;
-use crate::local::{Backing, Isolation, LocalLoader, apic_lacks};
-use crate::policy::Holder;
+use crate::local::{Backing, Isolation, LocalLoader};
 use crate::vault::Program;
 use crate::{Error, hypercall, probe, vault};
 use cvm_core::doorbell::Transport;
 use cvm_core::launch::VmConfig;
 use cvm_core::platform::{Asset, Offer, Party, Platform, Powers, TrustModel};
-use cvm_core::{Error as CoreError, InterruptController, Launch, Protection};
+use cvm_core::{Error as CoreError, Launch, Policy, Protection};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -93,29 +92,10 @@ impl KvmPlatform {
         }
     }
 
-    /// Refuses what this host cannot do.
-    fn check(&self, config: &VmConfig, holder: Holder) -> Result<(), CoreError> {
-        config.check()?;
-        let most = self.host.kvm.get_max_vcpus();
-        if config.vcpus as usize > most {
-            return Err(CoreError::Config(format!("{} vcpus; this kvm takes at most {most}", config.vcpus)));
-        }
-        let refusals = self.host.facts.refusals(config.policy, holder);
-        if !refusals.is_empty() {
-            return Err(CoreError::Config(format!("the policy cannot be fulfilled: {}", refusals.join("; "))));
-        }
-        if config.interrupt_controller == InterruptController::Apic
-            && let Some(what) = apic_lacks(&self.host)
-        {
-            return Err(CoreError::Config(format!("this kvm has no {what}: launch without interrupt controller")));
-        }
-        Ok(())
-    }
-
     /// For the vault: the launch of a VM that this process will hold on behalf of another, whose shared side is behind
     /// `shared`. The configuration says by what transport.
     pub(crate) fn launch_in_vault(&self, config: VmConfig, shared: Backing) -> Result<Launch<LocalLoader>, CoreError> {
-        self.check(&config, Holder::Vault)?;
+        self.host.check(&config, Policy::NO_DEBUG)?;
         // The VMM has found out what works, and nobody but the guest is worse off if that is not true.
         let transport = config.transport.unwrap_or(Transport::Doorbell);
         let loader = LocalLoader::new(&self.host, self.isolation, config.clone(), transport, Some(shared));
@@ -161,11 +141,11 @@ impl Platform for KvmPlatform {
         let transport = self.transport(config.transport)?;
         let loader = match &self.vault {
             Some(program) => {
-                self.check(&config, Holder::Vault)?;
+                self.host.check(&config, Policy::NO_DEBUG)?;
                 LoaderOf::Vault(vault::launch(program, &self.device, &config, transport).map_err(create)?)
             }
             None => {
-                self.check(&config, Holder::Vmm)?;
+                self.host.check(&config, Policy::empty())?;
                 let loader = LocalLoader::new(&self.host, self.isolation, config.clone(), transport, None);
                 LoaderOf::Local(loader.map_err(create)?)
             }

@@ -6,13 +6,6 @@ use cvm_core::Policy;
 use kvm_bindings::{KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_enable_cap};
 use kvm_ioctls::{Kvm, VmFd};
 
-/// Who holds a VM's descriptors.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Holder {
-    Vmm,
-    Vault,
-}
-
 /// What decides about a policy on this host.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Facts {
@@ -46,12 +39,11 @@ impl Facts {
     }
 
     /// Why this host cannot fulfil `policy`: a reason for each demand that it cannot.
-    /// `holder` is who will hold the vCPUs.
-    pub(crate) fn refusals(&self, policy: Policy, holder: Holder) -> Vec<String> {
-        policy.iter().filter_map(|demand| self.refusal(demand, holder)).collect()
+    pub(crate) fn refusals(&self, policy: Policy) -> Vec<String> {
+        policy.iter().filter_map(|demand| self.refusal(demand)).collect()
     }
 
-    fn refusal(&self, demand: Policy, holder: Holder) -> Option<String> {
+    fn refusal(&self, demand: Policy) -> Option<String> {
         match demand {
             // Neither this library nor KVM emulates an access outside memory: local APICs never leave x2APIC mode.
             Policy::NO_MMIO => None,
@@ -70,7 +62,6 @@ impl Facts {
                 (_, Some(mode)) => Some(format!("kvm_intel.vmentry_l1d_flush is {mode}: it must be always")),
                 (_, None) => Some("the kernel does not say whether the l1d cache needs to be flushed".into()),
             },
-            Policy::NO_DEBUG if holder == Holder::Vault => None,
             Policy::NO_DEBUG => Some("whoever holds the vcpus can debug them, and that is the vmm".into()),
             unknown => Some(format!("{unknown:?} is not known here")),
         }
@@ -103,14 +94,13 @@ mod tests {
 
     #[test]
     fn a_host_that_fulfils_every_demand_refuses_only_what_the_vmm_could_undo() {
-        assert!(strict().refusals(Policy::empty(), Holder::Vmm).is_empty());
-        assert!(strict().refusals(Policy::all() - Policy::NO_DEBUG, Holder::Vmm).is_empty());
-        assert_eq!(strict().refusals(Policy::NO_DEBUG, Holder::Vmm).len(), 1);
-        assert!(strict().refusals(Policy::all(), Holder::Vault).is_empty());
+        assert!(strict().refusals(Policy::empty()).is_empty());
+        assert!(strict().refusals(Policy::all() - Policy::NO_DEBUG).is_empty());
+        assert_eq!(strict().refusals(Policy::NO_DEBUG).len(), 1);
         let without = Facts { counters: Some("N".into()), can_disable_counters: false, ..strict() };
-        assert!(without.refusals(Policy::NO_PERFORMANCE_COUNTERS, Holder::Vmm).is_empty());
+        assert!(without.refusals(Policy::NO_PERFORMANCE_COUNTERS).is_empty());
         let unaffected = Facts { l1tf: Some("Not affected".into()), l1d_flush: None, ..strict() };
-        assert!(unaffected.refusals(Policy::FLUSH_L1D, Holder::Vmm).is_empty());
+        assert!(unaffected.refusals(Policy::FLUSH_L1D).is_empty());
     }
 
     #[test]
@@ -122,7 +112,7 @@ mod tests {
             counters: Some("Y".into()),
             can_disable_counters: false,
         };
-        let reasons = lax.refusals(Policy::all(), Holder::Vmm);
+        let reasons = lax.refusals(Policy::all());
         assert_eq!(reasons.len(), 4, "{reasons:?}");
         assert!(reasons[0].contains("smt") && reasons[2].contains("cond"), "{reasons:?}");
     }
@@ -130,12 +120,8 @@ mod tests {
     #[test]
     fn what_a_host_does_not_say_is_refused() {
         let silent = Facts { can_disable_counters: true, ..Facts::default() };
-        assert_eq!(silent.refusals(Policy::NO_SMT | Policy::FLUSH_L1D, Holder::Vmm).len(), 2);
+        assert_eq!(silent.refusals(Policy::NO_SMT | Policy::FLUSH_L1D).len(), 2);
         let unknown = Policy::from_bits_retain(1 << 40);
-        assert_eq!(
-            strict().refusals(unknown | Policy::NO_SMT, Holder::Vault).len(),
-            1,
-            "an unknown demand was ignored"
-        );
+        assert_eq!(strict().refusals(unknown | Policy::NO_SMT).len(), 1, "an unknown demand was ignored");
     }
 }

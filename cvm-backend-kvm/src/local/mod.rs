@@ -4,8 +4,10 @@ mod apic;
 mod interrupts;
 mod kick;
 mod loader;
+mod machine;
 mod memory;
 mod staging;
+mod traits;
 mod vcpu;
 mod vcpu_fd;
 mod vm;
@@ -15,9 +17,14 @@ pub(crate) use apic::lacks as apic_lacks;
 pub(crate) use interrupts::take as take_signal;
 pub(crate) use kick::Kicker;
 pub(crate) use loader::{Isolation, LocalLoader};
+pub use machine::Machine;
 pub(crate) use memory::{Backing, FilesMemory, Layout, shared_view};
-pub(crate) use vcpu::{LocalVcpu, is_amd, supported_cpuid};
-pub(crate) use vm::{LocalVm, lifecycle};
+pub use memory::{GuestMemory, PinnedMemory};
+pub use traits::Traits;
+pub(crate) use traits::lifecycle;
+pub use vcpu::LocalVcpu;
+pub(crate) use vcpu::is_amd;
+pub use vm::LocalVm;
 
 use cvm_core::{BoxError, Error};
 

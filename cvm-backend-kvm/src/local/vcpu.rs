@@ -1,4 +1,4 @@
-//! A vCPU on plain KVM: from KVM's exits to those of the contract.
+//! A vCPU: from KVM's exits to those of the contract.
 
 #![allow(unsafe_code, reason = "an answer goes to the place in the vcpu's page that its exit showed")]
 
@@ -16,19 +16,14 @@ use cvm_core::{
     Answer, Conversion, ConversionRequest, Error as CoreError, Event, Exit, Gpa, InterruptController, Kick, Policy,
     RegisterRead, Side, Vcpu, VmConfig,
 };
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment};
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use kvm_bindings::{CpuId, kvm_regs, kvm_segment};
+use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::sync::Arc;
 
 /// Control-register bits of a vCPU that starts in 64-bit mode (AMD64 APM volume 2, sections 3.1 and 3.1.7).
 const CR0_PE_MP_ET_NE_WP_PG: u64 = 1 | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
-
-/// The processor that `kvm` can show to guests.
-pub(crate) fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, Error> {
-    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(Error::kvm("list cpuid leaves"))
-}
 
 /// Whether a processor has AMD's hypercall instruction.
 pub(crate) fn is_amd(cpuid: &CpuId) -> bool {
@@ -120,16 +115,39 @@ fn string_io(port: u16) -> String {
 /// A KVM exit, taken out of the page that is shared with KVM.
 #[derive(Debug)]
 enum Raw {
-    PortOut { port: u16, width: u8, value: u32 },
-    PortIn { port: u16, width: u8, answer: PortAnswer },
-    MsrWrite { index: u32, value: u64 },
-    MsrRead { index: u32 },
-    Hypercall { number: u64, arguments: [u64; 6] },
-    Mmio { gpa: Gpa, write: bool },
-    Fault { gpa: Gpa },
+    PortOut {
+        port: u16,
+        width: u8,
+        value: u32,
+    },
+    PortIn {
+        port: u16,
+        width: u8,
+        answer: PortAnswer,
+    },
+    MsrWrite {
+        index: u32,
+        value: u64,
+    },
+    MsrRead {
+        index: u32,
+    },
+    Hypercall {
+        number: u64,
+        arguments: [u64; 6],
+    },
+    Mmio {
+        gpa: Gpa,
+        write: bool,
+    },
+    Fault {
+        gpa: Gpa,
+    },
     Halt,
     InterruptWindow,
     Interrupted,
+    /// What plain KVM does not have.
+    Foreign,
     Crash(String),
 }
 
@@ -167,7 +185,7 @@ impl Raw {
             Ok(VcpuExit::FailEntry(reason, _)) => {
                 Self::Crash(format!("the processor refused to enter it: {reason:#x}"))
             }
-            Ok(other) => Self::Crash(format!("it left by an exit that plain guests do not have: {other:?}")),
+            Ok(_) => Self::Foreign,
             Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => Self::Interrupted,
             Err(error) if error.errno() == libc::EFAULT => {
                 Self::Crash("it touched memory that is not there, and kvm does not say where".into())
@@ -179,10 +197,12 @@ impl Raw {
 
 impl Raw {
     /// What it shows of registers: its operands, and of a register that is wider no more than these.
-    fn expose(&self, exposed: &mut Vec<(Register, u64)>) {
+    ///
+    /// By a GHCB a guest says what it wants to exit for: a port is no register then, nor is what page state changes.
+    fn expose(&self, exposed: &mut Vec<(Register, u64)>, by_ghcb: bool, transport: Transport) {
         exposed.clear();
         // Ports above 255 can be named by DX alone (Intel SDM, volume 2, IN and OUT).
-        let by_register = |port: u16| (port > 0xff).then_some((Register::Rdx, port.into()));
+        let by_register = |port: u16| (port > 0xff && !by_ghcb).then_some((Register::Rdx, port.into()));
         match self {
             Self::PortOut { port, value, .. } => {
                 exposed.push((Register::Rax, (*value).into()));
@@ -195,6 +215,7 @@ impl Raw {
                 (Register::Rdx, value >> 32),
             ]),
             Self::MsrRead { index } => exposed.push((Register::Rcx, (*index).into())),
+            Self::Hypercall { .. } if transport == Transport::PageState => {}
             Self::Hypercall { number, arguments: [gpa, pages, attributes, ..] } => exposed.extend([
                 (Register::Rax, *number),
                 (Register::Rbx, *gpa),
@@ -206,8 +227,8 @@ impl Raw {
     }
 }
 
-/// A vCPU on plain KVM.
-pub(crate) struct LocalVcpu {
+/// A vCPU whose descriptor this process holds.
+pub struct LocalVcpu {
     index: u32,
     // Dropped before the memory that it sees.
     fd: VcpuFd,
@@ -353,7 +374,7 @@ impl LocalVcpu {
                 Raw::from_kvm(self.fd.run())
             };
             let raw = raw.map_err(failed("run a vcpu"))?;
-            raw.expose(&mut self.exposed);
+            raw.expose(&mut self.exposed, self.shared.traits.hides_registers(), self.shared.transport);
             if let Some(exit) = self.translate(raw)? {
                 return Ok(exit);
             }
@@ -424,11 +445,18 @@ impl LocalVcpu {
                 self.ask(request, Transport::Hypercall);
                 Exit::Conversion(request)
             }
-            Raw::Mmio { gpa, .. } if self.shared.engine.memory().map().slots().find(gpa).is_some() => {
+            Raw::Mmio { gpa, .. } | Raw::Fault { gpa }
+                if self.shared.engine.memory().map().slots().find(gpa).is_some() =>
+            {
                 return Err(CoreError::MissingConversion { vcpu, gpa });
             }
             Raw::Mmio { gpa, write } => return Err(CoreError::MmioRefused { vcpu, gpa, write }),
-            Raw::Fault { gpa } => return Err(CoreError::MissingConversion { vcpu, gpa }),
+            // KVM does not say which of both it was.
+            Raw::Fault { gpa } => return Err(CoreError::MmioRefused { vcpu, gpa, write: false }),
+            Raw::Foreign => {
+                self.shared.traits.exit(vcpu, self.fd.get_kvm_run())?;
+                return Ok(None);
+            }
             Raw::Halt => {
                 self.halted = true;
                 Exit::Halted
@@ -513,6 +541,9 @@ impl Vcpu for LocalVcpu {
     }
 
     fn register(&self, register: Register) -> Result<RegisterRead, CoreError> {
+        if self.shared.traits.hides_registers() {
+            return Ok(self.exposed(register).map_or(RegisterRead::Hidden, RegisterRead::Exposed));
+        }
         let regs = self.fd.get_regs().map_err(failed("read the registers"))?;
         let sregs = self.fd.get_sregs().map_err(failed("read the system registers"))?;
         Ok(RegisterRead::Visible(match register {

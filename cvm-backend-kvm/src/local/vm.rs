@@ -1,8 +1,9 @@
 use super::interrupts::{self, Interrupts};
 use super::memory::GuestMemory;
+use super::traits::Traits;
 use super::vcpu::LocalVcpu;
 use super::{failed, vm_fd};
-use cvm_core::doorbell::{self, Doorbell};
+use cvm_core::doorbell::{self, Doorbell, Transport};
 use cvm_core::interrupt::Guarding;
 use cvm_core::launch::Transcript;
 use cvm_core::memory::{Allocated, ConversionEngine, ConversionTotals};
@@ -18,12 +19,14 @@ use std::sync::Arc;
 pub(crate) struct Shared {
     // Dropped first, with the thread that it may have.
     pub(crate) interrupts: Interrupts,
+    pub(crate) traits: Box<dyn Traits>,
+    pub(crate) transport: Transport,
     pub(crate) engine: ConversionEngine<GuestMemory>,
     pub(crate) vm: Arc<VmFd>,
 }
 
-/// A VM on plain KVM.
-pub(crate) struct LocalVm {
+/// A VM whose descriptors this process holds.
+pub struct LocalVm {
     shared: Arc<Shared>,
     vcpus: Vec<LocalVcpu>,
     kickers: Vec<Arc<dyn Kick>>,
@@ -75,7 +78,7 @@ impl Vm for LocalVm {
     }
 
     fn lifecycle(&self, what: Lifecycle) -> LifecycleAnswer {
-        lifecycle(what)
+        self.shared.traits.lifecycle(what)
     }
 
     fn guarding(&self) -> Guarding {
@@ -106,19 +109,5 @@ impl Vm for LocalVm {
 
     fn dropped_interrupts(&self) -> Result<u64, Error> {
         Ok(self.shared.interrupts.dropped())
-    }
-}
-
-/// What can be done with a VM on plain KVM, whoever holds it.
-pub(crate) fn lifecycle(what: Lifecycle) -> LifecycleAnswer {
-    match what {
-        // The kernel swaps the pages of both files as those of any other.
-        Lifecycle::Swap => LifecycleAnswer::Yes,
-        Lifecycle::Migrate | Lifecycle::Snapshot | Lifecycle::Dump => {
-            LifecycleAnswer::No("there is no protected export of private memory and registers")
-        }
-        Lifecycle::Reset => LifecycleAnswer::No("the launch is measured once: launch a new vm"),
-        Lifecycle::Hotplug => LifecycleAnswer::No("memory and vcpus are part of the measured launch"),
-        Lifecycle::AssignDevice => LifecycleAnswer::No("no iommu mapping follows the conversions"),
     }
 }

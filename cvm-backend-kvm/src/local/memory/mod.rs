@@ -1,46 +1,94 @@
-//! A VM's memory, of either kind that KVM has for it.
+//! A VM's memory, of any kind that KVM has for it.
 
 mod backing;
 mod files;
 mod gmem;
 mod layout;
+mod pinned;
 mod window;
 
 pub(crate) use backing::Backing;
 pub(crate) use files::FilesMemory;
 pub(crate) use gmem::GmemMemory;
 pub(crate) use layout::Layout;
+pub use pinned::PinnedMemory;
 pub(crate) use window::Window;
 
+use crate::Error;
+use crate::host::Host;
 use cvm_core::memory::{Allocated, ConverterError, PageStateMap, SharedMemory, Sides};
 use cvm_core::{BoxError, GpaRange, Side};
+use kvm_ioctls::VmFd;
 use std::io;
 use std::sync::Arc;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
 /// The memory of one VM.
 #[derive(Debug)]
-pub(crate) enum GuestMemory {
+pub struct GuestMemory(pub(super) Kind);
+
+#[derive(Debug)]
+pub(super) enum Kind {
     /// Two files of this process.
     Files(FilesMemory),
     /// Private memory that no process can map.
     Gmem(GmemMemory),
+    /// One file for both sides, pinned.
+    Pinned(PinnedMemory),
+}
+
+/// Calls the same on whichever it is.
+macro_rules! each {
+    ($memory:expr, $it:ident => $call:expr) => {
+        match &$memory.0 {
+            Kind::Files($it) => $call,
+            Kind::Gmem($it) => $call,
+            Kind::Pinned($it) => $call,
+        }
+    };
 }
 
 impl GuestMemory {
-    /// The shared side, as devices see it.
-    pub(crate) fn shared_view(&self) -> Result<SharedMemory, BoxError> {
-        match self {
-            Self::Files(memory) => shared_view(memory.shared(), memory.layout()),
-            Self::Gmem(memory) => shared_view(memory.shared(), memory.layout()),
+    /// A `guest_memfd` for each range of `memory`, all of it private and zero, as the memory of `vm`, whose type has to
+    /// have private memory; and one file behind the shared side of all.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`], [`Error::Memory`] or [`Error::Backing`] when the host refuses.
+    pub fn guest_memfd(host: &Host, vm: &Arc<VmFd>, memory: &[GpaRange]) -> Result<Self, Error> {
+        let layout = Layout::new(memory).map_err(Error::Layout)?;
+        let shared = Backing::new("cvm-shared", layout.bytes())?;
+        Ok(Self(Kind::Gmem(GmemMemory::new(Arc::clone(vm), layout, shared, host.most_runs)?)))
+    }
+
+    /// [Pinned](PinnedMemory) memory of `vm`, all of it private and zero as the host writes zeros. KVM must know already that
+    /// the guest's memory is encrypted.
+    ///
+    /// # Errors
+    /// [`Error::Pin`] when this process may not pin so much; [`Error::Kvm`], [`Error::Memory`] or [`Error::Backing`] when the
+    /// host refuses.
+    pub fn pinned(vm: &VmFd, memory: &[GpaRange]) -> Result<Self, Error> {
+        let layout = Layout::new(memory).map_err(Error::Layout)?;
+        let backing = Backing::new("cvm-memory", layout.bytes())?;
+        let memory = PinnedMemory::new(layout, backing)?;
+        memory.attach(vm)?;
+        Ok(Self(Kind::Pinned(memory)))
+    }
+
+    /// It, if it is pinned.
+    pub fn as_pinned(&self) -> Option<&PinnedMemory> {
+        match &self.0 {
+            Kind::Pinned(memory) => Some(memory),
+            Kind::Files(_) | Kind::Gmem(_) => None,
         }
     }
 
+    /// The shared side, as devices see it.
+    pub(crate) fn shared_view(&self) -> Result<SharedMemory, BoxError> {
+        each!(self, memory => shared_view(memory.shared(), memory.layout()))
+    }
+
     pub(crate) fn allocated(&self) -> io::Result<Allocated> {
-        match self {
-            Self::Files(memory) => memory.allocated(),
-            Self::Gmem(memory) => memory.allocated(),
-        }
+        each!(self, memory => memory.allocated())
     }
 }
 
@@ -57,30 +105,18 @@ pub(crate) fn shared_view(backing: &Backing, layout: &Layout) -> Result<SharedMe
 
 impl Sides for GuestMemory {
     fn show(&self, range: GpaRange, side: Side) -> Result<(), ConverterError> {
-        match self {
-            Self::Files(memory) => memory.show(range, side),
-            Self::Gmem(memory) => memory.show(range, side),
-        }
+        each!(self, memory => memory.show(range, side))
     }
 
     fn discard(&self, range: GpaRange, losing: Side) -> Result<(), BoxError> {
-        match self {
-            Self::Files(memory) => memory.discard(range, losing),
-            Self::Gmem(memory) => memory.discard(range, losing),
-        }
+        each!(self, memory => memory.discard(range, losing))
     }
 
     fn poison(&self, range: GpaRange) -> Result<(), BoxError> {
-        match self {
-            Self::Files(memory) => memory.poison(range),
-            Self::Gmem(memory) => memory.poison(range),
-        }
+        each!(self, memory => memory.poison(range))
     }
 
     fn most_runs(&self) -> u64 {
-        match self {
-            Self::Files(memory) => memory.most_runs(),
-            Self::Gmem(memory) => memory.most_runs(),
-        }
+        each!(self, memory => memory.most_runs())
     }
 }

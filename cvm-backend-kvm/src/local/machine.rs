@@ -1,0 +1,115 @@
+//! A VM in the making, whatever protects it.
+
+use super::apic;
+use super::interrupts::Interrupts;
+use super::memory::GuestMemory;
+use super::traits::Traits;
+use super::vcpu::{self, LocalVcpu};
+use super::vm::{LocalVm, Shared};
+use crate::host::Host;
+use crate::{Error, hypercall, policy};
+use cvm_core::doorbell::Transport;
+use cvm_core::launch::{Transcript, VmConfig};
+use cvm_core::memory::ConversionEngine;
+use cvm_core::x86::VcpuState;
+use cvm_core::{BoxError, InterruptController};
+use kvm_bindings::{KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap};
+use kvm_ioctls::{VcpuFd, VmFd};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// A VM that has vCPUs and memory, and is being loaded. Dropping it leaves nothing of it.
+#[derive(Debug)]
+pub struct Machine {
+    // Dropped before the memory that they see.
+    vcpus: Vec<VcpuFd>,
+    vm: Arc<VmFd>,
+    memory: GuestMemory,
+    config: VmConfig,
+    transport: Transport,
+    states: BTreeMap<u32, VcpuState>,
+}
+
+impl Machine {
+    /// Gives `vm`, whose memory is `memory`, what `config` says of interrupts, policy and vCPUs, and the exits that
+    /// conversions by `transport` need. The configuration has to be one that the host was [asked](Host::check) about.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`] with the step that failed.
+    pub fn new(
+        host: &Host,
+        vm: Arc<VmFd>,
+        memory: GuestMemory,
+        config: VmConfig,
+        transport: Transport,
+    ) -> Result<Self, Error> {
+        let mut msrs = kvm_enable_cap { cap: KVM_CAP_X86_USER_SPACE_MSR, ..Default::default() };
+        msrs.args[0] = KVM_MSR_EXIT_REASON_UNKNOWN.into();
+        vm.enable_cap(&msrs).map_err(Error::kvm("enable exits for msr accesses"))?;
+        if transport != Transport::Doorbell {
+            hypercall::enable(&vm)?;
+        }
+        policy::enforce(host.kvm(), &vm, config.policy)?;
+        if config.interrupt_controller == InterruptController::Apic {
+            apic::enable(&vm)?;
+        }
+        let cpuid = host.supported_cpuid()?;
+        let mut vcpus = Vec::new();
+        for index in 0..config.vcpus {
+            let vcpu = vm.create_vcpu(index.into()).map_err(Error::kvm("create a vcpu"))?;
+            vcpu::set_cpuid(cpuid.clone(), &vcpu, index, transport, &config)?;
+            vcpus.push(vcpu);
+        }
+        Ok(Self { vcpus, vm, memory, config, transport, states: BTreeMap::new() })
+    }
+
+    /// The VM.
+    pub fn vm(&self) -> &Arc<VmFd> {
+        &self.vm
+    }
+
+    /// Its memory.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Its vCPUs, the first one first.
+    pub fn vcpus(&mut self) -> &mut [VcpuFd] {
+        &mut self.vcpus
+    }
+
+    /// Remembers the state that a vCPU is to start from.
+    pub fn set_vcpu(&mut self, index: u32, state: &VcpuState) {
+        self.states.insert(index, *state);
+    }
+
+    /// Gives the vCPUs the states that they start from.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`] with the step that failed.
+    pub fn set_states(&self) -> Result<(), Error> {
+        for (vcpu, state) in (0..).zip(&self.vcpus).filter_map(|(index, fd)| Some((fd, self.states.get(&index)?))) {
+            vcpu::set_state(vcpu, state)?;
+            if self.config.interrupt_controller == InterruptController::Apic {
+                apic::start(vcpu)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The VM, which runs from here on, with what is particular to it.
+    ///
+    /// # Errors
+    /// When the shared side cannot be mapped, or vCPUs cannot be interrupted.
+    pub fn finish(self, traits: Box<dyn Traits>, transcript: Transcript) -> Result<LocalVm, BoxError> {
+        let view = self.memory.shared_view()?;
+        let engine = ConversionEngine::new(self.memory, view);
+        let VmConfig { vcpus, interrupts, interrupt_controller, doorbell, .. } = self.config;
+        let interrupts = Interrupts::new(Arc::clone(&self.vm), vcpus, interrupts, interrupt_controller);
+        let shared = Arc::new(Shared { interrupts, traits, transport: self.transport, engine, vm: self.vm });
+        let vcpus = (0..).zip(self.vcpus);
+        let vcpus =
+            vcpus.map(|(index, fd)| LocalVcpu::new(index, fd, Arc::clone(&shared))).collect::<Result<Vec<_>, _>>()?;
+        Ok(LocalVm::new(shared, vcpus, doorbell, transcript))
+    }
+}

@@ -1,0 +1,55 @@
+//! What VMs of different protection do not have in common.
+
+use cvm_core::{Error, Lifecycle, LifecycleAnswer};
+use kvm_bindings::kvm_run;
+use std::fmt::Debug;
+
+/// What is particular to the VMs of a backend.
+pub trait Traits: Debug + Send + Sync {
+    /// Whether nobody can read the registers of its vCPUs once it is sealed, so that of an exit just what the guest put
+    /// into the GHCB for it is exposed.
+    fn hides_registers(&self) -> bool;
+
+    /// What can be done with it.
+    fn lifecycle(&self, what: Lifecycle) -> LifecycleAnswer;
+
+    /// Answers, in the page that `vcpu` shares with KVM, an exit that VMs on plain KVM do not have; the guest goes on
+    /// after that.
+    ///
+    /// # Errors
+    /// What the exit is the end of.
+    fn exit(&self, vcpu: u32, run: &mut kvm_run) -> Result<(), Error>;
+}
+
+/// Those of plain KVM.
+#[derive(Debug)]
+pub(crate) struct Plain;
+
+impl Traits for Plain {
+    fn hides_registers(&self) -> bool {
+        false
+    }
+
+    fn lifecycle(&self, what: Lifecycle) -> LifecycleAnswer {
+        lifecycle(what)
+    }
+
+    fn exit(&self, vcpu: u32, run: &mut kvm_run) -> Result<(), Error> {
+        let reason = format!("it left by an exit that plain guests do not have: {}", run.exit_reason);
+        Err(Error::Crashed { vcpu, reason })
+    }
+}
+
+/// What can be done with a VM on plain KVM, whoever holds it.
+pub(crate) fn lifecycle(what: Lifecycle) -> LifecycleAnswer {
+    match what {
+        // The kernel swaps the pages of both files as those of any other.
+        Lifecycle::Swap => LifecycleAnswer::Yes,
+        Lifecycle::Migrate | Lifecycle::Snapshot | Lifecycle::Dump => {
+            LifecycleAnswer::No("there is no protected export of private memory and registers")
+        }
+        Lifecycle::Reset => LifecycleAnswer::No("the launch is measured once: launch a new vm"),
+        Lifecycle::Hotplug => LifecycleAnswer::No("memory and vcpus are part of the measured launch"),
+        Lifecycle::AssignDevice => LifecycleAnswer::No("no iommu mapping follows the conversions"),
+    }
+}
