@@ -22,11 +22,6 @@ pub trait Machine {
         let _ = range;
         Ok(())
     }
-
-    /// Waits for an interrupt that cannot be masked, or for a moment.
-    fn halt(&self) {
-        core::hint::spin_loop();
-    }
 }
 
 impl<M: Machine + ?Sized> Machine for &M {
@@ -44,9 +39,5 @@ impl<M: Machine + ?Sized> Machine for &M {
 
     fn accept(&self, range: GpaRange) -> Result<(), Error> {
         (**self).accept(range)
-    }
-
-    fn halt(&self) {
-        (**self).halt();
     }
 }

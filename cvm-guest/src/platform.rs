@@ -152,13 +152,6 @@ impl<M: Machine> Platform<M> {
         Ok(DeviceRegisters { machine: &self.machine, base: device_base(device) })
     }
 
-    /// Has this vCPU do nothing any more.
-    pub fn park(&self) -> ! {
-        loop {
-            self.machine.halt();
-        }
-    }
-
     /// Ends the guest with `code`, where 0 is success. A host that runs it on nevertheless finds it repeating itself.
     pub fn end(&self, code: u32) -> ! {
         loop {

@@ -2,7 +2,8 @@
 
 /// Defines `start`, where every vCPU begins, for the linker script to name: its index in RDI, the boot page in RSI, no
 /// stack. A vCPU below `$vcpus` gets a stack of `$stack` bytes and calls `$main`, an
-/// `extern "C" fn(u64, *const BootPage) -> !`; one that is not halts for good.
+/// `extern "C" fn(u64, *const BootPage)`; one that is not, or whose `$main` returns, halts for good. A halt reaches the host by
+/// itself under every protection.
 ///
 /// The guest must be linked to the addresses that it is loaded at, with `.text.start` first.
 #[macro_export]

@@ -137,13 +137,6 @@ impl<V: Validate> Machine for Processor<V> {
             Way::Ghcb(vcpu) => vcpu.accept(range),
         }
     }
-
-    fn halt(&self) {
-        match &self.way {
-            Way::Direct(direct) => direct.halt(),
-            Way::Ghcb(vcpu) => vcpu.halt(),
-        }
-    }
 }
 
 /// Ends a guest that has panicked, with `code`. What panicked is not said: the console is the host's to read.
@@ -240,10 +233,5 @@ impl Machine for Direct {
             }
         }
         rax
-    }
-
-    fn halt(&self) {
-        // SAFETY: it changes nothing.
-        unsafe { asm!("cli", "hlt", options(nomem, nostack)) };
     }
 }

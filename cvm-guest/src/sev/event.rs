@@ -7,7 +7,6 @@ use cvm_core::{Gpa, PAGE_SIZE};
 /// Exit codes: intercepts of the processor (AMD publication 24593, appendix C), and calls.
 pub(super) mod code {
     pub const CPUID: u64 = 0x72;
-    pub const HLT: u64 = 0x78;
     pub const IOIO: u64 = 0x7b;
     pub const MSR: u64 = 0x7c;
     pub const VMMCALL: u64 = 0x81;
@@ -74,12 +73,6 @@ impl Ghcb {
         let reply =
             self.exit(exit, Event { code: code::VMMCALL, rax, rbx, rcx, rdx, cpl: true, ..Event::default() })?;
         reply.register(offset::RAX)
-    }
-
-    /// Waits for an interrupt.
-    pub(super) fn halt(&self, exit: &impl Exit) -> Result<(), Fault> {
-        self.exit(exit, Event { code: code::HLT, ..Event::default() })?;
-        Ok(())
     }
 
     /// What the host can do: bit 0 is SEV-SNP, bit 1 the creation of vCPUs.

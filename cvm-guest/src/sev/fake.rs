@@ -190,7 +190,6 @@ impl Host {
                 self.registers(&registers.map(|offset| (offset, value)));
             }
             code::PAGE_STATE => self.change_state(seen),
-            code::HLT => {}
             code::FEATURES => self.write(offset::EXIT_INFO_2, 3),
             code::CREATE_VCPU => assert!(given(offset::RAX)),
             code => panic!("an exit of the unknown kind {code:#x}"),

@@ -190,10 +190,6 @@ impl<E: Exit, V: Validate> Machine for GhcbVcpu<E, V> {
             }
         }
     }
-
-    fn halt(&self) {
-        self.must(self.ghcb.halt(&self.exit));
-    }
 }
 
 #[cfg(all(test, not(loom)))]
@@ -288,7 +284,6 @@ mod tests {
         assert_eq!(codes, [code::IOIO, code::IOIO, code::IOIO, code::VMMCALL]);
         setting.host.value.set(EINVAL);
         assert!(platform.convert(setting.page(2, 1), Side::Shared).is_err());
-        platform.machine().halt();
         assert_eq!(platform.machine().cpuid(0xd, 1).unwrap(), [EINVAL as u32; 4]);
     }
 
@@ -392,7 +387,6 @@ mod tests {
             terminates(|| vcpu.write(0, 1));
             terminates(|| vcpu.convert(setting.page(2, 2), Side::Shared));
             terminates(|| vcpu.cpuid(1, 0));
-            terminates(|| vcpu.halt());
             terminates(|| vcpu.features());
         }
     }

@@ -93,7 +93,7 @@ impl<'a> Clock<'a> {
     }
 }
 
-extern "C" fn main(_index: u64, boot: *const BootPage) -> ! {
+extern "C" fn main(_index: u64, boot: *const BootPage) {
     // SAFETY: the VMM's convention is that RSI has the address of the boot page, a private page that nobody changes.
     let boot = unsafe { boot.read() };
     let Some(doorbell) = boot.doorbell() else { panic!() };

@@ -45,7 +45,7 @@ type Processor = cvm_guest::Processor<Validation>;
 static VCPUS_DONE: AtomicU32 = AtomicU32::new(0);
 static CONVERTED_BY_OTHERS: AtomicU64 = AtomicU64::new(0);
 
-extern "C" fn main(index: u64, boot: *const BootPage) -> ! {
+extern "C" fn main(index: u64, boot: *const BootPage) {
     // SAFETY: the VMM's convention is that RSI has the address of the boot page, a private page that nobody changes.
     let boot = unsafe { boot.read() };
     let Some(ghcb) = GHCBS.get(index as usize) else { panic!() };
@@ -55,7 +55,7 @@ extern "C" fn main(index: u64, boot: *const BootPage) -> ! {
     let Ok(platform) = Platform::new(&boot, processor) else { panic!() };
     if index > 0 {
         convert_back_and_forth(&platform, &boot, index);
-        platform.park();
+        return;
     }
     match Task::from_u64(boot.argument[0]) {
         Some(Task::Work) => work(&platform, &boot),
