@@ -10,4 +10,4 @@ mod sev;
 pub use device::PlatformKeys;
 pub use error::Error;
 pub use platform::{SevLoader, SevPlatform};
-pub use sev::{InPlaceLoader, Session, SevOptions};
+pub use sev::{InPlaceLoader, Owner, Session, SevOptions};

@@ -55,8 +55,18 @@ pub struct Session {
 /// to give the launch up.
 type Ask = dyn Fn(&LaunchMeasurement, &SevDigest) -> Result<Vec<Secret>, BoxError> + Send + Sync;
 
-/// What a launch of SEV or SEV-ES is to be.
+/// Who is asked before a guest starts: [`SevOptions::with_owner`].
 #[derive(Clone)]
+pub struct Owner(Arc<Ask>);
+
+impl fmt::Debug for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Owner")
+    }
+}
+
+/// What a launch of SEV or SEV-ES is to be.
+#[derive(Debug, Clone)]
 pub struct SevOptions {
     /// What the owner allows. SEV-ES has the flag for it in addition, whatever this says.
     pub policy: SevPolicy,
@@ -64,7 +74,8 @@ pub struct SevOptions {
     pub session: Option<Session>,
     /// What is active in an SEV-ES guest.
     pub features: SevFeatures,
-    owner: Option<Arc<Ask>>,
+    /// The owner, if he is to be asked.
+    pub owner: Option<Owner>,
 }
 
 impl Default for SevOptions {
@@ -81,17 +92,8 @@ impl SevOptions {
         mut self,
         owner: impl Fn(&LaunchMeasurement, &SevDigest) -> Result<Vec<Secret>, BoxError> + Send + Sync + 'static,
     ) -> Self {
-        self.owner = Some(Arc::new(owner));
+        self.owner = Some(Owner(Arc::new(owner)));
         self
-    }
-}
-
-impl fmt::Debug for SevOptions {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { policy, session, features, owner } = self;
-        let mut debug = f.debug_struct("SevOptions");
-        debug.field("policy", policy).field("session", session).field("features", features);
-        debug.field("owner", &owner.is_some()).finish()
     }
 }
 
@@ -292,7 +294,7 @@ impl Loader for InPlaceLoader {
             self.made.commands.give(Command::LaunchUpdateVmsa)?;
         }
         let launch = self.measure()?;
-        if let Some(owner) = &self.options.owner {
+        if let Some(Owner(owner)) = &self.options.owner {
             let es = self.made.es.then_some(self.options.features);
             let secrets = owner(&launch, &self.digest.clone().finish(&transcript, es));
             for secret in secrets.map_err(Error::Owner)? {
