@@ -104,7 +104,7 @@ pub enum Error {
 
 impl Error {
     /// For `map_err`: `step` was what a KVM call was to do.
-    pub(crate) fn kvm(step: &'static str) -> impl Fn(kvm_ioctls::Error) -> Self {
+    pub fn kvm(step: &'static str) -> impl Fn(kvm_ioctls::Error) -> Self {
         move |error| Self::Kvm { step, source: error.into() }
     }
 

@@ -1,7 +1,7 @@
 //! The host's KVM and what it can do.
 
 use crate::Error;
-use crate::local::apic_lacks;
+use crate::local::{apic_lacks, is_amd};
 use crate::policy::Facts;
 use cvm_core::launch::VmConfig;
 use cvm_core::{Error as CoreError, InterruptController, Policy};
@@ -80,6 +80,11 @@ impl Host {
     /// [`Error::Kvm`].
     pub fn supported_cpuid(&self) -> Result<CpuId, Error> {
         self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(Error::kvm("list cpuid leaves"))
+    }
+
+    /// Whether the processor is AMD's, or of that kind.
+    pub fn is_amd(&self) -> bool {
+        self.supported_cpuid().is_ok_and(|cpuid| is_amd(&cpuid))
     }
 
     /// Whether KVM has VMs of this type (`KVM_CAP_VM_TYPES`).

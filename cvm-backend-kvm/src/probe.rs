@@ -12,9 +12,6 @@ use std::path::Path;
 /// (Linux include/uapi/linux/kvm.h and arch/x86/include/uapi/asm/kvm.h).
 mod uapi {
     pub const SW_PROTECTED_VM: u32 = 1;
-    pub const SEV_VM: u32 = 2;
-    pub const SEV_ES_VM: u32 = 3;
-    pub const SNP_VM: u32 = 4;
     pub const TDX_VM: u32 = 5;
     pub const CAP_GUEST_MEMFD: u64 = 234;
     pub const CAP_VM_TYPES: u64 = 235;
@@ -42,32 +39,18 @@ pub(crate) fn offers(path: &Path) -> Vec<Offer> {
             return ALL.map(|protection| offer(protection, vec![lack.clone()])).into();
         }
     };
-    ALL.map(|protection| match protection {
-        Protection::None => none(&host),
-        Protection::GuestMemfd => guest_memfd(&host),
-        Protection::Vault => vault(&host),
-        Protection::Sev => sev(&host, protection, uapi::SEV_VM, "sev"),
-        Protection::SevEs => sev(&host, protection, uapi::SEV_ES_VM, "sev_es"),
-        Protection::SevSnp => sev(&host, protection, uapi::SNP_VM, "sev_snp"),
-        Protection::Tdx => tdx(&host),
-        Protection::SecureExecution => offer(
-            protection,
-            vec![missing("this is an x86-64 host", "an IBM z15 or LinuxONE III or later, with prot_virt=1")],
-        ),
-    })
-    .into()
+    let secure_execution = missing("this is an x86-64 host", "an IBM z15 or LinuxONE III or later, with prot_virt=1");
+    vec![
+        none(&host),
+        guest_memfd(&host),
+        vault(&host),
+        tdx(&host),
+        offer(Protection::SecureExecution, vec![secure_execution]),
+    ]
 }
 
-const ALL: [Protection; 8] = [
-    Protection::None,
-    Protection::GuestMemfd,
-    Protection::Vault,
-    Protection::Sev,
-    Protection::SevEs,
-    Protection::SevSnp,
-    Protection::Tdx,
-    Protection::SecureExecution,
-];
+const ALL: [Protection; 5] =
+    [Protection::None, Protection::GuestMemfd, Protection::Vault, Protection::Tdx, Protection::SecureExecution];
 
 fn none(host: &Host) -> Offer {
     let needs = [
@@ -150,22 +133,6 @@ fn vendor_is(names: &[&str]) -> bool {
     let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let vendor = text.lines().find_map(|line| line.strip_prefix("vendor_id"));
     vendor.is_some_and(|vendor| names.iter().any(|name| vendor.contains(name)))
-}
-
-fn sev(host: &Host, protection: Protection, vm_type: u32, parameter_name: &str) -> Offer {
-    let mut lacks = Vec::new();
-    if !vendor_is(&["AuthenticAMD", "HygonGenuine"]) {
-        lacks.push(missing("the processor is not AMD's", "an AMD EPYC processor"));
-    } else if !has_vm_type(host, vm_type) {
-        lacks.push(no_vm_type("kvm_amd", parameter_name, "SME and SEV-SNP"));
-    } else if let Err(error) = fs::File::open("/dev/sev") {
-        lacks.push(missing(
-            format!("/dev/sev cannot be opened: {error}"),
-            "load the module ccp, and run with access to it",
-        ));
-    }
-    lacks.push(no_backend());
-    offer(protection, lacks)
 }
 
 fn tdx(host: &Host) -> Offer {

@@ -542,7 +542,7 @@ fn an_access_outside_memory_is_refused_and_says_where_and_by_whom() {
         return;
     }
     assert!(matches!(read, Error::MmioRefused { vcpu: 1, gpa: Gpa(0xd000_0010), write: false }), "{read:?}");
-    assert!(read.to_string().contains("vcpu 1 read from 0xd0000010"), "{read}");
+    assert!(read.to_string().contains("vcpu 1 touched 0xd0000010"), "{read}");
     assert!(matches!(write, Error::MmioRefused { vcpu: 1, gpa: Gpa(MEMORY), write: true }), "{write:?}");
     assert!(write.to_string().contains("vcpu 1 wrote to 0x400000"), "{write}");
 }

@@ -651,6 +651,7 @@ fn honest_boot_page() -> Vec<u8> {
         vcpus: 1,
         doorbell: config.doorbell as u32,
         transport: Transport::Doorbell as u32,
+        accepted: cvm_core::boot::ALL_ACCEPTED,
         ..zerocopy::FromZeros::new_zeroed()
     };
     page.memory[0].len = MEMORY;

@@ -216,6 +216,11 @@ impl IdAuth {
         Self(Box::new(*bytes))
     }
 
+    /// Whether it has a signature of the author of the image's key.
+    pub fn has_author(&self) -> bool {
+        number(&self.0[..], 4) != 0
+    }
+
     /// As the firmware takes it.
     pub fn as_bytes(&self) -> &[u8; AUTH_BYTES] {
         &self.0

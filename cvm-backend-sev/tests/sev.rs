@@ -3,10 +3,14 @@
 
 mod in_place;
 
-use cvm_core::{Answer, Protection, Side, Vm};
+use cvm_backend_sev::kvm::SevOptions;
+use cvm_core::memory::Allocated;
+use cvm_core::x86::Register;
+use cvm_core::{Answer, Gpa, Lifecycle, LifecycleAnswer, Protection, RegisterRead, Side, Vcpu, Vm};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use in_place::*;
+use std::sync::{Arc, Mutex};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 /// What both have.
@@ -69,4 +73,76 @@ fn a_page_changes_sides_by_hypercall_and_only_its_shared_side_is_shown() {
         guest.end();
         drop(guest);
     }
+}
+
+#[test]
+fn a_secret_that_the_owner_gives_after_he_has_checked_the_measurement_is_in_the_guests_memory() {
+    for protection in BOTH {
+        let Some(host) = host(protection) else { return };
+        let policy = policy(protection);
+        let options = SevOptions { policy, session: Some(session(policy)), ..SevOptions::default() };
+        let approved = Arc::new(Mutex::new(None));
+        let told = Arc::clone(&approved);
+        let host = host.with(options.with_owner(move |launch, digest| {
+            *told.lock().unwrap() = Some((*launch, *digest));
+            Ok(vec![keys().seal(launch, &0x5ec2_e7e5u32.to_le_bytes(), [7; 16])?.at(Gpa(DATA + 0x40))])
+        }));
+        let (launch, loaded) = load(&host, config(1), |a| {
+            a.load(DATA + 0x40)?;
+            a.report()?;
+            a.end(0)
+        })
+        .unwrap();
+        let mut guest = Guest::from_launch(launch);
+        let (launch, digest) = approved.lock().unwrap().take().expect("the owner was not asked");
+        let expected = expected(&host, guest.vm.transcript(), &loaded);
+        assert!(keys().approves(&launch, &expected), "{protection}: the measurement is another one");
+        if !host.es() {
+            assert_eq!(digest, expected);
+        }
+        assert_eq!((launch.policy, launch.api.major), (policy, 1));
+        assert_eq!(guest.report(), 0x5ec2_e7e5);
+        guest.end();
+    }
+}
+
+#[test]
+fn registers_are_seen_with_sev_and_hidden_with_sev_es_but_for_what_an_exit_shows() {
+    for protection in BOTH {
+        let Some(host) = host(protection) else { return };
+        let mut guest = Guest::new(&host, |a| {
+            a.mov(r9, 0x5ec2_e7u64)?;
+            a.mov(eax, 0x77u32)?;
+            a.report()?;
+            a.end(0)
+        });
+        guest.report();
+        let read = |register| guest.vcpus[0].register(register).unwrap();
+        let (secret, shown) = (read(Register::R9), read(Register::Rax));
+        if host.es() {
+            assert_eq!((secret, shown), (RegisterRead::Hidden, RegisterRead::Exposed(0x77)));
+        } else {
+            assert_eq!((secret, shown), (RegisterRead::Visible(0x5ec2_e7), RegisterRead::Visible(0x77)));
+        }
+        guest.end();
+    }
+}
+
+#[test]
+fn what_can_be_done_with_a_guest_is_said_with_a_reason() {
+    for protection in BOTH {
+        let Some(host) = host(protection) else { return };
+        let guest = Guest::new(&host, hello);
+        for what in Lifecycle::ALL {
+            let can = guest.vm.lifecycle(what) == LifecycleAnswer::Yes;
+            assert_eq!(can, what == Lifecycle::Migrate && !host.es(), "{protection}: {what:?}");
+        }
+    }
+}
+
+#[test]
+fn private_memory_is_pinned_and_all_there() {
+    let Some(host) = host(Protection::Sev) else { return };
+    let guest = Guest::new(&host, hello);
+    assert_eq!(guest.vm.allocated().unwrap(), Allocated { private: Some(MEMORY), shared: 0 });
 }

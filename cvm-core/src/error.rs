@@ -125,13 +125,13 @@ pub enum Error {
         source: Box<Error>,
     },
     /// A guest touched memory that is not there, as device registers are on other machines.
-    #[error("vcpu {vcpu} {} {gpa}, where there is no memory: protected guests have no mmio", if *write { "wrote to" } else { "read from" })]
+    #[error("vcpu {vcpu} {} {gpa}, where there is no memory: protected guests have no mmio", if *write { "wrote to" } else { "touched" })]
     MmioRefused {
         /// The vCPU.
         vcpu: u32,
         /// The address.
         gpa: Gpa,
-        /// Whether it wrote.
+        /// Whether it is known to have written: not every platform says.
         write: bool,
     },
     /// A guest touched a page in a way that needs a conversion first, or touched a poisoned page.
@@ -173,6 +173,15 @@ pub enum Error {
         event: Event,
         /// Why not.
         source: Refusal,
+    },
+    /// The guest gave up, and told its host so before anything else worked.
+    #[error("vcpu {vcpu} asked to be terminated{}", reason.map(|(set, code)| format!(": reason {code:#x} of set {set:#x}")).unwrap_or_default())]
+    Terminated {
+        /// The vCPU.
+        vcpu: u32,
+        /// A set of reasons, and the reason's number in it, if the host learns them. Set 0 is that of the specification
+        /// (AMD publication 56421, section 2.3.1, "Termination Request"), others are the guest's own.
+        reason: Option<(u8, u8)>,
     },
     /// The guest crashed or its vCPU cannot run.
     #[error("vcpu {vcpu} cannot go on: {reason}")]

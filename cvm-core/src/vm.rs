@@ -163,8 +163,8 @@ pub trait Vcpu: Send {
     /// wakes it.
     ///
     /// # Errors
-    /// [`Error::MmioRefused`], [`Error::MissingConversion`], [`Error::UnknownDoorbell`] and [`Error::Crashed`] for what
-    /// the guest did, [`Error::Backend`] if the host failed, [`Error::Lost`] if another vCPU's conversion did: this
+    /// [`Error::MmioRefused`], [`Error::MissingConversion`], [`Error::UnknownDoorbell`], [`Error::Terminated`] and
+    /// [`Error::Crashed`] for what the guest did, [`Error::Backend`] if the host failed, [`Error::Lost`] if another vCPU's conversion did: this
     /// vCPU cannot go on, and says so when it is run again. [`Error::Protocol`] if the last exit still waits for an
     /// answer.
     fn run(&mut self) -> Result<Exit, Error>;

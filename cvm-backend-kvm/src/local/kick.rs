@@ -113,6 +113,12 @@ impl Kicker {
         false
     }
 
+    /// Lets no KVM_RUN get as far as the guest for as long as the result lives.
+    pub(crate) fn hold(&self) -> Hold<'_> {
+        self.immediate_exit.set(true);
+        Hold(self)
+    }
+
     /// Marks this thread as the one in KVM_RUN for as long as the result lives.
     pub(crate) fn enter(&self) -> Entered<'_> {
         // SAFETY: it has no preconditions.
@@ -137,6 +143,16 @@ impl Kick for Kicker {
             let sent = unsafe { libc::pthread_kill(thread, signal()) };
             debug_assert_eq!(sent, 0, "a vcpu thread could not be signalled");
         }
+    }
+}
+
+/// No KVM_RUN gets as far as the guest.
+pub(crate) struct Hold<'a>(&'a Kicker);
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        let state = self.0.state();
+        self.0.immediate_exit.set(state.requested);
     }
 }
 

@@ -13,7 +13,7 @@ use cvm_core::launch::{Transcript, VmConfig};
 use cvm_core::memory::ConversionEngine;
 use cvm_core::x86::VcpuState;
 use cvm_core::{BoxError, InterruptController};
-use kvm_bindings::{KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap};
+use kvm_bindings::{CpuId, KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap};
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -32,7 +32,8 @@ pub struct Machine {
 
 impl Machine {
     /// Gives `vm`, whose memory is `memory`, what `config` says of interrupts, policy and vCPUs, and the exits that
-    /// conversions by `transport` need. The configuration has to be one that the host was [asked](Host::check) about.
+    /// conversions by `transport` need. The configuration has to be one that the host was [asked](Host::check) about. vCPUs
+    /// are the processor `cpuid`, but for what the configuration changes of it.
     ///
     /// # Errors
     /// [`Error::Kvm`] with the step that failed.
@@ -42,6 +43,7 @@ impl Machine {
         memory: GuestMemory,
         config: VmConfig,
         transport: Transport,
+        cpuid: &CpuId,
     ) -> Result<Self, Error> {
         let mut msrs = kvm_enable_cap { cap: KVM_CAP_X86_USER_SPACE_MSR, ..Default::default() };
         msrs.args[0] = KVM_MSR_EXIT_REASON_UNKNOWN.into();
@@ -53,7 +55,6 @@ impl Machine {
         if config.interrupt_controller == InterruptController::Apic {
             apic::enable(&vm)?;
         }
-        let cpuid = host.supported_cpuid()?;
         let mut vcpus = Vec::new();
         for index in 0..config.vcpus {
             let vcpu = vm.create_vcpu(index.into()).map_err(Error::kvm("create a vcpu"))?;

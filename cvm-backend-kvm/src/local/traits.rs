@@ -1,7 +1,8 @@
 //! What VMs of different protection do not have in common.
 
-use cvm_core::{Error, Lifecycle, LifecycleAnswer};
+use cvm_core::{Error, Lifecycle, LifecycleAnswer, SharedMemory};
 use kvm_bindings::kvm_run;
+use std::any::Any;
 use std::fmt::Debug;
 
 /// What is particular to the VMs of a backend.
@@ -14,11 +15,11 @@ pub trait Traits: Debug + Send + Sync {
     fn lifecycle(&self, what: Lifecycle) -> LifecycleAnswer;
 
     /// Answers, in the page that `vcpu` shares with KVM, an exit that VMs on plain KVM do not have; the guest goes on
-    /// after that.
+    /// after that. What is returned is kept until KVM has completed the exit: a lock, say.
     ///
     /// # Errors
-    /// What the exit is the end of.
-    fn exit(&self, vcpu: u32, run: &mut kvm_run) -> Result<(), Error>;
+    /// Why the guest cannot go on.
+    fn exit(&self, vcpu: u32, run: &mut kvm_run, memory: &SharedMemory) -> Result<Option<Box<dyn Any>>, Error>;
 }
 
 /// Those of plain KVM.
@@ -34,7 +35,7 @@ impl Traits for Plain {
         lifecycle(what)
     }
 
-    fn exit(&self, vcpu: u32, run: &mut kvm_run) -> Result<(), Error> {
+    fn exit(&self, vcpu: u32, run: &mut kvm_run, _memory: &SharedMemory) -> Result<Option<Box<dyn Any>>, Error> {
         let reason = format!("it left by an exit that plain guests do not have: {}", run.exit_reason);
         Err(Error::Crashed { vcpu, reason })
     }

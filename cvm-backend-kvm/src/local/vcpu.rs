@@ -381,6 +381,19 @@ impl LocalVcpu {
         }
     }
 
+    /// Has KVM complete the exit under way, without letting the guest run.
+    fn complete(&mut self) -> Result<(), CoreError> {
+        let completed = {
+            let _held = self.kicker.hold();
+            self.fd.run().map(drop)
+        };
+        match completed {
+            Err(error) if error.errno() == libc::EINTR => Ok(()),
+            Err(error) => Err(failed("complete an exit")(Error::kvm("run a vcpu")(error))),
+            Ok(()) => Err(failed("complete an exit")("the vcpu did not stop after it")),
+        }
+    }
+
     /// Whether an injected interrupt ends a halt.
     fn can_wake(&mut self) -> bool {
         highest(self.pending()).is_some() && self.fd.get_kvm_run().if_flag != 0
@@ -454,7 +467,10 @@ impl LocalVcpu {
             // KVM does not say which of both it was.
             Raw::Fault { gpa } => return Err(CoreError::MmioRefused { vcpu, gpa, write: false }),
             Raw::Foreign => {
-                self.shared.traits.exit(vcpu, self.fd.get_kvm_run())?;
+                let run = self.fd.get_kvm_run();
+                if let Some(_kept) = self.shared.traits.exit(vcpu, run, self.shared.engine.memory())? {
+                    self.complete()?;
+                }
                 return Ok(None);
             }
             Raw::Halt => {

@@ -1,6 +1,7 @@
+use super::{Asids, CpuidCorrection, Resources};
 use crate::FirmwareError;
 use cvm_core::{BoxError, GpaRange, Protection};
-use std::io;
+use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 
 /// What can go wrong between this backend and the host.
@@ -25,13 +26,16 @@ pub enum Error {
         /// What lacks.
         what: String,
     },
+    /// The options of a launch make no sense, or this host cannot fulfil them.
+    #[error("the options are refused: {0}")]
+    Options(String),
     /// A command of the launch failed.
     #[error("failed to {step}{}{}", range.map(|range| format!(" at {range}")).unwrap_or_default(),
         firmware.map(|firmware| format!(": the firmware says {firmware}")).unwrap_or_default())]
     Command {
         /// What it was to do.
         step: &'static str,
-        /// To which pages: those that are left.
+        /// To which pages: the first is the one that it failed at.
         range: Option<GpaRange>,
         /// What the firmware says, if it was asked.
         firmware: Option<FirmwareError>,
@@ -49,12 +53,42 @@ pub enum Error {
         /// How many there are.
         len: usize,
     },
+    /// Every address space identifier is taken, so that the host can have no more guests of this kind.
+    #[error("no more guests of {protection}: {asids}")]
+    Exhausted {
+        /// The kind.
+        protection: Protection,
+        /// How many identifiers there are for it, and how many are free.
+        asids: Asids,
+        /// What the kernel says.
+        source: io::Error,
+    },
+    /// The firmware does not vouch for what the vCPUs are said to be, and nobody agreed to what it does vouch for.
+    #[error("the firmware corrects the page of cpuid leaves: {}", list(corrections))]
+    CpuidCorrected {
+        /// What it would have instead.
+        corrections: Vec<CpuidCorrection>,
+    },
     /// What plain KVM has too failed.
     #[error(transparent)]
     Kvm(#[from] cvm_backend_kvm::Error),
 }
 
+fn list(corrections: &[CpuidCorrection]) -> String {
+    corrections.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}
+
 impl Error {
+    /// That of the first command, which fails as busy when no identifier is free.
+    pub(super) fn or_exhausted(self, protection: Protection) -> Self {
+        match (self, Resources::of_host().of(protection)) {
+            (Self::Command { source, .. }, Some(asids)) if source.kind() == ErrorKind::ResourceBusy => {
+                Self::Exhausted { protection, asids, source }
+            }
+            (error, _) => error,
+        }
+    }
+
     /// A command's error with the pages that it was about.
     pub(super) fn at(self, pages: GpaRange) -> Self {
         match self {

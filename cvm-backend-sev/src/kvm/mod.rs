@@ -1,13 +1,30 @@
 //! AMD SEV, SEV-ES and SEV-SNP guests on Linux with KVM.
+//!
+//! [`SevPlatform`] launches them through the contract of `cvm-core`; what is particular to a launch is in [`SnpOptions`]
+//! and [`SevOptions`].
+//! [`Resources`] says how many such guests the host can have.
+//!
+//! Upstream KVM has neither restricted nor alternate injection: the host can inject whatever it likes, whenever the guest
+//! has interrupts on. The interrupt guard is this library's, so it protects from device models, not from a host; a guest has
+//! to be written for interrupts that come without reason.
 
-#[allow(dead_code, reason = "launches will use it")]
+mod certificates;
 mod command;
+mod cpuid;
 mod device;
 mod error;
+mod exits;
+mod options;
 mod platform;
+mod probe;
+mod resources;
 mod sev;
+mod snp;
 
+pub use cpuid::CpuidCorrection;
 pub use device::PlatformKeys;
 pub use error::Error;
+pub use options::SnpOptions;
 pub use platform::{SevLoader, SevPlatform};
-pub use sev::{InPlaceLoader, Session, SevOptions};
+pub use resources::{Asids, Resources};
+pub use sev::{Owner, Session, SevOptions};

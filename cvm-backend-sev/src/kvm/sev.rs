@@ -9,7 +9,7 @@
 #![allow(unsafe_code, reason = "commands hold addresses")]
 
 use super::command::{Command, Commands};
-use super::{Error, device};
+use super::{Error, device, exits};
 use crate::owner::Secret;
 use crate::sev::{LaunchMeasurement, NOT_MEASURED, Running, SevDigest};
 use crate::{SevFeatures, SevFlags, SevPolicy};
@@ -19,11 +19,14 @@ use cvm_core::boot::{Exits, Interface};
 use cvm_core::doorbell::Transport;
 use cvm_core::launch::{Loader, Transcript, VmConfig};
 use cvm_core::x86::VcpuState;
-use cvm_core::{BoxError, Error as CoreError, GpaRange, Lifecycle, LifecycleAnswer, PAGE_SIZE, PageKind};
+use cvm_core::{
+    BoxError, Error as CoreError, GpaRange, Lifecycle, LifecycleAnswer, PAGE_SIZE, PageKind, Protection, SharedMemory,
+};
 use kvm_bindings::{
     KVM_X86_SEV_ES_VM, KVM_X86_SEV_VM, kvm_run, kvm_sev_init, kvm_sev_launch_measure, kvm_sev_launch_secret,
     kvm_sev_launch_start, kvm_sev_launch_update_data,
 };
+use std::any::Any;
 use std::fmt;
 use std::fs::File;
 use std::ptr::from_mut;
@@ -55,8 +58,18 @@ pub struct Session {
 /// to give the launch up.
 type Ask = dyn Fn(&LaunchMeasurement, &SevDigest) -> Result<Vec<Secret>, BoxError> + Send + Sync;
 
-/// What a launch of SEV or SEV-ES is to be.
+/// Who is asked before a guest starts: [`SevOptions::with_owner`].
 #[derive(Clone)]
+pub struct Owner(Arc<Ask>);
+
+impl fmt::Debug for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Owner")
+    }
+}
+
+/// What a launch of SEV or SEV-ES is to be.
+#[derive(Debug, Clone)]
 pub struct SevOptions {
     /// What the owner allows. SEV-ES has the flag for it in addition, whatever this says.
     pub policy: SevPolicy,
@@ -64,7 +77,8 @@ pub struct SevOptions {
     pub session: Option<Session>,
     /// What is active in an SEV-ES guest.
     pub features: SevFeatures,
-    owner: Option<Arc<Ask>>,
+    /// The owner, if he is to be asked.
+    pub owner: Option<Owner>,
 }
 
 impl Default for SevOptions {
@@ -81,17 +95,8 @@ impl SevOptions {
         mut self,
         owner: impl Fn(&LaunchMeasurement, &SevDigest) -> Result<Vec<Secret>, BoxError> + Send + Sync + 'static,
     ) -> Self {
-        self.owner = Some(Arc::new(owner));
+        self.owner = Some(Owner(Arc::new(owner)));
         self
-    }
-}
-
-impl fmt::Debug for SevOptions {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { policy, session, features, owner } = self;
-        let mut debug = f.debug_struct("SevOptions");
-        debug.field("policy", policy).field("session", session).field("features", features);
-        debug.field("owner", &owner.is_some()).finish()
     }
 }
 
@@ -124,7 +129,7 @@ pub(super) struct Encrypted {
 impl Encrypted {
     pub(super) fn new(
         host: &Host,
-        device: Arc<File>,
+        device: &Arc<File>,
         es: bool,
         features: SevFeatures,
         config: VmConfig,
@@ -132,27 +137,26 @@ impl Encrypted {
     ) -> Result<Self, Error> {
         let vm_type = if es { KVM_X86_SEV_ES_VM } else { KVM_X86_SEV_VM };
         let vm = host.kvm().create_vm_with_type(vm_type.into());
-        let vm = vm.map_err(|error| KvmError::Kvm { step: "create an encrypted vm", source: error.into() })?;
-        let vm = Arc::new(vm);
-        let commands = Commands::new(Arc::clone(&vm), device);
+        let vm = Arc::new(vm.map_err(KvmError::kvm("create an encrypted vm"))?);
+        let commands = Commands::new(Arc::clone(&vm), Arc::clone(device));
         let mut init = kvm_sev_init::default();
         if es {
             (init.vmsa_features, init.ghcb_version) = (features.bits(), GHCB_VERSION);
         }
         // SAFETY: the kernel reads a kvm_sev_init, in which there is no address.
-        unsafe { commands.give_with(Command::Init2, &mut init)? };
+        unsafe { commands.give_with(Command::Init2, &mut init) }
+            .map_err(|error| error.or_exhausted(if es { Protection::SevEs } else { Protection::Sev }))?;
         let memory = GuestMemory::pinned(&vm, &config.memory)?;
-        Ok(Self { machine: Machine::new(host, vm, memory, config, transport)?, commands, es })
+        Ok(Self { machine: Machine::new(host, vm, memory, config, transport, &host.supported_cpuid()?)?, commands, es })
     }
 
     /// Switches on in all vCPUs what KVM switches on by itself where its own kernel has it, so that the measurement is the
     /// same on every host.
     fn set_machine_checks(&mut self) -> Result<(), Error> {
-        let kvm = |step| move |error: kvm_ioctls::Error| KvmError::Kvm { step, source: error.into() };
         for vcpu in self.machine.vcpus() {
-            let mut registers = vcpu.get_sregs().map_err(kvm("read the system registers"))?;
+            let mut registers = vcpu.get_sregs().map_err(KvmError::kvm("read the system registers"))?;
             registers.cr4 |= CR4_MCE;
-            vcpu.set_sregs(&registers).map_err(kvm("set the system registers"))?;
+            vcpu.set_sregs(&registers).map_err(KvmError::kvm("set the system registers"))?;
         }
         Ok(())
     }
@@ -190,7 +194,7 @@ impl InPlaceLoader {
     /// Starts a launch.
     pub(super) fn new(
         host: &Host,
-        device: Arc<File>,
+        device: &Arc<File>,
         es: bool,
         options: SevOptions,
         config: VmConfig,
@@ -292,7 +296,7 @@ impl Loader for InPlaceLoader {
             self.made.commands.give(Command::LaunchUpdateVmsa)?;
         }
         let launch = self.measure()?;
-        if let Some(owner) = &self.options.owner {
+        if let Some(Owner(owner)) = &self.options.owner {
             let es = self.made.es.then_some(self.options.features);
             let secrets = owner(&launch, &self.digest.clone().finish(&transcript, es));
             for secret in secrets.map_err(Error::Owner)? {
@@ -346,8 +350,7 @@ impl Traits for SevTraits {
         }
     }
 
-    fn exit(&self, vcpu: u32, run: &mut kvm_run) -> Result<(), CoreError> {
-        let reason = format!("it left by an exit that such guests do not have: {}", run.exit_reason);
-        Err(CoreError::Crashed { vcpu, reason })
+    fn exit(&self, vcpu: u32, run: &mut kvm_run, _memory: &SharedMemory) -> Result<Option<Box<dyn Any>>, CoreError> {
+        Err(exits::ended(vcpu, run))
     }
 }

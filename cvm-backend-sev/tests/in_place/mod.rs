@@ -3,8 +3,10 @@
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 use cvm_backend_kvm::backend::{LocalVcpu, LocalVm};
-use cvm_backend_sev::kvm::{SevLoader, SevOptions, SevPlatform};
+use cvm_backend_sev::kvm::{self as sev, Session, SevLoader, SevOptions, SevPlatform};
+use cvm_backend_sev::owner::TransportKeys;
 use cvm_backend_sev::sev::SevDigest;
+use cvm_backend_sev::{SevFlags, SevPolicy};
 use cvm_core::doorbell::{PORT_BASE, Transport, control, device_base};
 use cvm_core::launch::{Entry, Transcript};
 use cvm_core::x86::VcpuState;
@@ -375,4 +377,37 @@ pub fn expected(host: &Host, transcript: &Transcript, loaded: &Loaded) -> SevDig
         entry => entry,
     });
     cvm_backend_sev::sev::of_transcript(&entries.collect(), features, |gpa| loaded.page(gpa)).unwrap()
+}
+
+/// Keys between owner and firmware in these tests.
+pub fn keys() -> TransportKeys {
+    TransportKeys::new(ENCRYPTION_KEY, INTEGRITY_KEY)
+}
+
+const ENCRYPTION_KEY: [u8; 16] = [0x11; 16];
+const INTEGRITY_KEY: [u8; 16] = [0x22; 16];
+
+/// A session with [`keys`] as the faked secure processor takes it: the keys are not wrapped.
+pub fn session(policy: SevPolicy) -> Session {
+    let (nonce, iv, wrap_mac) = ([0; 16], [0; 16], [0; 32]);
+    let parts: [&[u8]; 6] = [&nonce, &ENCRYPTION_KEY, &INTEGRITY_KEY, &iv, &wrap_mac, &keys().policy_mac(policy)];
+    Session { certificate: vec![0xce; 2084], session: parts.concat() }
+}
+
+/// The policy of these tests.
+pub fn policy(protection: Protection) -> SevPolicy {
+    let state = if protection == Protection::SevEs { SevFlags::ES } else { SevFlags::empty() };
+    SevPolicy { least_api: (1, 0), flags: SevFlags::NO_DEBUG | state }
+}
+
+/// The error of this backend in what a launch failed with.
+pub fn cause(error: &Error) -> &sev::Error {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if let Some(found) = error.downcast_ref::<sev::Error>() {
+            return found;
+        }
+        cause = error.source();
+    }
+    panic!("{error:?} is not of this backend");
 }
