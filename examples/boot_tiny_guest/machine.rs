@@ -75,9 +75,9 @@ impl<'a, V: Vm> Machine<'a, V> {
         }
     }
 
-    /// What the guest's secret follows from.
-    pub fn nonce(&self) -> u64 {
-        self.observer.nonce
+    /// What the VMM knows when it tries to reach the secret.
+    pub fn observer(&self) -> &Observer {
+        &self.observer
     }
 
     /// The disk's device.
