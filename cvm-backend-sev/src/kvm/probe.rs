@@ -44,18 +44,15 @@ fn offer(host: &Host, firmware: &Path, protection: Protection, vm_type: u32, par
         let what = format!("{} cannot be opened: {error}", firmware.display());
         lacks.push(missing(what, "load the module ccp, and run with access to it"));
     }
-    if protection != Protection::SevSnp && lacks.is_empty() && !is_coherent(host) {
-        lacks.push(missing(
-            "the processor's caches hold a page encrypted and not at the same time",
-            "an AMD EPYC processor whose caches are coherent with encryption (CPUID 0x8000001f, EAX bit 10)",
-        ));
-    }
     let mut notes = Vec::new();
     if lacks.is_empty() {
         let resources = Resources::of_host();
         notes.extend(resources.of(protection).map(|asids| asids.to_string()));
         if let Some(count) = resources.ciphertext_hiding.filter(|_| protection == Protection::SevSnp) {
             notes.push(format!("the ciphertext of {count} guests can be hidden from the host"));
+        }
+        if protection != Protection::SevSnp && !is_coherent(host) {
+            notes.push("guests have to flush from the caches what they convert".into());
         }
         if protection == Protection::SevSnp {
             let certificates = attribute(host.kvm(), Attribute::SnpReqCerts) == Some(1);
@@ -66,7 +63,7 @@ fn offer(host: &Host, firmware: &Path, protection: Protection, vm_type: u32, par
 }
 
 /// Whether the processor's caches have a line once, whether it was written encrypted or not (AMD64 APM volume 3, section
-/// E.4.17). Where they do not, what the host writes to a page may be overwritten later by what the guest wrote before.
+/// E.4.17). Where they may have two, what one side writes to a page can be overwritten later by what the other wrote before.
 fn is_coherent(host: &Host) -> bool {
     const ENCRYPTION_LEAF: u32 = 0x8000_001f;
     const COHERENT: u32 = 1 << 10;

@@ -106,6 +106,8 @@ pub mod processor {
 
     /// How many address space ids are taken, by kind.
     pub fn asids() -> BTreeMap<String, u64> {
+        // Only groups that pass the controller on show what is counted.
+        fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+misc").unwrap();
         let text = fs::read_to_string("/sys/fs/cgroup/misc.current").unwrap();
         let lines = text.lines().filter_map(|line| line.split_once(' '));
         lines.map(|(kind, count)| (kind.to_owned(), count.trim().parse().unwrap())).collect()

@@ -8,8 +8,9 @@
 //! | shared | overwrites them with zeros: it finds nothing of what was private there, not even encrypted |
 //! | private | nothing: as the guest decrypts what was never encrypted, it finds garbage there, and has to write first |
 //!
-//! A processor may keep lines of a page in its caches twice, encrypted and not. Guests must not be launched where it does:
-//! what is written last to memory need not be what was written last.
+//! A processor whose caches are not coherent with encryption (CPUID 0x8000001f, EAX bit 10, says that they are) may keep a line
+//! of a page twice. There a guest has to flush a page from the caches before it asks for its conversion, to either side: the
+//! host cannot do it.
 
 #![allow(unsafe_code, reason = "KVM is told where the windows are")]
 
