@@ -151,6 +151,24 @@ fn an_isolation_that_the_host_does_not_offer_is_refused_with_what_lacks() {
 }
 
 #[test]
+fn hardware_that_the_host_lacks_is_refused_with_what_lacks_and_how_to_see_it_all_the_same() {
+    if !kvm() {
+        return;
+    }
+    for (platform, protection) in [("snp", "sev-snp"), ("sev-es", "sev-es"), ("sev", "sev")] {
+        if offered(protection) {
+            boot_well(&["--platform", platform, "--emulated"]);
+            continue;
+        }
+        let output = run("boot_tiny_guest", &["--platform", platform]);
+        assert!(!output.status.success(), "{platform}");
+        let errors = stderr(&output);
+        assert!(errors.starts_with(&format!("error: {protection} is not offered here: ")), "{errors}");
+        assert!(errors.contains(&format!("boot_tiny_guest --platform {platform} --emulated")), "{errors}");
+    }
+}
+
+#[test]
 fn a_disk_of_the_users_is_read_whole_and_left_alone() {
     if !kvm() {
         return;

@@ -188,7 +188,7 @@ mod tests {
     #[test]
     fn requests_are_the_numbers_of_the_publication() {
         let host = Host::new(|value| match value & KIND {
-            CPUID => (value >> 30 & 3) + 7 << 32 | 5,
+            CPUID => ((value >> 30 & 3) + 7) << 32 | 5,
             kind => kind + 1,
         });
         let page = GpaRange::from_pages(0x12_3000, 1).unwrap();
