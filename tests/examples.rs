@@ -157,7 +157,10 @@ fn hardware_that_the_host_lacks_is_refused_with_what_lacks_and_how_to_see_it_all
     }
     for (platform, protection) in [("snp", "sev-snp"), ("sev-es", "sev-es"), ("sev", "sev")] {
         if offered(protection) {
-            boot_well(&["--platform", platform, "--emulated"]);
+            let mut arguments = vec!["--platform", platform];
+            // The secure processor of L1.
+            arguments.extend(Path::new("/proc/fakepsp").exists().then_some("--emulated"));
+            boot_well(&arguments);
             continue;
         }
         let output = run("boot_tiny_guest", &["--platform", platform]);

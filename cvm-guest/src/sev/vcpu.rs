@@ -366,6 +366,39 @@ mod tests {
         assert_eq!(setting.vcpu().create_vcpu(5, Gpa(0x20_1000), 1), Err(Fault::SnpOnly));
     }
 
+    /// A host whose other CPUs write all over the GHCB while the guest uses it.
+    #[test]
+    fn a_host_that_scribbles_meanwhile_is_a_host_that_answers_something() {
+        use core::sync::atomic::{AtomicBool, Ordering};
+        for protection in [Protection::SevSnp, Protection::SevEs] {
+            let setting = Setting::new(protection, Doorbell::Port);
+            (2..8).for_each(|page| setting.pages.set(setting.page(page, 1).start().0 / PAGE_SIZE));
+            let vcpu = setting.vcpu();
+            // What is honest of this host would not expect that somebody else writes.
+            setting.host.answer_by(|_, _| true);
+            let (stop, memory) = (AtomicBool::new(false), &setting.host.memory);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let (mut at, mut value) = (0usize, 1u64);
+                    while !stop.load(Ordering::Relaxed) {
+                        value = value.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+                        at = (at + 8) % (offset::VERSION & !7);
+                        // The fake host checks that the guest has filled in these.
+                        if !(offset::EXIT_CODE..offset::EXIT_INFO_2 + 8).contains(&at) && at & !8 != offset::VALID {
+                            memory.write(at, &(value >> 20).to_le_bytes()).unwrap();
+                        }
+                    }
+                });
+                for _ in 0..2000 {
+                    terminates(|| vcpu.read(0));
+                    terminates(|| vcpu.cpuid(1, 0));
+                    terminates(|| page_state::change(&vcpu.ghcb, &vcpu.exit, setting.page(2, 2), Side::Shared));
+                }
+                stop.store(true, Ordering::Relaxed);
+            });
+        }
+    }
+
     proptest! {
         /// A host that writes whatever it likes all over the GHCB at each exit.
         #[test]
