@@ -17,12 +17,13 @@ use std::sync::OnceLock;
 use zerocopy::FromZeros;
 
 const PAGE: usize = PAGE_SIZE as usize;
-/// The GHCB, a message and its answer, pages to convert, and a page that nobody else may touch.
+/// The GHCB, a message and its answer, pages to convert, the guest's secrets, and a page that nobody else may touch.
 const PAGES: usize = 8;
 const GHCB: u64 = 0;
 const MESSAGES: u64 = 1;
 const DATA: u64 = 3;
-const UNTOUCHED: usize = 7;
+const SECRETS: u64 = 6;
+const UNTOUCHED: u64 = 7;
 
 const REGISTERED: u64 = 0x13;
 const REQUESTS: [u64; 2] = [0x8000_0011, 0x8000_0012];
@@ -142,7 +143,10 @@ fn work(host: &Host<'_>) {
     // SAFETY: the page is leaked memory, which only this host and this guest use.
     let vcpu = unsafe { GhcbVcpu::new(host, host, &boot, protection, gpa, acceptance, cpuid).unwrap() };
 
-    let secrets = Box::leak(Box::new([7; PAGE]));
+    let secrets = std::ptr::with_exposed_provenance_mut::<[u8; PAGE]>(range(SECRETS, 1).start().0 as usize);
+    // SAFETY: the page is leaked memory, of which this is the only reference: the one of the run before is gone.
+    let secrets = unsafe { &mut *secrets };
+    secrets.fill(7);
     secrets[0xa0..0xa4].fill(0);
     let mut reporter = Reporter::new(SecretsPage::new(secrets), region(MESSAGES, 2)).unwrap();
     for _ in 0..8 {
@@ -184,7 +188,7 @@ fn one_leaf() -> Option<CpuidTable> {
 }
 
 fuzz_target!(|bytes: &[u8]| {
-    region(UNTOUCHED as u64, 1).write(0, &[0xa5; PAGE]).unwrap();
+    region(UNTOUCHED, 1).write(0, &[0xa5; PAGE]).unwrap();
     let host = Host {
         bytes: RefCell::new(bytes),
         ghcb: region(GHCB, 1),
@@ -199,6 +203,6 @@ fuzz_target!(|bytes: &[u8]| {
         resume_unwind(why);
     }
     let mut page = [0; PAGE];
-    region(UNTOUCHED as u64, 1).read(0, &mut page).unwrap();
+    region(UNTOUCHED, 1).read(0, &mut page).unwrap();
     assert!(page == [0xa5; PAGE]);
 });
