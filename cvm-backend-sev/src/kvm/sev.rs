@@ -9,14 +9,16 @@
 #![allow(unsafe_code, reason = "commands hold addresses")]
 
 use super::command::{Command, Commands};
+use super::export::SevExport;
 use super::{Error, device, exits};
 use crate::owner::Secret;
 use crate::sev::{LaunchMeasurement, NOT_MEASURED, Running, SevDigest};
 use crate::{SevFeatures, SevFlags, SevPolicy};
 use cvm_backend_kvm::Error as KvmError;
-use cvm_backend_kvm::backend::{GuestMemory, Host, LocalVm, Machine, PinnedMemory, Traits};
+use cvm_backend_kvm::backend::{GuestMemory, Host, LocalVcpu, LocalVm, Machine, PinnedMemory, Traits};
 use cvm_core::boot::{Exits, Interface};
 use cvm_core::doorbell::Transport;
+use cvm_core::export::Export;
 use cvm_core::launch::{Loader, Transcript, VmConfig};
 use cvm_core::x86::VcpuState;
 use cvm_core::{
@@ -124,6 +126,9 @@ pub(super) struct Encrypted {
     pub(super) machine: Machine,
     pub(super) commands: Commands,
     pub(super) es: bool,
+    /// Where memory is.
+    pub(super) slots: Vec<GpaRange>,
+    vcpus: usize,
 }
 
 impl Encrypted {
@@ -147,7 +152,14 @@ impl Encrypted {
         unsafe { commands.give_with(Command::Init2, &mut init) }
             .map_err(|error| error.or_exhausted(if es { Protection::SevEs } else { Protection::Sev }))?;
         let memory = GuestMemory::pinned(&vm, &config.memory)?;
-        Ok(Self { machine: Machine::new(host, vm, memory, config, transport, &host.supported_cpuid()?)?, commands, es })
+        let (slots, vcpus) = (config.memory.clone(), config.vcpus as usize);
+        Ok(Self {
+            slots,
+            vcpus,
+            machine: Machine::new(host, vm, memory, config, transport, &host.supported_cpuid()?)?,
+            commands,
+            es,
+        })
     }
 
     /// Switches on in all vCPUs what KVM switches on by itself where its own kernel has it, so that the measurement is the
@@ -161,16 +173,18 @@ impl Encrypted {
         Ok(())
     }
 
-    pub(super) fn memory(&self) -> Result<&PinnedMemory, BoxError> {
-        self.machine.memory().as_pinned().ok_or_else(|| "the memory is not pinned".into())
+    pub(super) fn memory(&self) -> Result<&PinnedMemory, Error> {
+        self.machine.memory().as_pinned().ok_or_else(|| Error::Options("its memory is not pinned".into()))
     }
 
     /// The VM, which runs from here on.
     pub(super) fn finish(self, policy: SevPolicy, transcript: Transcript) -> Result<LocalVm, BoxError> {
-        let Self { machine, commands, es } = self;
-        _ = commands;
-        let may_send = !policy.flags.contains(SevFlags::NO_SEND);
-        machine.finish(Box::new(SevTraits { es, may_send }), transcript)
+        let may_send = !self.es && !policy.flags.contains(SevFlags::NO_SEND);
+        let export = match may_send {
+            true => Some(SevExport::new(self.commands.clone(), policy, self.vcpus, self.memory()?, &self.slots)?),
+            false => None,
+        };
+        self.machine.finish(Box::new(SevTraits { es: self.es, export }), transcript)
     }
 }
 
@@ -200,9 +214,12 @@ impl InPlaceLoader {
         config: VmConfig,
         transport: Transport,
     ) -> Result<Self, Error> {
-        let made = Encrypted::new(host, device, es, options.features, config, transport)?;
         let mut policy = options.policy;
-        policy.flags.set(SevFlags::ES, es || policy.flags.contains(SevFlags::ES));
+        if !es && policy.flags.contains(SevFlags::ES) {
+            return Err(Error::Options("the guest policy demands sev-es".into()));
+        }
+        policy.flags.set(SevFlags::ES, es);
+        let made = Encrypted::new(host, device, es, options.features, config, transport)?;
         let mut start = kvm_sev_launch_start { policy: policy.bits(), ..Default::default() };
         if let Some(Session { certificate, session }) = &options.session {
             (start.dh_uaddr, start.dh_len) = blob("the owner's certificate", certificate)?;
@@ -326,7 +343,7 @@ fn parts(range: GpaRange) -> impl Iterator<Item = GpaRange> {
 #[derive(Debug)]
 struct SevTraits {
     es: bool,
-    may_send: bool,
+    export: Option<SevExport>,
 }
 
 impl Traits for SevTraits {
@@ -339,7 +356,7 @@ impl Traits for SevTraits {
             Lifecycle::Migrate | Lifecycle::Snapshot if self.es => {
                 LifecycleAnswer::No("kvm cannot export the vcpus of sev-es: it has no SEND_UPDATE_VMSA")
             }
-            Lifecycle::Migrate if self.may_send => LifecycleAnswer::Yes,
+            Lifecycle::Migrate if self.export.is_some() => LifecycleAnswer::Yes,
             Lifecycle::Migrate => LifecycleAnswer::No("the guest policy forbids to send it"),
             Lifecycle::Snapshot => LifecycleAnswer::No("an export is for one target, which has to be there: migrate"),
             Lifecycle::Dump => LifecycleAnswer::No("private memory is encrypted, also for its host"),
@@ -348,6 +365,10 @@ impl Traits for SevTraits {
             Lifecycle::Hotplug => LifecycleAnswer::No("memory and vcpus are part of the measured launch"),
             Lifecycle::AssignDevice => LifecycleAnswer::No("no iommu mapping follows the conversions"),
         }
+    }
+
+    fn export(&self) -> Option<&dyn Export<LocalVcpu>> {
+        self.export.as_ref().map(|export| export as _)
     }
 
     fn exit(&self, vcpu: u32, run: &mut kvm_run, _memory: &SharedMemory) -> Result<Option<Box<dyn Any>>, CoreError> {
