@@ -26,7 +26,8 @@ use std::sync::Arc;
 
 /// Control-register bits of a vCPU that starts in 64-bit mode (AMD64 APM volume 2, sections 3.1 and 3.1.7).
 const CR0_PE_MP_ET_NE_WP_PG: u64 = 1 | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31;
-const CR4_PAE: u64 = 1 << 5;
+/// The second is machine checks: KVM for AMD adds them where the host has them on, and the state is to be the same on all hosts.
+const CR4_PAE_MCE: u64 = 1 << 5 | 1 << 6;
 const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
 
 /// Whether a processor has AMD's hypercall instruction.
@@ -93,7 +94,7 @@ pub(crate) fn set_state(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), Error> {
     let data = kvm_segment { selector: 16, type_: 3, db: 1, l: 0, ..code };
     (sregs.cs, sregs.ss) = (code, data);
     (sregs.ds, sregs.es, sregs.fs, sregs.gs) = (data, data, data, data);
-    (sregs.cr0, sregs.cr3, sregs.cr4) = (CR0_PE_MP_ET_NE_WP_PG, state.cr3, CR4_PAE);
+    (sregs.cr0, sregs.cr3, sregs.cr4) = (CR0_PE_MP_ET_NE_WP_PG, state.cr3, CR4_PAE_MCE);
     sregs.efer = EFER_LME_LMA;
     vcpu.set_sregs(&sregs).map_err(Error::kvm("set the system registers"))?;
     let regs =
