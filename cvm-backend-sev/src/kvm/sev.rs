@@ -44,9 +44,6 @@ const MOST_AT_ONCE: u64 = 2 << 20;
 /// `SEV_FW_BLOB_MAX_SIZE`).
 pub(super) const MOST_BLOB: usize = 0x4000;
 
-/// Machine checks are on (AMD64 APM volume 2, section 3.1.3).
-const CR4_MCE: u64 = 1 << 6;
-
 /// What the guest's owner has made for one launch on this platform.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Session {
@@ -160,17 +157,6 @@ impl Encrypted {
             commands,
             es,
         })
-    }
-
-    /// Switches on in all vCPUs what KVM switches on by itself where its own kernel has it, so that the measurement is the
-    /// same on every host.
-    fn set_machine_checks(&mut self) -> Result<(), Error> {
-        for vcpu in self.machine.vcpus() {
-            let mut registers = vcpu.get_sregs().map_err(KvmError::kvm("read the system registers"))?;
-            registers.cr4 |= CR4_MCE;
-            vcpu.set_sregs(&registers).map_err(KvmError::kvm("set the system registers"))?;
-        }
-        Ok(())
     }
 
     pub(super) fn memory(&self) -> Result<&PinnedMemory, Error> {
@@ -309,7 +295,7 @@ impl Loader for InPlaceLoader {
     fn seal(mut self, transcript: Transcript) -> Result<LocalVm, BoxError> {
         self.made.machine.set_states()?;
         if self.made.es {
-            self.made.set_machine_checks()?;
+            self.made.machine.settle_states()?;
             self.made.commands.give(Command::LaunchUpdateVmsa)?;
         }
         let launch = self.measure()?;

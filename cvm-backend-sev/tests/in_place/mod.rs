@@ -8,14 +8,15 @@ use cvm_backend_sev::owner::TransportKeys;
 use cvm_backend_sev::sev::SevDigest;
 use cvm_backend_sev::{SevFlags, SevPolicy};
 use cvm_core::doorbell::{PORT_BASE, Transport, control, device_base};
-use cvm_core::launch::{Entry, Transcript};
-use cvm_core::x86::VcpuState;
+use cvm_core::launch::Transcript;
 use cvm_core::{
     Answer, Error, Exit, Gpa, Launch, PAGE_SIZE, PageKind, Platform, Protection, Side, Vcpu, Vm, VmConfig, Watchdog,
     x86,
 };
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
@@ -111,6 +112,47 @@ pub mod processor {
         let text = fs::read_to_string("/sys/fs/cgroup/misc.current").unwrap();
         let lines = text.lines().filter_map(|line| line.split_once(' '));
         lines.map(|(kind, count)| (kind.to_owned(), count.trim().parse().unwrap())).collect()
+    }
+
+    /// A control group that this process is in, and that allows so many identifiers of a kind. It is over when dropped.
+    pub struct Limit;
+
+    const GROUPS: &str = "/sys/fs/cgroup";
+    const GROUP: &str = "/sys/fs/cgroup/cvm-test";
+
+    impl Limit {
+        pub fn new(protection: Protection, most: u64) -> Self {
+            let kind = if protection == Protection::Sev { "sev" } else { "sev_es" };
+            fs::write(format!("{GROUPS}/cgroup.subtree_control"), "+misc").unwrap();
+            fs::create_dir(GROUP).unwrap();
+            fs::write(format!("{GROUP}/misc.max"), format!("{kind} {most}")).unwrap();
+            fs::write(format!("{GROUP}/cgroup.procs"), std::process::id().to_string()).unwrap();
+            Self
+        }
+    }
+
+    impl Drop for Limit {
+        fn drop(&mut self) {
+            fs::write(format!("{GROUPS}/cgroup.procs"), std::process::id().to_string()).unwrap();
+            fs::remove_dir(GROUP).unwrap();
+        }
+    }
+
+    /// Runs `then` on a thread that may pin hardly anything: with a small limit, and without the capability to exceed it.
+    pub fn unprivileged<T: Send>(then: impl FnOnce() -> T + Send) -> T {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                let before = getrlimit(Resource::Memlock);
+                setrlimit(Resource::Memlock, Rlimit { current: Some(0x10000), ..before }).unwrap();
+                let mut capabilities = capabilities(None).unwrap();
+                capabilities.effective.remove(CapabilitySet::IPC_LOCK);
+                set_capabilities(None, capabilities).unwrap();
+                let result = then();
+                setrlimit(Resource::Memlock, before).unwrap();
+                result
+            });
+            thread.join().unwrap()
+        })
     }
 }
 
@@ -368,17 +410,9 @@ impl Guest {
 }
 
 /// The digest of a launch, as the portable code computes it.
-///
-/// Where the faked secure processor lets guests run, KVM makes the state of a vCPU without its page tables: then the
-/// transcript is taken as if it had none.
 pub fn expected(host: &Host, transcript: &Transcript, loaded: &Loaded) -> SevDigest {
-    let features = host.es().then(Default::default);
-    let faked = fs::read_to_string("/sys/module/kvm_amd/parameters/fakepsp_run").is_ok_and(|runs| runs.trim() == "Y");
-    let entries = transcript.entries().iter().cloned().map(|entry| match entry {
-        Entry::Vcpu { index, state } if faked => Entry::Vcpu { index, state: VcpuState { cr3: 0, ..state } },
-        entry => entry,
-    });
-    cvm_backend_sev::sev::of_transcript(&entries.collect(), features, |gpa| loaded.page(gpa)).unwrap()
+    let features = host.es().then(|| host.platform.features());
+    cvm_backend_sev::sev::of_transcript(transcript, features, |gpa| loaded.page(gpa)).unwrap()
 }
 
 /// Keys between owner and firmware in these tests.
