@@ -104,7 +104,7 @@ fn what_sev_cannot_load_or_give_is_refused_before_the_firmware_is_asked() {
     drop(launch);
 
     let policy = policy(host.protection);
-    for gpa in [DATA + 8, DATA + 0xff8, MEMORY, u64::MAX & !0xf] {
+    for gpa in [DATA + 8, DATA + 0xff8, MEMORY, !0xf] {
         let options = SevOptions { policy, session: Some(session(policy)), ..SevOptions::default() };
         host = host
             .with(options.with_owner(move |launch, _| Ok(vec![keys().seal(launch, &[1; 16], [7; 16])?.at(Gpa(gpa))])));

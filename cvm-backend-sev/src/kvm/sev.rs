@@ -251,7 +251,8 @@ impl InPlaceLoader {
     fn inject(&self, Secret { gpa, sealed }: &Secret) -> Result<(), BoxError> {
         let len = sealed.data.len() as u64;
         let page = GpaRange::from_pages(gpa.0 & !(PAGE_SIZE - 1), 1)?;
-        if !(1..=PAGE_SIZE).contains(&len) || len % 16 != 0 || gpa.0 % 16 != 0 || gpa.0 % PAGE_SIZE + len > PAGE_SIZE {
+        let is_aligned = len.is_multiple_of(16) && gpa.0.is_multiple_of(16);
+        if !(1..=PAGE_SIZE).contains(&len) || !is_aligned || gpa.0 % PAGE_SIZE + len > PAGE_SIZE {
             let problem = "it takes a multiple of 16 bytes, at a multiple of 16, in one page";
             return Err(crate::Error::Secret { len: sealed.data.len(), problem }.into());
         }

@@ -292,6 +292,15 @@ impl Assembler {
         self.load(x86::SHARED_AT + gpa)
     }
 
+    /// Asks the host, by the MSR alone, to end this guest for a reason of a set (AMD publication 56421, section 2.3.1).
+    pub fn terminate(&mut self, set: u32, reason: u32) -> Result<(), IcedError> {
+        self.mov(ecx, ghcb::MSR)?;
+        self.mov(eax, reason << 16 | set << 12 | 0x100)?;
+        self.mov(edx, 0u32)?;
+        self.wrmsr()?;
+        self.db(&[0xf3, 0x0f, 0x01, 0xd9])
+    }
+
     /// Asks for a conversion by hypercall; the answer is in RAX.
     pub fn convert(&mut self, gpa: u64, pages: u64, to: Side) -> Result<(), IcedError> {
         // Bit 4 of the attributes is "encrypted".
@@ -397,7 +406,12 @@ impl Guest {
 
     /// Runs the first vCPU up to its next report.
     pub fn report(&mut self) -> u32 {
-        match self.run() {
+        self.report_of(0)
+    }
+
+    /// Runs vCPU `index` up to its next report.
+    pub fn report_of(&mut self, index: usize) -> u32 {
+        match self.vcpus[index].run().unwrap() {
             Exit::DoorbellWrite { register: REPORT, value } => value,
             other => panic!("{other:?} where a report should be"),
         }
