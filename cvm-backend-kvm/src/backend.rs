@@ -7,10 +7,10 @@
 //! | give it memory | [`GuestMemory`] |
 //! | give it vCPUs, as the configuration says | [`Machine::new`] |
 //! | load it, in the backend's own way | [`Machine::vm`], [`Machine::memory`], [`Machine::vcpus`] |
-//! | let it run | [`Machine::set_states`], [`Machine::finish`] with the backend's [`Traits`] |
+//! | let it run | [`Machine::set_states`] (and [`Machine::settle_states`] to measure them), [`Machine::finish`] with the backend's [`Traits`] |
 //!
 //! The result is a [`LocalVm`], which is the same for all of them: one loop around `KVM_RUN`, one conversion engine, one way
 //! for interrupts.
 
 pub use crate::host::{Host, setting};
-pub use crate::local::{GuestMemory, LocalVcpu, LocalVm, Machine, PinnedMemory, Traits};
+pub use crate::local::{GuestMemory, LocalVcpu, LocalVm, Machine, PinnedMemory, Traits, VcpuSnapshot};

@@ -104,7 +104,7 @@ fn what_sev_cannot_load_or_give_is_refused_before_the_firmware_is_asked() {
     drop(launch);
 
     let policy = policy(host.protection);
-    for gpa in [DATA + 8, DATA + 0xff8, MEMORY, u64::MAX & !0xf] {
+    for gpa in [DATA + 8, DATA + 0xff8, MEMORY, !0xf] {
         let options = SevOptions { policy, session: Some(session(policy)), ..SevOptions::default() };
         host = host
             .with(options.with_owner(move |launch, _| Ok(vec![keys().seal(launch, &[1; 16], [7; 16])?.at(Gpa(gpa))])));
@@ -239,4 +239,31 @@ fn a_process_that_is_killed_at_any_step_leaves_nothing() {
         }
         Guest::new(&host, nothing).end();
     }
+}
+
+#[test]
+fn a_launch_that_meets_the_last_identifier_says_how_many_there_are() {
+    for protection in BOTH {
+        let Some(host) = host(protection) else { return };
+        let before = processor::asids();
+        let limit = processor::Limit::new(protection, 2);
+        let taken = [(); 2].map(|()| host.platform.launch(config(1)).unwrap());
+        let error = host.platform.launch(config(1)).unwrap_err();
+        let Error::Exhausted { protection: kind, asids, .. } = cause(&error) else { panic!("{error:?}") };
+        assert_eq!((*kind, asids.free), (protection, Some(0)), "{error}");
+        drop(taken);
+        Guest::new(&host, nothing).end();
+        drop(limit);
+        assert_eq!(processor::asids(), before);
+    }
+}
+
+#[test]
+fn memory_that_may_not_be_pinned_is_refused_with_the_limit_to_raise() {
+    let Some(host) = host(Protection::Sev) else { return };
+    let before = processor::asids();
+    let error = processor::unprivileged(|| host.platform.launch(config(1)).unwrap_err());
+    let refused = std::error::Error::source(&error).unwrap().to_string();
+    assert!(refused.contains("LimitMEMLOCK") && refused.contains("CAP_IPC_LOCK"), "{refused}");
+    assert_eq!(processor::asids(), before);
 }

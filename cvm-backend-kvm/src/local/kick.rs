@@ -4,16 +4,18 @@
 
 use crate::{Error, lock};
 use cvm_core::Kick;
-use kvm_bindings::kvm_run;
+use kvm_bindings::{KVMIO, kvm_run, kvm_signal_mask};
 use kvm_ioctls::VcpuFd;
 use libc::{c_int, c_void, pthread_t, siginfo_t};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use std::io;
 use std::mem::offset_of;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::ptr::{NonNull, null_mut};
+use std::ptr::{NonNull, null, null_mut};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use vmm_sys_util::ioctl::ioctl_with_ptr;
+use vmm_sys_util::ioctl_iow_nr;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 /// The signal that makes KVM_RUN return, see [`KvmPlatform`](crate::KvmPlatform).
@@ -82,6 +84,53 @@ fn unblock() {
     }
 }
 
+// Linux include/uapi/linux/kvm.h: what is written is a kvm_signal_mask, whose length the number does not count.
+ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, KVMIO, 0x8b, kvm_signal_mask);
+
+/// Which signals are blocked while a vCPU runs, as the kernel has it: a bit for each signal, from 1 on.
+#[repr(C, packed)]
+struct SignalMask {
+    len: u32,
+    blocked: u64,
+}
+
+/// Has KVM do all that it does before it lets `vcpu` run, and does not let it: a signal is waiting.
+pub(crate) fn call_off(vcpu: &mut VcpuFd) -> Result<(), Error> {
+    handler()?;
+    let failed = |source| Error::Kvm { step: "call off a vcpu's entry", source };
+    let all_but_ours = SignalMask { len: size_of::<u64>() as u32, blocked: !(1 << (signal() - 1)) };
+    // SAFETY: the sets are initialised before they are used, and all pointers are to this stack. The signal is sent to this
+    // thread, which blocks it until it has taken it again. KVM reads a mask of the length that it says, or nothing.
+    unsafe {
+        let (mut ours, mut before) = (std::mem::zeroed(), std::mem::zeroed());
+        libc::sigemptyset(&mut ours);
+        libc::sigaddset(&mut ours, signal());
+        libc::pthread_sigmask(libc::SIG_BLOCK, &ours, &mut before);
+        libc::pthread_kill(libc::pthread_self(), signal());
+        let called_off = match ioctl_with_ptr(vcpu, KVM_SET_SIGNAL_MASK(), &raw const all_but_ours) {
+            0 => match vcpu.run().map(drop) {
+                Err(error) if error.errno() == libc::EINTR => Ok(()),
+                Err(error) => Err(failed(error.into())),
+                Ok(()) => Err(failed(io::Error::other("it was let run"))),
+            },
+            _ => Err(failed(io::Error::last_os_error())),
+        };
+        ioctl_with_ptr(vcpu, KVM_SET_SIGNAL_MASK(), null::<SignalMask>());
+        let at_once = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        libc::sigtimedwait(&ours, null_mut(), &at_once);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &before, null_mut());
+        called_off
+    }
+}
+
+/// Makes sure that there is a handler for the signal.
+fn handler() -> Result<(), Error> {
+    static HANDLER: OnceLock<Result<(), i32>> = OnceLock::new();
+    let handler = HANDLER.get_or_init(|| register_signal_handler(signal(), ignore).map_err(|error| error.errno()));
+    handler
+        .map_err(|errno| Error::Kvm { step: "handle the signal to vcpus", source: io::Error::from_raw_os_error(errno) })
+}
+
 /// Kicks one vCPU.
 #[derive(Debug)]
 pub(crate) struct Kicker {
@@ -91,9 +140,8 @@ pub(crate) struct Kicker {
 
 impl Kicker {
     pub(crate) fn new(vcpu: &VcpuFd) -> Result<Arc<Self>, Error> {
-        static HANDLER: OnceLock<Result<(), i32>> = OnceLock::new();
-        let handler = HANDLER.get_or_init(|| register_signal_handler(signal(), ignore).map_err(|error| error.errno()));
-        let made = handler.map_err(io::Error::from_raw_os_error).and_then(|()| ImmediateExit::new(vcpu));
+        handler()?;
+        let made = ImmediateExit::new(vcpu);
         let immediate_exit = made.map_err(|source| Error::Kvm { step: "prepare a way to interrupt a vcpu", source })?;
         Ok(Arc::new(Self { state: Mutex::default(), immediate_exit }))
     }

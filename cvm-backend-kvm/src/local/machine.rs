@@ -2,6 +2,7 @@
 
 use super::apic;
 use super::interrupts::Interrupts;
+use super::kick;
 use super::memory::GuestMemory;
 use super::traits::Traits;
 use super::vcpu::{self, LocalVcpu};
@@ -96,6 +97,15 @@ impl Machine {
             }
         }
         Ok(())
+    }
+
+    /// Has KVM bring the states up to date that it keeps for the processor: some of it KVM writes there when it is told, and
+    /// some only when a vCPU is about to run. For who measures them. No vCPU runs.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`] if a vCPU cannot be kept from running.
+    pub fn settle_states(&mut self) -> Result<(), Error> {
+        self.vcpus.iter_mut().try_for_each(kick::call_off)
     }
 
     /// The VM, which runs from here on, with what is particular to it.

@@ -22,8 +22,8 @@ pub(crate) use memory::{Backing, FilesMemory, Layout, shared_view};
 pub use memory::{GuestMemory, PinnedMemory};
 pub use traits::Traits;
 pub(crate) use traits::lifecycle;
-pub use vcpu::LocalVcpu;
 pub(crate) use vcpu::is_amd;
+pub use vcpu::{LocalVcpu, VcpuSnapshot};
 pub use vm::LocalVm;
 
 use cvm_core::{BoxError, Error};

@@ -84,6 +84,11 @@ impl Commands {
         Self { vm, device }
     }
 
+    /// The VM.
+    pub(super) fn vm(&self) -> &Arc<VmFd> {
+        &self.vm
+    }
+
     /// `/dev/sev`.
     pub(super) fn device(&self) -> &File {
         &self.device

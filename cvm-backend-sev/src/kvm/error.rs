@@ -53,6 +53,9 @@ pub enum Error {
         /// How many there are.
         len: usize,
     },
+    /// A guest that arrives is not what it should be.
+    #[error("the guest cannot be received: {0}")]
+    Origin(&'static str),
     /// Every address space identifier is taken, so that the host can have no more guests of this kind.
     #[error("no more guests of {protection}: {asids}")]
     Exhausted {

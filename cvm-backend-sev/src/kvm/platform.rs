@@ -1,10 +1,11 @@
-use super::sev::{self, InPlaceLoader};
+use super::sev::{self, Encrypted, InPlaceLoader};
 use super::snp::SnpLoader;
-use super::{Error, PlatformKeys, SevOptions, SnpOptions, device, probe};
+use super::{Error, PlatformKeys, Receiving, SevOptions, SnpOptions, device, probe};
 use crate::{SevFeatures, SevFlags, SnpFlags};
 use cvm_backend_kvm::backend::{Host, LocalVm};
 use cvm_core::boot::{Exits, Interface};
 use cvm_core::doorbell::Transport;
+use cvm_core::export::Origin;
 use cvm_core::launch::{Loader, PageKind, Transcript, VmConfig};
 use cvm_core::platform::{Asset, Offer, Party, Platform, Powers, TrustModel};
 use cvm_core::x86::VcpuState;
@@ -109,6 +110,20 @@ impl SevPlatform {
             Protection::SevSnp => self.options.active_features(),
             _ => self.sev.features,
         }
+    }
+
+    /// Makes a VM of this configuration for an SEV guest that was [exported](cvm_core::export::Export) for this platform.
+    ///
+    /// # Errors
+    /// As [`Platform::launch`]; [`CoreError::Config`] for a platform of another protection than [`Protection::Sev`].
+    pub fn receive(&self, config: VmConfig, origin: &Origin) -> Result<Receiving, CoreError> {
+        if self.protection != Protection::Sev {
+            return Err(CoreError::Config(format!("kvm cannot receive guests of {}", self.protection)));
+        }
+        self.host.check(&config, Policy::empty())?;
+        let transport = sev::interface(false, &config, self.private_bit)?.transport;
+        let made = Encrypted::new(&self.host, &self.device, false, SevFeatures::empty(), config, transport);
+        made.and_then(|made| Receiving::new(made, origin)).map_err(create)
     }
 
     /// Starts the launch of an SEV or SEV-ES guest.

@@ -9,14 +9,16 @@
 #![allow(unsafe_code, reason = "commands hold addresses")]
 
 use super::command::{Command, Commands};
+use super::export::SevExport;
 use super::{Error, device, exits};
 use crate::owner::Secret;
 use crate::sev::{LaunchMeasurement, NOT_MEASURED, Running, SevDigest};
 use crate::{SevFeatures, SevFlags, SevPolicy};
 use cvm_backend_kvm::Error as KvmError;
-use cvm_backend_kvm::backend::{GuestMemory, Host, LocalVm, Machine, PinnedMemory, Traits};
+use cvm_backend_kvm::backend::{GuestMemory, Host, LocalVcpu, LocalVm, Machine, PinnedMemory, Traits};
 use cvm_core::boot::{Exits, Interface};
 use cvm_core::doorbell::Transport;
+use cvm_core::export::Export;
 use cvm_core::launch::{Loader, Transcript, VmConfig};
 use cvm_core::x86::VcpuState;
 use cvm_core::{
@@ -41,9 +43,6 @@ const MOST_AT_ONCE: u64 = 2 << 20;
 /// The most bytes in what the firmware is handed, which the kernel copies (Linux include/linux/psp-sev.h,
 /// `SEV_FW_BLOB_MAX_SIZE`).
 pub(super) const MOST_BLOB: usize = 0x4000;
-
-/// Machine checks are on (AMD64 APM volume 2, section 3.1.3).
-const CR4_MCE: u64 = 1 << 6;
 
 /// What the guest's owner has made for one launch on this platform.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -124,6 +123,9 @@ pub(super) struct Encrypted {
     pub(super) machine: Machine,
     pub(super) commands: Commands,
     pub(super) es: bool,
+    /// Where memory is.
+    pub(super) slots: Vec<GpaRange>,
+    vcpus: usize,
 }
 
 impl Encrypted {
@@ -147,30 +149,28 @@ impl Encrypted {
         unsafe { commands.give_with(Command::Init2, &mut init) }
             .map_err(|error| error.or_exhausted(if es { Protection::SevEs } else { Protection::Sev }))?;
         let memory = GuestMemory::pinned(&vm, &config.memory)?;
-        Ok(Self { machine: Machine::new(host, vm, memory, config, transport, &host.supported_cpuid()?)?, commands, es })
+        let (slots, vcpus) = (config.memory.clone(), config.vcpus as usize);
+        Ok(Self {
+            slots,
+            vcpus,
+            machine: Machine::new(host, vm, memory, config, transport, &host.supported_cpuid()?)?,
+            commands,
+            es,
+        })
     }
 
-    /// Switches on in all vCPUs what KVM switches on by itself where its own kernel has it, so that the measurement is the
-    /// same on every host.
-    fn set_machine_checks(&mut self) -> Result<(), Error> {
-        for vcpu in self.machine.vcpus() {
-            let mut registers = vcpu.get_sregs().map_err(KvmError::kvm("read the system registers"))?;
-            registers.cr4 |= CR4_MCE;
-            vcpu.set_sregs(&registers).map_err(KvmError::kvm("set the system registers"))?;
-        }
-        Ok(())
-    }
-
-    pub(super) fn memory(&self) -> Result<&PinnedMemory, BoxError> {
-        self.machine.memory().as_pinned().ok_or_else(|| "the memory is not pinned".into())
+    pub(super) fn memory(&self) -> Result<&PinnedMemory, Error> {
+        self.machine.memory().as_pinned().ok_or_else(|| Error::Options("its memory is not pinned".into()))
     }
 
     /// The VM, which runs from here on.
     pub(super) fn finish(self, policy: SevPolicy, transcript: Transcript) -> Result<LocalVm, BoxError> {
-        let Self { machine, commands, es } = self;
-        _ = commands;
-        let may_send = !policy.flags.contains(SevFlags::NO_SEND);
-        machine.finish(Box::new(SevTraits { es, may_send }), transcript)
+        let may_send = !self.es && !policy.flags.contains(SevFlags::NO_SEND);
+        let export = match may_send {
+            true => Some(SevExport::new(self.commands.clone(), policy, self.vcpus, self.memory()?, &self.slots)?),
+            false => None,
+        };
+        self.machine.finish(Box::new(SevTraits { es: self.es, export }), transcript)
     }
 }
 
@@ -200,9 +200,12 @@ impl InPlaceLoader {
         config: VmConfig,
         transport: Transport,
     ) -> Result<Self, Error> {
-        let made = Encrypted::new(host, device, es, options.features, config, transport)?;
         let mut policy = options.policy;
-        policy.flags.set(SevFlags::ES, es || policy.flags.contains(SevFlags::ES));
+        if !es && policy.flags.contains(SevFlags::ES) {
+            return Err(Error::Options("the guest policy demands sev-es".into()));
+        }
+        policy.flags.set(SevFlags::ES, es);
+        let made = Encrypted::new(host, device, es, options.features, config, transport)?;
         let mut start = kvm_sev_launch_start { policy: policy.bits(), ..Default::default() };
         if let Some(Session { certificate, session }) = &options.session {
             (start.dh_uaddr, start.dh_len) = blob("the owner's certificate", certificate)?;
@@ -248,7 +251,8 @@ impl InPlaceLoader {
     fn inject(&self, Secret { gpa, sealed }: &Secret) -> Result<(), BoxError> {
         let len = sealed.data.len() as u64;
         let page = GpaRange::from_pages(gpa.0 & !(PAGE_SIZE - 1), 1)?;
-        if !(1..=PAGE_SIZE).contains(&len) || len % 16 != 0 || gpa.0 % 16 != 0 || gpa.0 % PAGE_SIZE + len > PAGE_SIZE {
+        let is_aligned = len.is_multiple_of(16) && gpa.0.is_multiple_of(16);
+        if !(1..=PAGE_SIZE).contains(&len) || !is_aligned || gpa.0 % PAGE_SIZE + len > PAGE_SIZE {
             let problem = "it takes a multiple of 16 bytes, at a multiple of 16, in one page";
             return Err(crate::Error::Secret { len: sealed.data.len(), problem }.into());
         }
@@ -292,7 +296,7 @@ impl Loader for InPlaceLoader {
     fn seal(mut self, transcript: Transcript) -> Result<LocalVm, BoxError> {
         self.made.machine.set_states()?;
         if self.made.es {
-            self.made.set_machine_checks()?;
+            self.made.machine.settle_states()?;
             self.made.commands.give(Command::LaunchUpdateVmsa)?;
         }
         let launch = self.measure()?;
@@ -326,7 +330,7 @@ fn parts(range: GpaRange) -> impl Iterator<Item = GpaRange> {
 #[derive(Debug)]
 struct SevTraits {
     es: bool,
-    may_send: bool,
+    export: Option<SevExport>,
 }
 
 impl Traits for SevTraits {
@@ -339,7 +343,7 @@ impl Traits for SevTraits {
             Lifecycle::Migrate | Lifecycle::Snapshot if self.es => {
                 LifecycleAnswer::No("kvm cannot export the vcpus of sev-es: it has no SEND_UPDATE_VMSA")
             }
-            Lifecycle::Migrate if self.may_send => LifecycleAnswer::Yes,
+            Lifecycle::Migrate if self.export.is_some() => LifecycleAnswer::Yes,
             Lifecycle::Migrate => LifecycleAnswer::No("the guest policy forbids to send it"),
             Lifecycle::Snapshot => LifecycleAnswer::No("an export is for one target, which has to be there: migrate"),
             Lifecycle::Dump => LifecycleAnswer::No("private memory is encrypted, also for its host"),
@@ -348,6 +352,10 @@ impl Traits for SevTraits {
             Lifecycle::Hotplug => LifecycleAnswer::No("memory and vcpus are part of the measured launch"),
             Lifecycle::AssignDevice => LifecycleAnswer::No("no iommu mapping follows the conversions"),
         }
+    }
+
+    fn export(&self) -> Option<&dyn Export<LocalVcpu>> {
+        self.export.as_ref().map(|export| export as _)
     }
 
     fn exit(&self, vcpu: u32, run: &mut kvm_run, _memory: &SharedMemory) -> Result<Option<Box<dyn Any>>, CoreError> {

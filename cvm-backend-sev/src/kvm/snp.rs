@@ -171,9 +171,10 @@ impl Loader for SnpLoader {
         Ok(())
     }
 
-    fn seal(self, transcript: Transcript) -> Result<LocalVm, BoxError> {
+    fn seal(mut self, transcript: Transcript) -> Result<LocalVm, BoxError> {
         // What the vCPUs are given here is measured by the command that follows.
         self.machine.set_states()?;
+        self.machine.settle_states()?;
         let mut block = self.options.id.as_ref().map(|(block, _)| block.to_bytes());
         let mut auth = self.options.id.as_ref().map(|(_, auth)| Box::new(*auth.as_bytes()));
         let mut finish = kvm_sev_snp_launch_finish {

@@ -7,7 +7,7 @@ use cvm_backend_sev::kvm::{SevLoader, SevPlatform, SnpOptions};
 use cvm_core::doorbell::{MSR_BASE, PORT_BASE, control, device_base};
 use cvm_core::launch::Launch;
 use cvm_core::{
-    Answer, Error, Exit, Gpa, GpaRange, PAGE_SIZE, PageKind, Platform, Protection, Side, Vcpu, Vm, VmConfig, Watchdog,
+    Answer, Error, Exit, Gpa, GpaRange, PageKind, Platform, Protection, Side, Vcpu, Vm, VmConfig, Watchdog,
 };
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -153,16 +153,18 @@ impl Assembler {
         self.set(0xff8, 2 << 16)
     }
 
-    /// Exits for `code` with what is set in the fields `fields` besides.
-    pub fn exit(&mut self, code: u64, info_1: u64, info_2: u64, fields: &[(u64, u64)]) -> Result<(), IcedError> {
-        let all = [(ghcb::EXIT_CODE, code), (ghcb::EXIT_INFO_1, info_1), (ghcb::EXIT_INFO_2, info_2)];
-        let mut valid = [0u64; 2];
+    /// Exits for `code` with what is set in `fields` besides; of the fields `valid` the guest has taken care before.
+    pub fn exit(&mut self, code: u64, info_1: u64, fields: &[(u64, u64)], valid: &[u64]) -> Result<(), IcedError> {
+        let all = [(ghcb::EXIT_CODE, code), (ghcb::EXIT_INFO_1, info_1), (ghcb::EXIT_INFO_2, 0)];
+        let mut bits = [0u64; 2];
+        for field in all.iter().chain(fields).map(|(field, _)| field).chain(valid) {
+            bits[(field / 8 / 64) as usize] |= 1 << (field / 8 % 64);
+        }
         for (field, value) in all.iter().chain(fields) {
             self.set(*field, *value)?;
-            valid[(field / 8 / 64) as usize] |= 1 << (field / 8 % 64);
         }
-        self.set(ghcb::VALID, valid[0])?;
-        self.set(ghcb::VALID + 8, valid[1])?;
+        self.set(ghcb::VALID, bits[0])?;
+        self.set(ghcb::VALID + 8, bits[1])?;
         self.0.mov(ecx, GHCB_MSR)?;
         self.0.mov(eax, GHCB as u32)?;
         self.0.xor(edx, edx)?;
@@ -170,35 +172,40 @@ impl Assembler {
         self.vmgexit()
     }
 
-    /// Writes 32 bits to a port by the GHCB.
-    pub fn port_out(&mut self, port: u16, value: u32) -> Result<(), IcedError> {
-        self.exit(ghcb::IOIO, u64::from(port) << 16 | 1 << 6, 0, &[(ghcb::RAX, value.into())])
+    /// Writes EAX to a port.
+    pub fn port_out(&mut self, port: u16) -> Result<(), IcedError> {
+        self.0.mov(eax, eax)?;
+        self.store(GHCB + ghcb::RAX, Side::Shared)?;
+        self.exit(ghcb::IOIO, u64::from(port) << 16 | 1 << 6, &[], &[ghcb::RAX])
     }
 
-    /// Reads 32 bits from a port by the GHCB, into RAX.
+    /// Reads 32 bits from a port into RAX.
     pub fn port_in(&mut self, port: u16) -> Result<(), IcedError> {
-        self.exit(ghcb::IOIO, u64::from(port) << 16 | 1 << 6 | 1, 0, &[(ghcb::RAX, 0)])?;
+        self.exit(ghcb::IOIO, u64::from(port) << 16 | 1 << 6 | 1, &[(ghcb::RAX, 0)], &[])?;
         self.load(GHCB + ghcb::RAX, Side::Shared)
     }
 
     /// Writes a doorbell register where the doorbell is MSRs.
     pub fn msr_out(&mut self, register: u16, value: u32) -> Result<(), IcedError> {
         let index = u64::from(MSR_BASE + u32::from(register));
-        self.exit(ghcb::MSR, 1, 0, &[(ghcb::RCX, index), (ghcb::RAX, value.into()), (ghcb::RDX, 0)])
+        let fields = [(ghcb::RCX, index), (ghcb::RAX, value.into()), (ghcb::RDX, 0)];
+        self.exit(ghcb::MSR, 1, &fields, &[])
     }
 
-    /// Tells the host what is in RAX: by the plain instruction, which is an exit to KVM all the same where registers are not
-    /// really protected, and needs no GHCB.
+    /// Tells the host what is in EAX.
     pub fn report(&mut self) -> Result<(), IcedError> {
-        self.0.mov(edx, u32::from(PORT_BASE + REPORT))?;
-        self.0.out(dx, eax)
+        self.port_out(PORT_BASE + REPORT)
     }
 
     /// Ends the guest well.
     pub fn end(&mut self) -> Result<(), IcedError> {
         self.0.xor(eax, eax)?;
-        self.0.mov(edx, u32::from(PORT_BASE + control::END))?;
-        self.0.out(dx, eax)
+        self.port_out(PORT_BASE + control::END)
+    }
+
+    /// Ends the guest by its own request.
+    pub fn terminate(&mut self, set: u8, code: u8) -> Result<(), IcedError> {
+        self.ask(TERMINATE | u64::from(set) << 12 | u64::from(code) << 16)
     }
 }
 
@@ -254,6 +261,11 @@ impl Guest {
         (range(request.gpa().0, request.pages()), request.to(), answer)
     }
 
+    /// Runs the first vCPU until it has its GHCB.
+    pub fn make_ghcb(&mut self) {
+        assert_eq!(self.convert(), (range(GHCB, 1), Side::Shared, Answer::Done));
+    }
+
     /// Runs the first vCPU up to its next report.
     pub fn report(&mut self) -> u32 {
         match self.run() {
@@ -270,6 +282,8 @@ impl Guest {
 
 /// How many identifiers for SEV-ES and SEV-SNP are in use.
 pub fn asids() -> u64 {
+    // The root has counts only where its children have.
+    let _ = fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+misc");
     let text = fs::read_to_string("/sys/fs/cgroup/misc.current").expect("control groups that count");
     let line = text.lines().find_map(|line| line.strip_prefix("sev_es ")).expect("a count of identifiers");
     line.trim().parse().unwrap()
@@ -304,5 +318,10 @@ pub fn options() -> SnpOptions {
     SnpOptions::default()
 }
 
-/// A number of the page size's kind.
-pub const PAGES_2M: u64 = (2 << 20) / PAGE_SIZE;
+/// The backend's own error behind one of the contract's.
+pub fn of_backend(error: &Error) -> Option<&cvm_backend_sev::kvm::Error> {
+    match error {
+        Error::Backend { source, .. } => source.downcast_ref(),
+        _ => None,
+    }
+}

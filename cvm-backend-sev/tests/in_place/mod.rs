@@ -8,14 +8,15 @@ use cvm_backend_sev::owner::TransportKeys;
 use cvm_backend_sev::sev::SevDigest;
 use cvm_backend_sev::{SevFlags, SevPolicy};
 use cvm_core::doorbell::{PORT_BASE, Transport, control, device_base};
-use cvm_core::launch::{Entry, Transcript};
-use cvm_core::x86::VcpuState;
+use cvm_core::launch::Transcript;
 use cvm_core::{
     Answer, Error, Exit, Gpa, Launch, PAGE_SIZE, PageKind, Platform, Protection, Side, Vcpu, Vm, VmConfig, Watchdog,
     x86,
 };
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
@@ -111,6 +112,47 @@ pub mod processor {
         let text = fs::read_to_string("/sys/fs/cgroup/misc.current").unwrap();
         let lines = text.lines().filter_map(|line| line.split_once(' '));
         lines.map(|(kind, count)| (kind.to_owned(), count.trim().parse().unwrap())).collect()
+    }
+
+    /// A control group that this process is in, and that allows so many identifiers of a kind. It is over when dropped.
+    pub struct Limit;
+
+    const GROUPS: &str = "/sys/fs/cgroup";
+    const GROUP: &str = "/sys/fs/cgroup/cvm-test";
+
+    impl Limit {
+        pub fn new(protection: Protection, most: u64) -> Self {
+            let kind = if protection == Protection::Sev { "sev" } else { "sev_es" };
+            fs::write(format!("{GROUPS}/cgroup.subtree_control"), "+misc").unwrap();
+            fs::create_dir(GROUP).unwrap();
+            fs::write(format!("{GROUP}/misc.max"), format!("{kind} {most}")).unwrap();
+            fs::write(format!("{GROUP}/cgroup.procs"), std::process::id().to_string()).unwrap();
+            Self
+        }
+    }
+
+    impl Drop for Limit {
+        fn drop(&mut self) {
+            fs::write(format!("{GROUPS}/cgroup.procs"), std::process::id().to_string()).unwrap();
+            fs::remove_dir(GROUP).unwrap();
+        }
+    }
+
+    /// Runs `then` on a thread that may pin hardly anything: with a small limit, and without the capability to exceed it.
+    pub fn unprivileged<T: Send>(then: impl FnOnce() -> T + Send) -> T {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                let before = getrlimit(Resource::Memlock);
+                setrlimit(Resource::Memlock, Rlimit { current: Some(0x10000), ..before }).unwrap();
+                let mut capabilities = capabilities(None).unwrap();
+                capabilities.effective.remove(CapabilitySet::IPC_LOCK);
+                set_capabilities(None, capabilities).unwrap();
+                let result = then();
+                setrlimit(Resource::Memlock, before).unwrap();
+                result
+            });
+            thread.join().unwrap()
+        })
     }
 }
 
@@ -250,6 +292,15 @@ impl Assembler {
         self.load(x86::SHARED_AT + gpa)
     }
 
+    /// Asks the host, by the MSR alone, to end this guest for a reason of a set (AMD publication 56421, section 2.3.1).
+    pub fn terminate(&mut self, set: u32, reason: u32) -> Result<(), IcedError> {
+        self.mov(ecx, ghcb::MSR)?;
+        self.mov(eax, reason << 16 | set << 12 | 0x100)?;
+        self.mov(edx, 0u32)?;
+        self.wrmsr()?;
+        self.db(&[0xf3, 0x0f, 0x01, 0xd9])
+    }
+
     /// Asks for a conversion by hypercall; the answer is in RAX.
     pub fn convert(&mut self, gpa: u64, pages: u64, to: Side) -> Result<(), IcedError> {
         // Bit 4 of the attributes is "encrypted".
@@ -355,7 +406,12 @@ impl Guest {
 
     /// Runs the first vCPU up to its next report.
     pub fn report(&mut self) -> u32 {
-        match self.run() {
+        self.report_of(0)
+    }
+
+    /// Runs vCPU `index` up to its next report.
+    pub fn report_of(&mut self, index: usize) -> u32 {
+        match self.vcpus[index].run().unwrap() {
             Exit::DoorbellWrite { register: REPORT, value } => value,
             other => panic!("{other:?} where a report should be"),
         }
@@ -368,17 +424,9 @@ impl Guest {
 }
 
 /// The digest of a launch, as the portable code computes it.
-///
-/// Where the faked secure processor lets guests run, KVM makes the state of a vCPU without its page tables: then the
-/// transcript is taken as if it had none.
 pub fn expected(host: &Host, transcript: &Transcript, loaded: &Loaded) -> SevDigest {
-    let features = host.es().then(Default::default);
-    let faked = fs::read_to_string("/sys/module/kvm_amd/parameters/fakepsp_run").is_ok_and(|runs| runs.trim() == "Y");
-    let entries = transcript.entries().iter().cloned().map(|entry| match entry {
-        Entry::Vcpu { index, state } if faked => Entry::Vcpu { index, state: VcpuState { cr3: 0, ..state } },
-        entry => entry,
-    });
-    cvm_backend_sev::sev::of_transcript(&entries.collect(), features, |gpa| loaded.page(gpa)).unwrap()
+    let features = host.es().then(|| host.platform.features());
+    cvm_backend_sev::sev::of_transcript(transcript, features, |gpa| loaded.page(gpa)).unwrap()
 }
 
 /// Keys between owner and firmware in these tests.

@@ -120,7 +120,7 @@ impl PinnedMemory {
 
     /// Overwrites `range` with zeros. A hole would be other memory than what is pinned.
     fn clear(&self, range: GpaRange) -> Result<(), Error> {
-        const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+        static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
         let offset = self.layout.offset(range).ok_or(Errno::FAULT).map_err(Error::memory("find", range))?;
         let clear = |done: u64| {
             let len = (range.len() - done).min(ZEROS.len() as u64) as usize;

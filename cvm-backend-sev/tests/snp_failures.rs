@@ -1,0 +1,191 @@
+//! SEV-SNP launches that fail, are given up or killed: what is told, and what is left.
+
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+
+mod common;
+
+use common::*;
+use cvm_backend_sev::FirmwareError;
+use cvm_backend_sev::kvm::{Error as SevError, Resources, SevPlatform};
+use cvm_backend_sev::snp::of_transcript;
+use cvm_core::launch::{Launch, PageKind};
+use cvm_core::{Error, Gpa, Platform, Protection, Vcpu, Vm};
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Command, Stdio};
+
+// Commands of the firmware (AMD publication 56860, chapter 8).
+const ACTIVATE: u64 = 0x91;
+const GCTX_CREATE: u64 = 0x93;
+const LAUNCH_START: u64 = 0xa0;
+const LAUNCH_UPDATE: u64 = 0xa1;
+const LAUNCH_FINISH: u64 = 0xa2;
+
+/// A guest that spins.
+fn spin(asm: &mut Assembler) -> Result<(), iced_x86::IcedError> {
+    let mut again = asm.0.create_label();
+    asm.0.set_label(&mut again)?;
+    asm.0.jmp(again)
+}
+
+fn launch(platform: &SevPlatform) -> Result<Launch<cvm_backend_sev::kvm::SevLoader>, Error> {
+    let mut launch = load(platform, config(2), spin)?;
+    launch.load(Gpa(DATA), &[1; 0x5000], PageKind::Measured)?;
+    Ok(launch)
+}
+
+/// Has the firmware's command fail once, after it has done its work `after` times.
+fn fail(command: u64, status: u64, after: u64) {
+    set_parameter("fail_status", status);
+    set_parameter("fail_after", after);
+    set_parameter("fail_cmd", command);
+}
+
+#[test]
+fn every_command_of_the_firmware_that_fails_is_told_with_its_status_and_leaves_nothing() {
+    let _alone = alone();
+    let Some(platform) = platform(Protection::SevSnp) else { return };
+    if !is_faked() {
+        return skip("this firmware cannot be made to fail");
+    }
+    let before = asids();
+    for (command, status, step) in [
+        (GCTX_CREATE, 0x17, "SNP_LAUNCH_START"),
+        (LAUNCH_START, 0x07, "SNP_LAUNCH_START"),
+        (LAUNCH_START, 0x13, "SNP_LAUNCH_START"),
+        (ACTIVATE, 0x0d, "SNP_LAUNCH_START"),
+        (LAUNCH_UPDATE, 0x1a, "SNP_LAUNCH_UPDATE"),
+        (LAUNCH_UPDATE, 0x19, "SNP_LAUNCH_UPDATE"),
+        (LAUNCH_FINISH, 0x0b, "SNP_LAUNCH_FINISH"),
+        (LAUNCH_FINISH, 0x27, "SNP_LAUNCH_FINISH"),
+        (LAUNCH_FINISH, 0x5a, "SNP_LAUNCH_FINISH"),
+    ] {
+        fail(command, status, 0);
+        let error = launch(&platform).and_then(Launch::seal).map(drop).unwrap_err();
+        let Some(SevError::Command { step: told, range: at, firmware, .. }) = of_backend(&error) else {
+            panic!("{command:#x}: {error:?}")
+        };
+        assert!(told.contains(step), "{command:#x}: {told}");
+        // The kernel does not pass on what it meets when it makes a guest's context.
+        if command != GCTX_CREATE {
+            assert_eq!(*firmware, FirmwareError::from_status(status as u32), "{command:#x}: {error:?}");
+        }
+        if command == LAUNCH_UPDATE {
+            assert_eq!(at.map(|range| range.start()), Some(Gpa(CODE)), "{error:?}");
+        }
+        assert_asids(before);
+    }
+    set_parameter("fail_cmd", 0);
+    launch(&platform).unwrap().seal().unwrap();
+    assert_asids(before);
+}
+
+#[test]
+fn a_page_that_fails_once_behind_others_is_given_again_and_measured_once() {
+    let _alone = alone();
+    let Some(platform) = platform(Protection::SevSnp) else { return };
+    if !is_faked() {
+        return skip("this firmware cannot be made to fail");
+    }
+    let mut launch = load(&platform, config(1), spin).unwrap();
+    fail(LAUNCH_UPDATE, 0x1a, 2);
+    launch.load(Gpa(DATA), &[1; 0x5000], PageKind::Measured).unwrap();
+    assert_eq!(fs::read_to_string("/sys/module/ccp/parameters/fail_cmd").unwrap().trim(), "0", "it did not fail");
+    let vm = launch.seal().unwrap();
+    let predicted = of_transcript(vm.transcript(), platform.features());
+    assert!(firmware_log().contains(&format!("ld={predicted} ")));
+}
+
+#[test]
+fn a_launch_that_is_given_up_leaves_nothing_wherever_it_is() {
+    let _alone = alone();
+    let Some(platform) = platform(Protection::SevSnp) else { return };
+    let before = asids();
+    let held = platform.launch(config(1)).unwrap();
+    assert_eq!(asids(), before + 1);
+    drop(held);
+    assert_asids(before);
+    drop(launch(&platform).unwrap());
+    assert_asids(before);
+    let mut vm = launch(&platform).unwrap().seal().unwrap();
+    let vcpus = vm.take_vcpus();
+    drop(vm);
+    assert_eq!(asids(), before + 1, "a vcpu keeps its vm");
+    drop(vcpus);
+    assert_asids(before);
+}
+
+/// The variable that makes this program stop at a step, to be killed there.
+const PARK: &str = "CVM_TEST_PARK";
+
+fn park(step: &str) -> ! {
+    let platform = SevPlatform::open(Protection::SevSnp).unwrap();
+    let wait = || -> ! {
+        println!("parked");
+        let _ = std::io::stdin().read(&mut [0]);
+        std::process::exit(1)
+    };
+    if step == "started" {
+        let _launch = platform.launch(config(2)).unwrap();
+        wait();
+    }
+    let launch = launch(&platform).unwrap();
+    if step == "loaded" {
+        wait();
+    }
+    let mut vm = launch.seal().unwrap();
+    if step == "sealed" {
+        wait();
+    }
+    let mut vcpus = vm.take_vcpus();
+    let _running = std::thread::spawn(move || vcpus[0].run().map(drop));
+    wait()
+}
+
+#[test]
+fn a_killed_process_leaves_nothing_wherever_it_is() {
+    if let Ok(step) = std::env::var(PARK) {
+        park(&step);
+    }
+    let _alone = alone();
+    let Some(_platform) = platform(Protection::SevSnp) else { return };
+    let before = asids();
+    for step in ["started", "loaded", "sealed", "running"] {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "a_killed_process_leaves_nothing_wherever_it_is", "--nocapture"])
+            .env(PARK, step)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        assert!(lines.any(|line| line.unwrap().ends_with("parked")), "{step}: the child has ended");
+        assert_eq!(asids(), before + 1, "{step}");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_asids(before);
+    }
+}
+
+#[test]
+fn a_launch_beyond_the_limit_says_how_many_identifiers_are_free() {
+    let _alone = alone();
+    let Some(platform) = platform(Protection::SevSnp) else { return };
+    let group = "/sys/fs/cgroup/cvm-test";
+    if let Err(error) = fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+misc").and_then(|()| fs::create_dir(group))
+    {
+        return skip(&format!("there can be no control group: {error}"));
+    }
+    fs::write(format!("{group}/misc.max"), "sev_es 1").unwrap();
+    fs::write(format!("{group}/cgroup.procs"), "0").unwrap();
+    let free = Resources::of_host().sev_snp.free;
+    let first = platform.launch(config(1));
+    let second = platform.launch(config(1)).map(drop);
+    drop(first.unwrap());
+    fs::write("/sys/fs/cgroup/cgroup.procs", "0").unwrap();
+    let error = second.unwrap_err();
+    let Some(SevError::Exhausted { asids, .. }) = of_backend(&error) else { panic!("{error:?}") };
+    assert_eq!((free, asids.free), (Some(1), Some(0)), "{asids}");
+    assert!(asids.capacity > Some(1) && asids.in_use >= Some(1), "{asids}");
+    fs::remove_dir(group).unwrap();
+}
