@@ -51,9 +51,9 @@ fn boot(arguments: &[&str]) -> (Value, bool) {
     (json, output.status.success())
 }
 
-/// Boots the tiny guest, which must go well.
+/// Boots the tiny guest, which must go well, and has far longer than it needs where processors are emulated.
 fn boot_well(arguments: &[&str]) -> Value {
-    let (json, success) = boot(arguments);
+    let (json, success) = boot(&[arguments, &["--timeout", "240"]].concat());
     assert!(success && json["ok"] == true, "{arguments:?}: {json:#}");
     json
 }
