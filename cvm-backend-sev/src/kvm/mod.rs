@@ -19,6 +19,7 @@ mod resources;
 mod snp;
 
 pub use cpuid::CpuidCorrection;
+pub use cvm_backend_kvm::backend::{LocalVcpu as SevVcpu, LocalVm as SevVm};
 pub use error::Error;
 pub use options::SnpOptions;
 pub use platform::{SevLoader, SevPlatform};
