@@ -7,10 +7,8 @@ use crate::machine::{End, Machine};
 use crate::options::chain;
 use cvm::doorbell::Transport;
 use cvm::interrupt::Guarding;
-use cvm::launch::{Entry, Measurement, Transcript};
 use cvm::sev::SevFeatures;
 use cvm::sev::snp::of_transcript;
-use cvm::x86::VcpuState;
 use cvm::{Error, Gpa, Lifecycle, LifecycleAnswer, PAGE_SIZE, Protection, Vm};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -85,18 +83,6 @@ fn hex(bytes: &[u8]) -> String {
 /// A number of bytes, if the host has told one.
 fn told(bytes: Option<u64>) -> String {
     bytes.map_or_else(|| "an unknown number".into(), |bytes| bytes.to_string())
-}
-
-/// The measurement that SEV-SNP's secure processor should have made. Where it is emulated, KVM measures the states of vCPUs
-/// without their page tables: it sets those when it first runs them.
-fn predict(transcript: &Transcript, emulated: bool) -> Measurement {
-    let entry = |entry: &Entry| match entry {
-        Entry::Vcpu { index, state } if emulated => {
-            Entry::Vcpu { index: *index, state: VcpuState { cr3: 0, ..*state } }
-        }
-        other => other.clone(),
-    };
-    of_transcript(&transcript.entries().iter().map(entry).collect(), SevFeatures::SNP_ACTIVE)
 }
 
 fn memory_len<V: Vm>(machine: &Machine<'_, V>) -> u64 {
@@ -179,7 +165,7 @@ impl Outcome {
             );
         }
         let predicted =
-            (protection == Protection::SevSnp).then(|| predict(machine.vm.transcript(), machine.observer().emulated));
+            (protection == Protection::SevSnp).then(|| of_transcript(machine.vm.transcript(), SevFeatures::SNP_ACTIVE));
         if let (Some(finding), Some(predicted)) = (&finding, &predicted) {
             let attestation = &finding.report.attestation;
             let measurement = &attestation[ATTESTED_MEASUREMENT];

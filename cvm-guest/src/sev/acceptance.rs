@@ -26,6 +26,7 @@ impl BlockRecord {
         Self(AtomicU8::new(UNTOUCHED))
     }
 
+    /// Of a block that nobody has used.
     #[cfg(loom)]
     pub fn new() -> Self {
         Self(AtomicU8::new(UNTOUCHED))

@@ -46,5 +46,5 @@ pub use report::{REPORT_LEN, Report, Reporter, SecretsPage};
 pub use validate::{PageSize, Validate, Validated};
 pub use vcpu::GhcbVcpu;
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod fake;

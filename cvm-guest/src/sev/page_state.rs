@@ -70,7 +70,7 @@ pub(super) fn change(ghcb: &Ghcb, exit: &impl Exit, range: GpaRange, to: Side) -
     Ok(())
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::super::fake::Host;
     use super::super::{Ghcb, Protection};

@@ -309,5 +309,5 @@ impl Reporter {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests;

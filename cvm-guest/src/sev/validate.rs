@@ -62,7 +62,7 @@ pub(super) fn set_valid(validate: &impl Validate, range: GpaRange, valid: bool) 
     Ok(())
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::super::fake::Pages;
     use super::*;
