@@ -312,14 +312,12 @@ mod model {
                 }
                 assert_eq!(done.load(Ordering::Relaxed), 1);
             };
-            let others: Vec<_> = (0..2)
-                .map(|_| {
-                    let shared = Arc::clone(&shared);
-                    loom::thread::spawn(move || work(&shared))
-                })
-                .collect();
+            let other = loom::thread::spawn({
+                let shared = Arc::clone(&shared);
+                move || work(&shared)
+            });
             work(&shared);
-            others.into_iter().for_each(|other| other.join().unwrap());
+            other.join().unwrap();
         });
     }
 }
