@@ -88,6 +88,14 @@ fn work(platform: &Platform<Processor>, boot: &BootPage) {
     let mut console = platform.console();
     let _ = writeln!(console, "tiny guest: {} vcpus", boot.vcpus);
     let protection = platform.machine().protection();
+    match platform.machine().cpuid(0, 0) {
+        Ok([_, b, c, d]) => {
+            let name = [b, d, c].map(u32::to_le_bytes);
+            let name = core::str::from_utf8(name.as_flattened()).unwrap_or("of an unknown make");
+            let _ = writeln!(console, "tiny guest: the processor is {name}, sev protection {protection:?}");
+        }
+        Err(_) => platform.end(code::PLATFORM),
+    }
     if cfg!(feature = "unvalidated") {
         let _ = writeln!(console, "tiny guest: this image does not validate its pages: it is for emulators only");
     }
