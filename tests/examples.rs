@@ -151,6 +151,27 @@ fn an_isolation_that_the_host_does_not_offer_is_refused_with_what_lacks() {
 }
 
 #[test]
+fn hardware_that_the_host_lacks_is_refused_with_what_lacks_and_how_to_see_it_all_the_same() {
+    if !kvm() {
+        return;
+    }
+    for (platform, protection) in [("snp", "sev-snp"), ("sev-es", "sev-es"), ("sev", "sev")] {
+        if offered(protection) {
+            let mut arguments = vec!["--platform", platform];
+            // The secure processor of L1.
+            arguments.extend(Path::new("/proc/fakepsp").exists().then_some("--emulated"));
+            boot_well(&arguments);
+            continue;
+        }
+        let output = run("boot_tiny_guest", &["--platform", platform]);
+        assert!(!output.status.success(), "{platform}");
+        let errors = stderr(&output);
+        assert!(errors.starts_with(&format!("error: {protection} is not offered here: ")), "{errors}");
+        assert!(errors.contains(&format!("boot_tiny_guest --platform {platform} --emulated")), "{errors}");
+    }
+}
+
+#[test]
 fn a_disk_of_the_users_is_read_whole_and_left_alone() {
     if !kvm() {
         return;
@@ -334,7 +355,7 @@ fn the_probe_names_every_kind_of_protection_and_a_remedy_for_what_lacks() {
     let output = run("probe", &["--json"]);
     let offers: Value = serde_json::from_str(&stdout(&output)).unwrap();
     let kinds: Vec<_> = offers.as_array().unwrap().iter().map(|offer| offer["protection"].as_str().unwrap()).collect();
-    assert_eq!(kinds, ["none", "guest-memfd", "vault", "sev", "sev-es", "sev-snp", "tdx", "secure-execution"]);
+    assert_eq!(kinds, ["none", "guest-memfd", "vault", "tdx", "secure-execution", "sev", "sev-es", "sev-snp"]);
     for offer in offers.as_array().unwrap() {
         let missing = offer["missing"].as_array().unwrap();
         assert_eq!(offer["offered"], missing.is_empty());

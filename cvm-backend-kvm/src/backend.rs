@@ -13,4 +13,4 @@
 //! for interrupts.
 
 pub use crate::host::{Host, setting};
-pub use crate::local::{GuestMemory, LocalVcpu, LocalVm, Machine, Traits};
+pub use crate::local::{GuestMemory, LocalVcpu, LocalVm, Machine, PinnedMemory, Traits, VcpuSnapshot};

@@ -63,6 +63,17 @@ pub enum Error {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// Memory cannot be pinned: the kernel counts it against a limit of this process.
+    #[error(
+        "failed to pin {bytes} bytes: raise the limit of locked memory above that (ulimit -l, LimitMEMLOCK=), or give \
+         CAP_IPC_LOCK"
+    )]
+    Pin {
+        /// How much memory the VM has.
+        bytes: u64,
+        /// The kernel's answer.
+        source: io::Error,
+    },
     /// A vault cannot be started or reached.
     #[error("the vault failed to {step}")]
     Vault {

@@ -57,6 +57,22 @@ pub enum Error {
         /// What is wrong.
         problem: &'static str,
     },
+    /// A page cannot be measured as the transcript has it.
+    #[error("the page at {gpa}: {problem}")]
+    Transcript {
+        /// Where it is.
+        gpa: Gpa,
+        /// Why not.
+        problem: &'static str,
+    },
+    /// A secret cannot be given to a guest.
+    #[error("a secret of {len} bytes: {problem}")]
+    Secret {
+        /// How long it is.
+        len: usize,
+        /// Why not.
+        problem: &'static str,
+    },
     /// An IGVM file is damaged, or cannot be launched on SEV-SNP.
     #[error(transparent)]
     Igvm(#[from] IgvmError),

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`snp`] | the launch digest of SEV-SNP: of a [`Transcript`](cvm_core::Transcript), and of firmware as QEMU, EC2 and GCE load it |
 //! | [`sev`] | the digest of SEV and SEV-ES, and the measurement that a guest's owner compares |
+//! | [`owner`] | what a guest's owner shares with the firmware: keys, and secrets for the guest |
 //! | [`digest`] | the chain of pages under the first |
 //! | [`ovmf`], [`kernel`] | what firmware says of how it is launched, and the kernel beside it |
 //! | [`igvm`] | what an IGVM file says: the launch digest, and what of it can be launched |
@@ -26,6 +27,7 @@ pub mod kernel;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub mod kvm;
 pub mod ovmf;
+pub mod owner;
 pub mod policy;
 pub mod sev;
 pub mod snp;

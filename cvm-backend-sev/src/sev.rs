@@ -2,9 +2,12 @@
 
 use crate::ovmf::Firmware;
 use crate::snp::Vcpus;
-use crate::{Error, KernelHashes, SevPolicy};
+use crate::{Error, KernelHashes, SevFeatures, SevPolicy, Vmsa};
+use cvm_core::launch::{self, Entry, PageKind};
+use cvm_core::{Gpa, PAGE_SIZE, Transcript};
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
 
 /// What a launch has loaded, as SHA-256 over all of it in the order of loading (AMD publication 55766,
 /// section 6.3, `LAUNCH_UPDATE_DATA`).
@@ -37,6 +40,66 @@ pub fn of_firmware(
     Ok(SevDigest(digest.finalize().into()))
 }
 
+/// The digest of a launch through this project's contract: pages in the order in which they were loaded, zeros among them, and
+/// with SEV-ES (`es`, what is active in the guest) the vCPUs in that of their indices, as KVM makes their states.
+///
+/// SEV hashes the contents themselves, of which a transcript has just the SHA-384. So `contents` gives those of each page;
+/// they are checked.
+///
+/// # Errors
+/// [`Error::Transcript`] when there are no contents for a page, or others than the transcript says, and for pages that are
+/// not measured: SEV has none.
+pub fn of_transcript<'a>(
+    transcript: &Transcript,
+    es: Option<SevFeatures>,
+    mut contents: impl FnMut(Gpa) -> Option<&'a [u8; PAGE_SIZE as usize]>,
+) -> Result<SevDigest, Error> {
+    let mut digest = Running::default();
+    for entry in transcript.entries() {
+        match entry {
+            Entry::Page { kind: PageKind::Measured, gpa, contents: expected } => match contents(*gpa) {
+                Some(page) if launch::digest(page) == *expected => digest.contents(page),
+                Some(_) => return Err(Error::Transcript { gpa: *gpa, problem: "other contents were loaded" }),
+                None => return Err(Error::Transcript { gpa: *gpa, problem: "its contents are not known" }),
+            },
+            Entry::Page { gpa, .. } => return Err(Error::Transcript { gpa: *gpa, problem: NOT_MEASURED }),
+            Entry::Zero { range } => digest.zeros(range.pages()),
+            Entry::Config { .. } | Entry::Vcpu { .. } => {}
+        }
+    }
+    Ok(digest.finish(transcript, es))
+}
+
+/// Why a page cannot be loaded that is not measured.
+pub(crate) const NOT_MEASURED: &str = "sev measures the contents of every page that is loaded";
+
+/// The digest of a launch under way.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Running(Sha256);
+
+impl Running {
+    pub(crate) fn contents(&mut self, contents: &[u8]) {
+        self.0.update(contents);
+    }
+
+    pub(crate) fn zeros(&mut self, pages: u64) {
+        (0..pages).for_each(|_| self.0.update([0; PAGE_SIZE as usize]));
+    }
+
+    /// With the vCPUs of `transcript`, if they are measured.
+    pub(crate) fn finish(mut self, transcript: &Transcript, es: Option<SevFeatures>) -> SevDigest {
+        if let Some(features) = es {
+            let vcpus = transcript.entries().iter().filter_map(|entry| match entry {
+                Entry::Vcpu { index, state } => Some((index, state)),
+                _ => None,
+            });
+            let vcpus: BTreeMap<_, _> = vcpus.collect();
+            vcpus.values().for_each(|state| self.0.update(Vmsa::long_mode(state, features).as_bytes()));
+        }
+        SevDigest(self.0.finalize().into())
+    }
+}
+
 /// What the firmware of the platform says of itself, which enters the measurement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Api {
@@ -46,6 +109,27 @@ pub struct Api {
     pub minor: u8,
     /// Its build.
     pub build: u8,
+}
+
+/// What the firmware answers when a launch is loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LaunchMeasurement {
+    /// The measurement: [`SevDigest::measurement`].
+    pub measurement: [u8; 32],
+    /// What makes it different each time.
+    pub nonce: [u8; 16],
+    /// The firmware's version, as the host says.
+    pub api: Api,
+    /// The guest policy, as the host says.
+    pub policy: SevPolicy,
+}
+
+impl LaunchMeasurement {
+    /// Whether it says that just this was loaded. Version and policy are part of what is measured, so a host that lies about
+    /// them is found out.
+    pub fn is_of(&self, digest: &SevDigest, integrity_key: &[u8; 16]) -> bool {
+        digest.is_measured_as(&self.measurement, (self.api, self.policy), &self.nonce, integrity_key)
+    }
 }
 
 impl SevDigest {

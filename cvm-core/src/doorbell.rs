@@ -122,7 +122,7 @@ pub enum Ring {
 ///
 /// A pure state machine: a backend feeds it the accesses that its port and MSR exits expose.
 #[cfg(feature = "std")]
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Registers {
     vcpu: u32,
     frame: u32,

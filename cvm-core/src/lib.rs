@@ -9,6 +9,7 @@
 //! 4. [`vm`]: run vCPUs; an [`Exit`] carries just the values that are exposed for it.
 //! 5. [`interrupt`]: what the host may inject.
 //! 6. [`lifecycle`]: what can be done with the running VM, as data.
+//! 7. [`export`]: private pages leave a VM for another platform, where the trusted entity has a way.
 //!
 //! With the feature `linux`, [`launch`] also starts kernels from their files, see `linux`.
 //!
@@ -25,6 +26,8 @@ pub mod side;
 
 #[cfg(feature = "std")]
 mod error;
+#[cfg(feature = "std")]
+pub mod export;
 #[cfg(feature = "std")]
 pub mod igvm;
 #[cfg(feature = "std")]

@@ -2,6 +2,7 @@
 
 #[cfg(doc)]
 use crate::InterruptController;
+use crate::export::Export;
 use crate::interrupt::Guarding;
 use crate::launch::Transcript;
 use crate::memory::{Allocated, Conversion, ConversionListener, ConversionRequest, ConversionTotals, SharedMemory};
@@ -116,6 +117,11 @@ pub trait Vm: Send + Sync {
 
     /// What can be done with this VM.
     fn lifecycle(&self, what: Lifecycle) -> LifecycleAnswer;
+
+    /// How its private pages can leave it protected; nothing where its trusted entity has no way.
+    fn export(&self) -> Option<&dyn Export<Self::Vcpu>> {
+        None
+    }
 
     /// Who keeps the host from injecting what the guest does not accept.
     fn guarding(&self) -> Guarding;

@@ -1,4 +1,5 @@
 use crate::Refusal;
+use crate::sev::Fault;
 use cvm_core::{Answer, GpaRange, Side};
 
 /// What can go wrong in a guest.
@@ -63,4 +64,7 @@ pub enum Error {
     /// There is no record for another queue of a pool.
     #[error("the pool has no record for another queue")]
     NoQueue,
+    /// What a guest of SEV finds wrong.
+    #[error(transparent)]
+    Sev(#[from] Fault),
 }

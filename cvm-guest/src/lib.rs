@@ -5,6 +5,7 @@
 //! - [`Pool`]: bounce buffers in shared memory for the payloads of devices, and a [`Queue`] of them for each device queue.
 //! - [`virtio`] (feature `virtio`): a `Hal` and a transport for the crate `virtio-drivers`, and a network card, which
 //!   with the feature `smoltcp` is a device for the crate of that name.
+//! - [`sev`]: guests of AMD SEV, SEV-ES and SEV-SNP; with the feature `report` the last of them get reports about themselves.
 //! - [`entry`]: where a guest's vCPUs begin.
 //!
 //! [`Machine`] stands for the instructions that reach the host, so that all of this runs in ordinary tests too.
@@ -16,9 +17,11 @@ mod error;
 mod machine;
 mod platform;
 mod pool;
+pub mod sev;
 mod shared;
 #[cfg(target_arch = "x86_64")]
 mod start;
+mod sync;
 #[cfg(feature = "virtio")]
 pub mod virtio;
 #[cfg(target_arch = "x86_64")]
@@ -33,6 +36,4 @@ pub use pool::{
 };
 pub use shared::SharedRegion;
 #[cfg(target_arch = "x86_64")]
-pub use start::end_after_panic;
-#[cfg(target_arch = "x86_64")]
-pub use x86::Processor;
+pub use x86::{Processor, end_after_panic};

@@ -1,3 +1,4 @@
+use crate::Error;
 use cvm_core::{GpaRange, Side};
 
 /// The instructions that reach the host.
@@ -12,6 +13,15 @@ pub trait Machine {
 
     /// Asks for a conversion by hypercall, and returns what is in RAX then: 0, or an error number.
     fn convert(&self, range: GpaRange, to: Side) -> u64;
+
+    /// Makes the private pages of `range` such as can be used; where all memory is, nothing is to do.
+    ///
+    /// # Errors
+    /// [`Error::Sev`] when it is not all memory.
+    fn accept(&self, range: GpaRange) -> Result<(), Error> {
+        let _ = range;
+        Ok(())
+    }
 }
 
 impl<M: Machine + ?Sized> Machine for &M {
@@ -25,5 +35,9 @@ impl<M: Machine + ?Sized> Machine for &M {
 
     fn convert(&self, range: GpaRange, to: Side) -> u64 {
         (**self).convert(range, to)
+    }
+
+    fn accept(&self, range: GpaRange) -> Result<(), Error> {
+        (**self).accept(range)
     }
 }

@@ -17,6 +17,8 @@ const KVM_EINVAL: u64 = 0u64.wrapping_sub(EINVAL);
 pub struct Platform<M> {
     machine: M,
     transport: Transport,
+    /// What to add to the address of a page to reach it while it is shared.
+    shared_at: u64,
 }
 
 impl<M: Machine> Platform<M> {
@@ -28,8 +30,13 @@ impl<M: Machine> Platform<M> {
         if boot.magic != boot::MAGIC {
             return Err(Error::BootPage("magic"));
         }
-        let transport = boot.transport().filter(|transport| *transport != Transport::PageState);
-        Ok(Self { machine, transport: transport.ok_or(Error::BootPage("transport"))? })
+        let transport = boot.transport().ok_or(Error::BootPage("transport"))?;
+        Ok(Self { machine, transport, shared_at: boot.shared_at })
+    }
+
+    /// The instructions that reach the host.
+    pub fn machine(&self) -> &M {
+        &self.machine
     }
 
     /// Makes `range` private or shared. Its contents are lost.
@@ -80,8 +87,9 @@ impl<M: Machine> Platform<M> {
     /// Shares `range` and returns it as memory that the host can write.
     ///
     /// # Safety
-    /// The guest must map `range` to the same virtual addresses, writable, and must not use it in any other way, nor
-    /// have references into it, until [`Platform::unshare`] has given it back.
+    /// The guest must map `range` to the same virtual addresses, and where the boot page says so to those `shared_at` above
+    /// them; there writable. It must not use the range in any other way, nor have references into it, until
+    /// [`Platform::unshare`] has given it back.
     ///
     /// # Errors
     /// [`Error::NoPointer`], and as [`Platform::convert`]. The range must not be used for anything then: part of it may
@@ -89,7 +97,7 @@ impl<M: Machine> Platform<M> {
     #[allow(unsafe_code, reason = "only the caller knows what else uses the range")]
     pub unsafe fn share(&self, range: GpaRange) -> Result<SharedRegion, Error> {
         // SAFETY: passed on to the caller.
-        let region = unsafe { SharedRegion::new(range)? };
+        let region = unsafe { SharedRegion::new(range, self.shared_at)? };
         self.convert(range, Side::Shared)?;
         Ok(region)
     }
@@ -102,6 +110,15 @@ impl<M: Machine> Platform<M> {
         let range = region.range();
         self.convert(range, Side::Private)?;
         Ok(range)
+    }
+
+    /// Makes private memory usable that was not loaded and that nobody has used yet. Memory that was, or was shared and
+    /// taken back, is already.
+    ///
+    /// # Errors
+    /// [`Error::Sev`] when `range` is not all memory.
+    pub fn accept(&self, range: GpaRange) -> Result<(), Error> {
+        self.machine.accept(range)
     }
 
     /// Accepts the interrupt with `vector` and this trigger on this vCPU from now on; the host may inject no others.

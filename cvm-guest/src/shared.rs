@@ -26,19 +26,18 @@ unsafe impl Send for SharedRegion {}
 unsafe impl Sync for SharedRegion {}
 
 impl SharedRegion {
-    /// The shared range, mapped to its own addresses.
+    /// The shared range, mapped `offset` above its own addresses.
     ///
     /// # Safety
     /// As [`Platform::share`](crate::Platform::share).
     ///
     /// # Errors
-    /// [`Error::NoPointer`] for a range that begins at address 0 or does not fit the address space.
-    pub(crate) unsafe fn new(range: GpaRange) -> Result<Self, Error> {
-        let end = usize::try_from(range.end().0);
-        match (NonNull::new(core::ptr::with_exposed_provenance_mut(range.start().0 as usize)), end) {
-            (Some(base), Ok(_)) => Ok(Self { base, range }),
-            _ => Err(Error::NoPointer(range)),
-        }
+    /// [`Error::NoPointer`] for a range that is mapped to address 0 or does not fit the address space.
+    pub(crate) unsafe fn new(range: GpaRange, offset: u64) -> Result<Self, Error> {
+        let at = |gpa: Gpa| usize::try_from(gpa.0.checked_add(offset)?).ok();
+        let base = at(range.start()).zip(at(range.end()));
+        let base = base.and_then(|(start, _)| NonNull::new(core::ptr::with_exposed_provenance_mut(start)));
+        Ok(Self { base: base.ok_or(Error::NoPointer(range))?, range })
     }
 
     /// A region at `base` that the host knows as `range`.

@@ -1,13 +1,9 @@
-//! How a guest begins and how it ends when it panics.
-
-#![allow(unsafe_code, reason = "a guest that panics no longer knows its doorbell, and rings them all")]
-
-use crate::{Machine, Processor};
-use cvm_core::doorbell::{Doorbell, control};
+//! How a guest begins.
 
 /// Defines `start`, where every vCPU begins, for the linker script to name: its index in RDI, the boot page in RSI, no
 /// stack. A vCPU below `$vcpus` gets a stack of `$stack` bytes and calls `$main`, an
-/// `extern "C" fn(u64, *const BootPage)`; one that is not, or whose `$main` returns, halts for good.
+/// `extern "C" fn(u64, *const BootPage)`; one that is not, or whose `$main` returns, halts for good. A halt reaches the host by
+/// itself under every protection.
 ///
 /// The guest must be linked to the addresses that it is loaded at, with `.text.start` first.
 #[macro_export]
@@ -43,19 +39,4 @@ macro_rules! entry {
             )
         }
     };
-}
-
-/// Ends a guest that has panicked, with `code`. What panicked is not said: the console is the host's to read.
-///
-/// # Safety
-/// The code must run in a guest, in a ring as for [`Processor::new`].
-pub unsafe fn end_after_panic(code: u32) -> ! {
-    for doorbell in [Doorbell::Port, Doorbell::Msr] {
-        // SAFETY: passed on to the caller; a host that does not know the doorbell ends the guest all the same.
-        let processor = unsafe { Processor::new(doorbell) };
-        processor.write(control::END, code);
-    }
-    loop {
-        core::hint::spin_loop();
-    }
 }

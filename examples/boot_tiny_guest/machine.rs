@@ -1,10 +1,10 @@
 //! The run loop: exits of the guest, and what the VMM does about each.
 
 use crate::BoxError;
-use crate::attempts::{self, Attempt};
+use crate::attempts::{self, Attempt, Observer};
 use crate::block::BlockDevice;
 use cvm::memory::Allocated;
-use cvm::{Answer, Error, Exit, Kick, TrustModel, Vcpu, Vm, Watchdog, doorbell};
+use cvm::{Answer, Error, Exit, Kick, Vcpu, Vm, Watchdog, doorbell};
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -47,8 +47,7 @@ const MOST_REASONS: usize = 16;
 /// A VM with its devices.
 pub struct Machine<'a, V: Vm> {
     pub vm: &'a V,
-    pub nonce: u64,
-    trust: TrustModel,
+    observer: Observer,
     echo: bool,
     disk: Mutex<BlockDevice>,
     exits: Mutex<BTreeMap<&'static str, u64>>,
@@ -63,11 +62,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl<'a, V: Vm> Machine<'a, V> {
     /// `vm` with `disk`; `echo` shows the guest's console.
-    pub fn new(vm: &'a V, disk: BlockDevice, trust: TrustModel, nonce: u64, echo: bool) -> Self {
+    pub fn new(vm: &'a V, disk: BlockDevice, observer: Observer, echo: bool) -> Self {
         Self {
             vm,
-            nonce,
-            trust,
+            observer,
             echo,
             disk: Mutex::new(disk),
             exits: Mutex::default(),
@@ -75,6 +73,11 @@ impl<'a, V: Vm> Machine<'a, V> {
             finding: Mutex::default(),
             stopping: AtomicBool::new(false),
         }
+    }
+
+    /// What the VMM knows when it tries to reach the secret.
+    pub fn observer(&self) -> &Observer {
+        &self.observer
     }
 
     /// The disk's device.
@@ -187,7 +190,7 @@ impl<'a, V: Vm> Machine<'a, V> {
         let report = Report::read_from_bytes(&bytes).ok()?;
         let allocated = self.vm.allocated().ok()?;
         let shared_pages = self.vm.memory().map().count(cvm::PageState::Shared);
-        let attempts = attempts::all(self.vm, vcpu, self.trust, report.secret, self.nonce);
+        let attempts = attempts::all(self.vm, vcpu, &self.observer, report.secret);
         Some(Finding { report, allocated, shared_pages, attempts })
     }
 }

@@ -15,10 +15,12 @@ mod outcome;
 #[allow(dead_code, reason = "a device without a thread of its own needs less")]
 mod virtio;
 
+use attempts::Observer;
 use clap::{Parser, ValueEnum};
 use cvm::doorbell::{Doorbell, Transport};
 use cvm::image::Image;
 use cvm::kvm::KvmPlatform;
+use cvm::sev::kvm::SevPlatform;
 use cvm::{Gpa, Launch, Platform, Policy, Protection, Vm, VmConfig};
 use disk::Disk;
 use machine::Machine;
@@ -54,6 +56,15 @@ struct Options {
     #[arg(long, value_enum)]
     isolation: Option<IsolationChoice>,
 
+    /// AMD hardware that keeps private memory private, instead of software
+    #[arg(long, value_enum, conflicts_with = "isolation")]
+    platform: Option<PlatformChoice>,
+
+    /// The hardware of --platform is an emulator's: boot the guest that does not validate its pages, for lack of the
+    /// instruction, and do not expect that memory is really encrypted
+    #[arg(long, requires = "platform")]
+    emulated: bool,
+
     /// What the guest demands of the host besides isolation; a demand that cannot be enforced refuses the launch
     #[arg(long, value_enum, value_name = "DEMAND", value_delimiter = ',')]
     policy: Vec<Demand>,
@@ -85,6 +96,26 @@ struct Options {
     /// Print the result as JSON, and nothing else, on the standard output
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum PlatformChoice {
+    /// SEV-SNP: memory and registers are encrypted, and the host cannot replace pages
+    Snp,
+    /// SEV-ES: memory and registers are encrypted
+    SevEs,
+    /// SEV: memory is encrypted
+    Sev,
+}
+
+impl From<PlatformChoice> for Protection {
+    fn from(platform: PlatformChoice) -> Self {
+        match platform {
+            PlatformChoice::Snp => Self::SevSnp,
+            PlatformChoice::SevEs => Self::SevEs,
+            PlatformChoice::Sev => Self::Sev,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -171,8 +202,26 @@ fn load<L: cvm::launch::Loader>(
 }
 
 fn run(options: &Options) -> Result<Outcome, BoxError> {
+    let Some(choice) = options.platform else {
+        let platform = KvmPlatform::open(&options.kvm, options.isolation.map(Protection::from))?;
+        return boot(options, &platform, platform.protection());
+    };
+    let protection = choice.into();
+    let platform = SevPlatform::open(protection).map_err(|error| {
+        let name = choice.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
+        format!(
+            "{}\nto see it on emulated hardware: cargo xtask l1 -- target/debug/examples/boot_tiny_guest --platform {name} \
+             --emulated",
+            chain(&error)
+        )
+    })?;
+    boot(options, &platform, protection)
+}
+
+fn boot<P: Platform>(options: &Options, platform: &P, protection: Protection) -> Result<Outcome, BoxError> {
     let file = match &options.guest {
         Some(path) => std::fs::read(path).map_err(|error| format!("failed to read {}: {error}", path.display()))?,
+        None if options.emulated => tiny_guest::UNVALIDATED_IMAGE.to_vec(),
         None => tiny_guest::IMAGE.to_vec(),
     };
     let disk = Disk::new(options.disk.as_deref())?;
@@ -181,7 +230,6 @@ fn run(options: &Options) -> Result<Outcome, BoxError> {
     let nonce = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), std::process::id());
 
     let begin = Instant::now();
-    let platform = KvmPlatform::open(&options.kvm, options.isolation.map(Protection::from))?;
     let mut config = VmConfig::new(options.memory * MIB, options.vcpus)?;
     config.doorbell = match options.doorbell {
         DoorbellChoice::Port => Doorbell::Port,
@@ -199,11 +247,12 @@ fn run(options: &Options) -> Result<Outcome, BoxError> {
     let launched = begin.elapsed();
 
     let vcpus = vm.take_vcpus();
-    let machine = Machine::new(&vm, disk.device()?, platform.trust_model(), nonce, !options.json);
+    let observer = Observer { trust: platform.trust_model(), nonce, emulated: options.emulated };
+    let machine = Machine::new(&vm, disk.device()?, observer, !options.json);
     let begin = Instant::now();
     let ends = machine.run(vcpus, Duration::from_secs(options.timeout))?;
     let ran = begin.elapsed();
-    Outcome::new(&machine, &disk, Run { task, protection: platform.protection(), transport, ends, launched, ran })
+    Outcome::new(&machine, &disk, Run { task, protection, transport, ends, launched, ran })
 }
 
 fn main() -> ExitCode {

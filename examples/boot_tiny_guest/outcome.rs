@@ -7,12 +7,22 @@ use crate::machine::{End, Machine};
 use crate::options::chain;
 use cvm::doorbell::Transport;
 use cvm::interrupt::Guarding;
+use cvm::sev::SevFeatures;
+use cvm::sev::snp::of_transcript;
 use cvm::{Error, Gpa, Lifecycle, LifecycleAnswer, PAGE_SIZE, Protection, Vm};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Range;
 use std::time::Duration;
-use tiny_guest::{MMIO, POOL_LEN, ROUNDS, Task};
+use tiny_guest::{MIN_MEMORY, MMIO, POOL_LEN, ROUNDS, Task, VCPU_PAGES, report_data};
+
+/// Where a report of SEV-SNP has what the guest wanted in it, and the measurement (AMD publication 56860, table 23).
+const ATTESTED_DATA: Range<usize> = 0x50..0x90;
+const ATTESTED_MEASUREMENT: Range<usize> = 0x90..0xc0;
+
+/// From this much memory on the guest uses some that nothing was loaded to.
+const ACCEPTING_MEMORY: u64 = MIN_MEMORY + 2 * POOL_LEN;
 
 /// A fact that the VMM checked.
 #[derive(Debug, Serialize)]
@@ -75,6 +85,10 @@ fn told(bytes: Option<u64>) -> String {
     bytes.map_or_else(|| "an unknown number".into(), |bytes| bytes.to_string())
 }
 
+fn memory_len<V: Vm>(machine: &Machine<'_, V>) -> u64 {
+    machine.vm.memory().map().slots().ranges().iter().map(|slot| slot.len()).sum()
+}
+
 fn describe(end: &End) -> String {
     match end {
         End::Halted => "halted".into(),
@@ -118,7 +132,7 @@ impl Outcome {
             let sha256 = hex(&report.sha256);
             check("the guest read the whole disk", sha256.clone(), report.sha256 == disk.sha256());
             check("the disk's length reached the guest", report.disk_len.to_string(), report.disk_len == disk.len());
-            let written = disk.holds_what_was_written(report, machine.nonce)?;
+            let written = disk.holds_what_was_written(report, machine.observer().nonce)?;
             check("what the guest wrote is in the file", format!("sector {}", report.written_at), written);
             let unchanged = disk.is_unchanged_elsewhere(report)?;
             check("the rest of the file is unchanged", unchanged.to_string(), unchanged);
@@ -130,16 +144,18 @@ impl Outcome {
             );
             let others = ends.len() as u64 - 1;
             check("every vcpu did its part", report.vcpus.to_string(), u64::from(report.vcpus) == others + 1);
-            // The pool and the report once; the other vCPUs' four pages in each round.
-            let to_private = 1 + others * ROUNDS * 4;
-            let to_shared = POOL_LEN / PAGE_SIZE + to_private;
+            // The pool and the report once; the other vCPUs' pages in each round.
+            let to_private = 1 + others * ROUNDS * VCPU_PAGES;
+            // Under SEV-SNP also what it talks by: a page for each vCPU, and two for messages to the secure processor.
+            let kept = if protection == Protection::SevSnp { others + 1 + 2 } else { 0 };
+            let to_shared = POOL_LEN / PAGE_SIZE + to_private + kept;
             check(
                 "as many pages changed sides as the guest asked for",
                 format!("{} to shared, {} to private", totals.to_shared, totals.to_private),
                 (totals.to_shared, totals.to_private, totals.refused) == (to_shared, to_private, 0)
-                    && report.converted_by_others == others * ROUNDS * 8,
+                    && report.converted_by_others == others * ROUNDS * 2 * VCPU_PAGES,
             );
-            let memory: u64 = machine.vm.memory().map().slots().ranges().iter().map(|slot| slot.len()).sum();
+            let memory = memory_len(machine);
             let (private, shared) = (finding.allocated.private, finding.allocated.shared);
             let shared_by_map = finding.shared_pages * PAGE_SIZE;
             check(
@@ -148,10 +164,28 @@ impl Outcome {
                 shared <= shared_by_map && private.is_none_or(|private| private <= memory - shared_by_map),
             );
         }
+        let predicted =
+            (protection == Protection::SevSnp).then(|| of_transcript(machine.vm.transcript(), SevFeatures::SNP_ACTIVE));
+        if let (Some(finding), Some(predicted)) = (&finding, &predicted) {
+            let attestation = &finding.report.attestation;
+            let measurement = &attestation[ATTESTED_MEASUREMENT];
+            check("the guest's report has the predicted measurement", hex(measurement), measurement == predicted.0);
+            let data = &attestation[ATTESTED_DATA];
+            check(
+                "the report has the vmm's nonce",
+                hex(&data[..8]),
+                finding.report.attested == 1 && data == report_data(machine.observer().nonce),
+            );
+        }
+        if let Some(finding) = &finding {
+            let wanted = if memory_len(machine) >= ACCEPTING_MEMORY { POOL_LEN } else { 0 };
+            let accepted = finding.report.accepted;
+            check("the guest used memory that was not loaded", accepted.to_string(), accepted == wanted);
+        }
         let mmio = match (ends.first(), protection) {
             (Some(End::Failed(Error::MmioRefused { vcpu: 0, gpa: Gpa(MMIO), write: false })), _) => true,
             // KVM cannot see which instruction of private memory it is.
-            (Some(End::Failed(Error::Crashed { vcpu: 0, .. })), Protection::GuestMemfd | Protection::Vault) => true,
+            (Some(End::Failed(Error::Crashed { vcpu: 0, .. })), protection) => protection != Protection::None,
             _ => false,
         };
         check("the guest's mmio was refused", ends.first().map(describe).unwrap_or_default(), mmio);
@@ -173,7 +207,7 @@ impl Outcome {
         Ok(Self {
             ok: attempts && checks.iter().all(|check| check.holds),
             isolation: protection.to_string(),
-            measurement: machine.vm.transcript().measurement().to_string(),
+            measurement: predicted.unwrap_or_else(|| machine.vm.transcript().measurement()).to_string(),
             transport: match transport {
                 Transport::Hypercall => "hypercall",
                 Transport::PageState => "page state",

@@ -73,6 +73,17 @@ impl Interrupts {
         })
     }
 
+    /// The guard of `vcpu`, as it is now.
+    pub(crate) fn guard(&self, vcpu: u32) -> Result<InterruptGuard, CoreError> {
+        Ok(self.gates.guard(vcpu)?.clone())
+    }
+
+    /// Puts another guard in the place of that of `vcpu`.
+    pub(crate) fn set_guard(&self, vcpu: u32, guard: InterruptGuard) -> Result<(), CoreError> {
+        *self.gates.guard(vcpu)? = guard;
+        Ok(())
+    }
+
     /// Asks the guard of `vcpu`, which counts.
     pub(crate) fn admit(&self, vcpu: u32, event: Event) -> Result<(), CoreError> {
         self.gates.admit(vcpu, event)

@@ -18,12 +18,12 @@ pub(crate) use interrupts::take as take_signal;
 pub(crate) use kick::Kicker;
 pub(crate) use loader::{Isolation, LocalLoader};
 pub use machine::Machine;
-pub use memory::GuestMemory;
 pub(crate) use memory::{Backing, FilesMemory, Layout, shared_view};
+pub use memory::{GuestMemory, PinnedMemory};
 pub use traits::Traits;
 pub(crate) use traits::lifecycle;
-pub use vcpu::LocalVcpu;
 pub(crate) use vcpu::is_amd;
+pub use vcpu::{LocalVcpu, VcpuSnapshot};
 pub use vm::LocalVm;
 
 use cvm_core::{BoxError, Error};

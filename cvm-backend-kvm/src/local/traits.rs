@@ -1,5 +1,7 @@
 //! What VMs of different protection do not have in common.
 
+use super::vcpu::LocalVcpu;
+use cvm_core::export::Export;
 use cvm_core::{Error, Lifecycle, LifecycleAnswer, SharedMemory};
 use kvm_bindings::kvm_run;
 use std::any::Any;
@@ -13,6 +15,11 @@ pub trait Traits: Debug + Send + Sync {
 
     /// What can be done with it.
     fn lifecycle(&self, what: Lifecycle) -> LifecycleAnswer;
+
+    /// How its private pages can leave it; see [`Vm::export`](cvm_core::Vm::export).
+    fn export(&self) -> Option<&dyn Export<LocalVcpu>> {
+        None
+    }
 
     /// Answers, in the page that `vcpu` shares with KVM, an exit that VMs on plain KVM do not have; the guest goes on
     /// after that. What is returned is kept until KVM has completed the exit: a lock, say.

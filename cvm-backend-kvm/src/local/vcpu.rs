@@ -2,6 +2,10 @@
 
 #![allow(unsafe_code, reason = "an answer goes to the place in the vcpu's page that its exit showed")]
 
+mod snapshot;
+
+pub use snapshot::VcpuSnapshot;
+
 use super::failed;
 use super::kick::Kicker;
 use super::memory::GuestMemory;

@@ -4,11 +4,13 @@ use super::traits::Traits;
 use super::vcpu::LocalVcpu;
 use super::{failed, vm_fd};
 use cvm_core::doorbell::{self, Doorbell, Transport};
+use cvm_core::export::Export;
 use cvm_core::interrupt::Guarding;
 use cvm_core::launch::Transcript;
 use cvm_core::memory::{Allocated, ConversionEngine, ConversionTotals};
 use cvm_core::{
-    Conversion, ConversionListener, ConversionRequest, Error, Kick, Lifecycle, LifecycleAnswer, SharedMemory, Vcpu, Vm,
+    Answer, Conversion, ConversionListener, ConversionRequest, Error, GpaRange, Kick, Lifecycle, LifecycleAnswer,
+    SharedMemory, Side, Vcpu, Vm,
 };
 use kvm_ioctls::VmFd;
 use std::io::ErrorKind;
@@ -38,6 +40,26 @@ impl LocalVm {
     pub(crate) fn new(shared: Arc<Shared>, vcpus: Vec<LocalVcpu>, doorbell: Doorbell, transcript: Transcript) -> Self {
         let kickers = vcpus.iter().map(Vcpu::kicker).collect();
         Self { shared, vcpus, kickers, doorbell, transcript }
+    }
+
+    /// For VMs that come from elsewhere, before they run: `range` is shared there, so that it has to be here.
+    ///
+    /// # Errors
+    /// What the conversion failed with.
+    pub fn begin_shared(&self, range: GpaRange) -> Result<(), Error> {
+        let request = ConversionRequest::from_guest(0, range.start().0, range.pages(), Side::Shared);
+        loop {
+            self.shared.engine.ask(request);
+            let conversion = self.convert(&request);
+            match (conversion.answer(), conversion.cause()) {
+                (Answer::Done, _) => return Ok(()),
+                (Answer::Retry, _) => {}
+                (Answer::Invalid, cause) => {
+                    let source = cause.map(ToString::to_string).unwrap_or_default().into();
+                    return Err(Error::Backend { step: "share pages", range: Some(range), source });
+                }
+            }
+        }
     }
 }
 
@@ -79,6 +101,10 @@ impl Vm for LocalVm {
 
     fn lifecycle(&self, what: Lifecycle) -> LifecycleAnswer {
         self.shared.traits.lifecycle(what)
+    }
+
+    fn export(&self) -> Option<&dyn Export<LocalVcpu>> {
+        self.shared.traits.export()
     }
 
     fn guarding(&self) -> Guarding {

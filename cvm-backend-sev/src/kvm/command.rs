@@ -84,6 +84,16 @@ impl Commands {
         Self { vm, device }
     }
 
+    /// The VM.
+    pub(super) fn vm(&self) -> &Arc<VmFd> {
+        &self.vm
+    }
+
+    /// `/dev/sev`.
+    pub(super) fn device(&self) -> &File {
+        &self.device
+    }
+
     /// Gives a command that has no data.
     pub(super) fn give(&self, command: Command) -> Result<(), Error> {
         // SAFETY: the kernel does not look at the data of such a command.

@@ -1,7 +1,7 @@
-use super::{Asids, CpuidCorrection};
+use super::{Asids, CpuidCorrection, Resources};
 use crate::FirmwareError;
-use cvm_core::{GpaRange, Protection};
-use std::io;
+use cvm_core::{BoxError, GpaRange, Protection};
+use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 
 /// What can go wrong between this backend and the host.
@@ -42,6 +42,20 @@ pub enum Error {
         /// What the kernel says.
         source: io::Error,
     },
+    /// The guest's owner gives the launch up.
+    #[error("the guest's owner refuses the launch")]
+    Owner(#[source] BoxError),
+    /// Bytes that the firmware is to be handed are none or too many.
+    #[error("{what} has {len} bytes; it takes 1 to {}", super::sev::MOST_BLOB)]
+    Blob {
+        /// What they are.
+        what: &'static str,
+        /// How many there are.
+        len: usize,
+    },
+    /// A guest that arrives is not what it should be.
+    #[error("the guest cannot be received: {0}")]
+    Origin(&'static str),
     /// Every address space identifier is taken, so that the host can have no more guests of this kind.
     #[error("no more guests of {protection}: {asids}")]
     Exhausted {
@@ -65,4 +79,26 @@ pub enum Error {
 
 fn list(corrections: &[CpuidCorrection]) -> String {
     corrections.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}
+
+impl Error {
+    /// That of the first command, which fails as busy when no identifier is free.
+    pub(super) fn or_exhausted(self, protection: Protection) -> Self {
+        match (self, Resources::of_host().of(protection)) {
+            (Self::Command { source, .. }, Some(asids)) if source.kind() == ErrorKind::ResourceBusy => {
+                Self::Exhausted { protection, asids, source }
+            }
+            (error, _) => error,
+        }
+    }
+
+    /// A command's error with the pages that it was about.
+    pub(super) fn at(self, pages: GpaRange) -> Self {
+        match self {
+            Self::Command { step, firmware, source, .. } => {
+                Self::Command { step, range: Some(pages), firmware, source }
+            }
+            other => other,
+        }
+    }
 }

@@ -38,6 +38,24 @@ fn reason(msr: u64) -> Option<(u8, u8)> {
     (msr & REQUEST_MASK == TERMINATION).then_some(((msr >> 12) as u8 & 0xf, (msr >> 16) as u8))
 }
 
+/// What an exit of any other kind says of the guest of `vcpu`, which cannot go on: it has asked for its end, perhaps.
+pub(super) fn ended(vcpu: u32, run: &kvm_run) -> Error {
+    if run.exit_reason != KVM_EXIT_SYSTEM_EVENT {
+        return Error::Crashed {
+            vcpu,
+            reason: format!("it left by exit {}, which is not known here", run.exit_reason),
+        };
+    }
+    // SAFETY: every bit pattern is valid, and the exit reason says that this is what was written.
+    let event = unsafe { run.__bindgen_anon_1.system_event };
+    // SAFETY: as above; all members of the union inside are 64-bit numbers.
+    let msr = unsafe { event.__bindgen_anon_1.data[0] };
+    if event.type_ == KVM_SYSTEM_EVENT_SEV_TERM {
+        return Error::Terminated { vcpu, reason: reason(msr) };
+    }
+    Error::Crashed { vcpu, reason: format!("it left by system event {}", event.type_) }
+}
+
 impl Traits for SnpTraits {
     fn hides_registers(&self) -> bool {
         true
@@ -57,16 +75,6 @@ impl Traits for SnpTraits {
 
     fn exit(&self, vcpu: u32, run: &mut kvm_run, memory: &SharedMemory) -> Result<Option<Box<dyn Any>>, Error> {
         match run.exit_reason {
-            KVM_EXIT_SYSTEM_EVENT => {
-                // SAFETY: every bit pattern is valid, and the exit reason says that this is what was written.
-                let event = unsafe { run.__bindgen_anon_1.system_event };
-                // SAFETY: as above; all members of the union inside are 64-bit numbers.
-                let msr = unsafe { event.__bindgen_anon_1.data[0] };
-                if event.type_ == KVM_SYSTEM_EVENT_SEV_TERM {
-                    return Err(Error::Terminated { vcpu, reason: reason(msr) });
-                }
-                Err(Error::Crashed { vcpu, reason: format!("it left by system event {}", event.type_) })
-            }
             EXIT_SNP_REQ_CERTS => {
                 // SAFETY: the union has room for three numbers (256 bytes of padding), is aligned for them, and every bit
                 // pattern is valid.
@@ -88,7 +96,7 @@ impl Traits for SnpTraits {
                 }
                 Ok(None)
             }
-            other => Err(Error::Crashed { vcpu, reason: format!("it left by exit {other}, which is not known here") }),
+            _ => Err(ended(vcpu, run)),
         }
     }
 }

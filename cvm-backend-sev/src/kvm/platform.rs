@@ -1,9 +1,11 @@
+use super::sev::{self, Encrypted, InPlaceLoader};
 use super::snp::SnpLoader;
-use super::{Error, SnpOptions, probe};
-use crate::{SevFeatures, SnpFlags};
+use super::{Error, PlatformKeys, Receiving, SevOptions, SnpOptions, device, probe};
+use crate::{SevFeatures, SevFlags, SnpFlags};
 use cvm_backend_kvm::backend::{Host, LocalVm};
 use cvm_core::boot::{Exits, Interface};
 use cvm_core::doorbell::Transport;
+use cvm_core::export::Origin;
 use cvm_core::launch::{Loader, PageKind, Transcript, VmConfig};
 use cvm_core::platform::{Asset, Offer, Party, Platform, Powers, TrustModel};
 use cvm_core::x86::VcpuState;
@@ -34,6 +36,7 @@ pub struct SevPlatform {
     protection: Protection,
     private_bit: u8,
     options: SnpOptions,
+    sev: SevOptions,
 }
 
 impl SevPlatform {
@@ -74,13 +77,26 @@ impl SevPlatform {
             let what = "kvm does not say which bit of a page-table entry makes memory private".into();
             return Err(Error::NotOffered { protection, what });
         };
-        let options = SnpOptions::default();
-        Ok(Self { host, device: Arc::new(device?), protection, private_bit: private_bit as u8, options })
+        let (options, sev) = (SnpOptions::default(), SevOptions::default());
+        Ok(Self { host, device: Arc::new(device?), protection, private_bit: private_bit as u8, options, sev })
     }
 
-    /// The same with what is particular to launches from here.
+    /// The same with what is particular to launches of SEV-SNP guests from here.
     pub fn with_snp(self, options: SnpOptions) -> Self {
         Self { options, ..self }
+    }
+
+    /// The same with what is particular to launches of SEV and SEV-ES guests from here.
+    pub fn with_sev(self, sev: SevOptions) -> Self {
+        Self { sev, ..self }
+    }
+
+    /// Who this platform is, for owners of SEV and SEV-ES guests, and for who sends such a guest here.
+    ///
+    /// # Errors
+    /// [`Error::Command`].
+    pub fn keys(&self) -> Result<PlatformKeys, Error> {
+        device::platform_keys(&self.device)
     }
 
     /// What protects the guests that are launched here.
@@ -90,7 +106,32 @@ impl SevPlatform {
 
     /// What is active in the guests, which enters their measurement: see [`of_transcript`](crate::snp::of_transcript).
     pub fn features(&self) -> SevFeatures {
-        self.options.active_features()
+        match self.protection {
+            Protection::SevSnp => self.options.active_features(),
+            _ => self.sev.features,
+        }
+    }
+
+    /// Makes a VM of this configuration for an SEV guest that was [exported](cvm_core::export::Export) for this platform.
+    ///
+    /// # Errors
+    /// As [`Platform::launch`]; [`CoreError::Config`] for a platform of another protection than [`Protection::Sev`].
+    pub fn receive(&self, config: VmConfig, origin: &Origin) -> Result<Receiving, CoreError> {
+        if self.protection != Protection::Sev {
+            return Err(CoreError::Config(format!("kvm cannot receive guests of {}", self.protection)));
+        }
+        self.host.check(&config, Policy::empty())?;
+        let transport = sev::interface(false, &config, self.private_bit)?.transport;
+        let made = Encrypted::new(&self.host, &self.device, false, SevFeatures::empty(), config, transport);
+        made.and_then(|made| Receiving::new(made, origin)).map_err(create)
+    }
+
+    /// Starts the launch of an SEV or SEV-ES guest.
+    fn launch_in_place(&self, config: VmConfig) -> Result<(InPlaceLoader, Interface), CoreError> {
+        let es = self.protection == Protection::SevEs;
+        let interface = sev::interface(es, &config, self.private_bit)?;
+        let loader = InPlaceLoader::new(&self.host, &self.device, es, self.sev.clone(), config, interface.transport);
+        Ok((loader.map_err(create)?, interface))
     }
 
     fn launch_snp(&self, config: VmConfig) -> Result<(SnpLoader, Interface), CoreError> {
@@ -108,9 +149,12 @@ impl SevPlatform {
             acceptance: true,
             vouched_pages: true,
         };
-        let create = |error: Error| CoreError::Backend { step: "create the vm", range: None, source: error.into() };
         Ok((loader.map_err(create)?, interface))
     }
+}
+
+fn create(error: Error) -> CoreError {
+    CoreError::Backend { step: "create the vm", range: None, source: error.into() }
 }
 
 /// Nobody but the hardware, its firmware and the guest itself reaches memory and registers. A host injects what it wants to
@@ -133,6 +177,29 @@ fn debugged_trust(party: Party, asset: Asset) -> Powers {
     }
 }
 
+/// The host reads ciphertext and cannot know what it is, but it can move it, or put an earlier state of it in its place: nothing
+/// checks that. What it changes makes garbage of 16 bytes.
+fn es_trust(party: Party, asset: Asset) -> Powers {
+    match (party, asset) {
+        (Party::OtherVms, _) => Powers::empty(),
+        (_, Asset::Interrupts) => Powers::all(),
+        // Saved registers have a checksum that the processor keeps.
+        (Party::PhysicalAttacker, Asset::Registers) => Powers::REPLAY,
+        (_, Asset::Registers) => Powers::empty(),
+        (_, Asset::PrivateMemory) => Powers::WRITE | Powers::REMAP | Powers::REPLAY,
+    }
+}
+
+/// The same where registers are the host's to see and to set: with them the guest can be had to read out its memory.
+fn sev_trust(party: Party, asset: Asset) -> Powers {
+    match (party, asset) {
+        (Party::OtherVms, _) => Powers::empty(),
+        (Party::PhysicalAttacker, _) => es_trust(party, asset),
+        (_, Asset::PrivateMemory) => es_trust(party, asset) | Powers::STEER,
+        _ => Powers::all(),
+    }
+}
+
 impl Platform for SevPlatform {
     type Loader = SevLoader;
 
@@ -141,6 +208,12 @@ impl Platform for SevPlatform {
     }
 
     fn trust_model(&self) -> TrustModel {
+        match self.protection {
+            Protection::SevSnp => {}
+            _ if !self.sev.policy.flags.contains(SevFlags::NO_DEBUG) => return TrustModel::new(debugged_trust),
+            Protection::SevEs => return TrustModel::new(es_trust),
+            _ => return TrustModel::new(sev_trust),
+        }
         let policy = self.options.policy_for(Policy::empty());
         match policy {
             Ok(policy) if !policy.flags.contains(SnpFlags::DEBUG) => TrustModel::new(snp_trust),
@@ -149,28 +222,50 @@ impl Platform for SevPlatform {
     }
 
     fn launch(&self, config: VmConfig) -> Result<Launch<SevLoader>, CoreError> {
-        self.host.check(&config, BY_HARDWARE)?;
-        let (loader, interface) = self.launch_snp(config.clone())?;
-        Launch::new(SevLoader(loader), config, interface)
+        if self.protection == Protection::SevSnp {
+            self.host.check(&config, BY_HARDWARE)?;
+            let (loader, interface) = self.launch_snp(config.clone())?;
+            return Launch::new(SevLoader(LoaderOf::Snp(loader)), config, interface);
+        }
+        // Whoever has the vCPUs of an SEV guest can debug it, whatever its policy says.
+        let hides = self.protection == Protection::SevEs && self.sev.policy.flags.contains(SevFlags::NO_DEBUG);
+        self.host.check(&config, if hides { Policy::NO_DEBUG } else { Policy::empty() })?;
+        let (loader, interface) = self.launch_in_place(config.clone())?;
+        Launch::new(SevLoader(LoaderOf::InPlace(loader)), config, interface)
     }
 }
 
 /// Loads the pages of a guest that AMD's hardware protects.
 #[derive(Debug)]
-pub struct SevLoader(SnpLoader);
+pub struct SevLoader(LoaderOf);
+
+#[derive(Debug)]
+enum LoaderOf {
+    InPlace(InPlaceLoader),
+    Snp(SnpLoader),
+}
 
 impl Loader for SevLoader {
     type Vm = LocalVm;
 
     fn load(&mut self, range: GpaRange, contents: &[u8], kind: PageKind) -> Result<(), BoxError> {
-        self.0.load(range, contents, kind)
+        match &mut self.0 {
+            LoaderOf::InPlace(loader) => loader.load(range, contents, kind),
+            LoaderOf::Snp(loader) => loader.load(range, contents, kind),
+        }
     }
 
     fn set_vcpu(&mut self, index: u32, state: &VcpuState) -> Result<(), BoxError> {
-        self.0.set_vcpu(index, state)
+        match &mut self.0 {
+            LoaderOf::InPlace(loader) => loader.set_vcpu(index, state),
+            LoaderOf::Snp(loader) => loader.set_vcpu(index, state),
+        }
     }
 
     fn seal(self, transcript: Transcript) -> Result<LocalVm, BoxError> {
-        self.0.seal(transcript)
+        match self.0 {
+            LoaderOf::InPlace(loader) => loader.seal(transcript),
+            LoaderOf::Snp(loader) => loader.seal(transcript),
+        }
     }
 }

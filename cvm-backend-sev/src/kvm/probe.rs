@@ -44,9 +44,6 @@ fn offer(host: &Host, firmware: &Path, protection: Protection, vm_type: u32, par
         let what = format!("{} cannot be opened: {error}", firmware.display());
         lacks.push(missing(what, "load the module ccp, and run with access to it"));
     }
-    if protection != Protection::SevSnp {
-        lacks.push(missing("this version of cvm has no backend for it", "a later version of cvm"));
-    }
     let mut notes = Vec::new();
     if lacks.is_empty() {
         let resources = Resources::of_host();
@@ -54,12 +51,26 @@ fn offer(host: &Host, firmware: &Path, protection: Protection, vm_type: u32, par
         if let Some(count) = resources.ciphertext_hiding.filter(|_| protection == Protection::SevSnp) {
             notes.push(format!("the ciphertext of {count} guests can be hidden from the host"));
         }
+        if protection != Protection::SevSnp && !is_coherent(host) {
+            notes.push("guests have to flush from the caches what they convert".into());
+        }
         if protection == Protection::SevSnp {
             let certificates = attribute(host.kvm(), Attribute::SnpReqCerts) == Some(1);
             notes.push(format!("certificates {} with reports", if certificates { "can go" } else { "cannot go" }));
         }
     }
     Offer { protection, missing: lacks, notes }
+}
+
+/// Whether the processor's caches have a line once, whether it was written encrypted or not (AMD64 APM volume 3, section
+/// E.4.17). Where they may have two, what one side writes to a page can be overwritten later by what the other wrote before.
+fn is_coherent(host: &Host) -> bool {
+    const ENCRYPTION_LEAF: u32 = 0x8000_001f;
+    const COHERENT: u32 = 1 << 10;
+    let cpuid = host.supported_cpuid();
+    cpuid.is_ok_and(|cpuid| {
+        cpuid.as_slice().iter().any(|leaf| leaf.function == ENCRYPTION_LEAF && leaf.eax & COHERENT != 0)
+    })
 }
 
 /// Why a VM type is not there, as far as the module's parameter tells.

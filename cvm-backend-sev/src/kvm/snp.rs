@@ -4,7 +4,7 @@
 
 use super::command::{Command, Commands};
 use super::exits::SnpTraits;
-use super::{Error, Resources, SnpOptions, cpuid};
+use super::{Error, SnpOptions, cpuid};
 use crate::{FirmwareError, PageType, SnpPolicy};
 use cvm_backend_kvm::Error as KvmError;
 use cvm_backend_kvm::backend::{GuestMemory, Host, LocalVm, Machine};
@@ -61,7 +61,8 @@ impl SnpLoader {
             ..Default::default()
         };
         // SAFETY: the data is what the kernel has for the command, and has no address in it.
-        unsafe { commands.give_with(Command::Init2, &mut init) }.map_err(exhausted)?;
+        unsafe { commands.give_with(Command::Init2, &mut init) }
+            .map_err(|error| error.or_exhausted(Protection::SevSnp))?;
         if options.certificates.is_some() {
             commands.give(Command::SnpEnableReqCerts)?;
         }
@@ -82,7 +83,8 @@ impl SnpLoader {
     fn update(&mut self, range: GpaRange, kind: PageType) -> Result<(), Error> {
         let contents = match kind {
             PageType::Zero => 0,
-            _ => self.staged.as_mut_ptr() as u64,
+            _ if range.pages() <= self.staged.len() as u64 => self.staged.as_mut_ptr() as u64,
+            _ => return Err(Error::Options(format!("{range} is more than can be loaded at once"))),
         };
         let mut update = kvm_sev_snp_launch_update {
             gfn_start: range.start().0 / PAGE_SIZE,
@@ -94,7 +96,7 @@ impl SnpLoader {
         while update.len > 0 {
             let before = update.len;
             // SAFETY: the data is what the kernel has for the command. Without an address there are no contents; else they
-            // are in the staged pages, which callers have as many of as `range` has: the kernel moves the address and the
+            // are in the staged pages, of which there are as many as `range` has: the kernel moves the address and the
             // length on together.
             let given = unsafe { self.commands.give_with(Command::SnpLaunchUpdate, &mut update) };
             // What is left: all that comes before is loaded.
@@ -149,16 +151,6 @@ impl SnpLoader {
             }
             loaded => Ok(loaded?),
         }
-    }
-}
-
-/// Says how many identifiers there are, if what a command met is that there are no more.
-fn exhausted(error: Error) -> Error {
-    match error {
-        Error::Command { source, .. } if source.kind() == ErrorKind::ResourceBusy => {
-            Error::Exhausted { protection: Protection::SevSnp, asids: Resources::of_host().sev_snp, source }
-        }
-        error => error,
     }
 }
 

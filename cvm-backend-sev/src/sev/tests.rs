@@ -43,3 +43,54 @@ fn a_kernel_that_the_firmware_would_not_check_is_refused() {
     let kernel = KernelHashes::new(b"a kernel", b"", b"");
     assert!(matches!(of_firmware(&firmware, None, Some(&kernel)), Err(Error::FirmwareLacks { .. })));
 }
+
+mod by_transcript {
+    use super::*;
+    use cvm_core::GpaRange;
+    use cvm_core::x86::VcpuState;
+
+    const PAGE: usize = PAGE_SIZE as usize;
+
+    fn page(gpa: u64, contents: &[u8; PAGE]) -> Entry {
+        Entry::Page { kind: PageKind::Measured, gpa: Gpa(gpa), contents: launch::digest(contents) }
+    }
+
+    fn vcpu(index: u32) -> (VcpuState, Entry) {
+        let state = VcpuState::long_mode(Gpa(0x20_0000), Gpa(0x10_0000), index, Gpa(0x1000));
+        (state, Entry::Vcpu { index, state })
+    }
+
+    #[test]
+    fn contents_are_hashed_in_the_order_of_loading_and_vcpus_in_that_of_their_indices() {
+        let (first, second) = ([1; PAGE], [2; PAGE]);
+        let (one, zeroth) = (vcpu(1), vcpu(0));
+        let zero = Entry::Zero { range: GpaRange::from_pages(0x3000, 2).unwrap() };
+        let entries = [one.1, page(0x2000, &second), zero, page(0x1000, &first), zeroth.1];
+        let transcript: Transcript = entries.into_iter().collect();
+        let contents = |gpa: Gpa| Some(if gpa.0 == 0x1000 { &first } else { &second });
+
+        let loaded = Sha256::new_with_prefix(second).chain_update([0; 2 * PAGE]).chain_update(first);
+        let expected = SevDigest(loaded.clone().finalize().into());
+        assert_eq!(of_transcript(&transcript, None, contents).unwrap(), expected);
+        let features = SevFeatures::DEBUG_SWAP;
+        let states = [zeroth.0, one.0].map(|state| Vmsa::long_mode(&state, features));
+        let with_states = states.iter().fold(loaded, |digest, state| digest.chain_update(state.as_bytes()));
+        let expected = SevDigest(with_states.finalize().into());
+        assert_eq!(of_transcript(&transcript, Some(features), contents).unwrap(), expected);
+    }
+
+    #[test]
+    fn pages_that_are_unknown_or_others_or_not_measured_are_refused() {
+        let (right, wrong) = ([1; PAGE], [2; PAGE]);
+        let transcript: Transcript = [page(0x1000, &right)].into_iter().collect();
+        assert!(of_transcript(&transcript, None, |_| Some(&right)).is_ok());
+        assert!(matches!(of_transcript(&transcript, None, |_| Some(&wrong)), Err(Error::Transcript { .. })));
+        assert!(matches!(of_transcript(&transcript, None, |_| None), Err(Error::Transcript { .. })));
+        let kinds = [PageKind::Unmeasured, PageKind::Secrets, PageKind::Cpuid];
+        for kind in kinds {
+            let page = Entry::Page { kind, gpa: Gpa(0x1000), contents: [0; 48] };
+            let transcript: Transcript = [page].into_iter().collect();
+            assert!(matches!(of_transcript(&transcript, None, |_| Some(&right)), Err(Error::Transcript { .. })));
+        }
+    }
+}

@@ -7,7 +7,7 @@
 //! bits are set, and one exchange of the word takes it over for another purpose.
 
 use super::summary;
-use super::sync::{AtomicU64, Ordering, pause};
+use crate::sync::{AtomicU64, Ordering, pause};
 use core::sync::atomic::{AtomicPtr, AtomicU32, Ordering::Relaxed};
 
 /// The unit that is given a slot size, in bytes.

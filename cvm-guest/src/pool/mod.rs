@@ -31,7 +31,6 @@ mod record;
 mod ring;
 mod run;
 mod summary;
-mod sync;
 #[cfg(all(test, not(loom)))]
 pub(crate) mod tests;
 mod usage;

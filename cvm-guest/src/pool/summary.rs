@@ -6,7 +6,7 @@
 
 use super::block::{Block, CLASSES};
 use super::chunk::BLOCKS;
-use super::sync::{AtomicU64, Ordering::SeqCst};
+use crate::sync::{AtomicU64, Ordering::SeqCst};
 
 /// Instead of a class: blocks that are free for any purpose.
 pub(super) const EMPTY: usize = CLASSES;

@@ -9,12 +9,17 @@ use core::panic::PanicInfo;
 use cvm_core::boot::BootPage;
 use cvm_core::doorbell::Doorbell;
 use cvm_core::{GpaRange, PAGE_SIZE, Side};
+use cvm_guest::sev::{BlockRecord, GhcbPage, Pvalidate};
 use cvm_guest::virtio::DoorbellTransport;
 use cvm_guest::{DeviceRegisters, Platform, Processor, SharedRegion};
 use io_guest::*;
 use zerocopy::{FromZeros, IntoBytes};
 
 cvm_guest::entry!(main, vcpus: 1, stack: 64 << 10);
+
+/// What a vCPU of SEV-ES and SEV-SNP talks to its host by, and what of its memory SEV-SNP's accepts.
+static GHCB: GhcbPage = GhcbPage::new();
+static BLOCKS: [BlockRecord; (MEMORY >> 21) as usize] = [const { BlockRecord::new() }; _];
 
 /// How many cycles a device may take for one answer: some ten seconds.
 const PATIENCE: u64 = 30_000_000_000;
@@ -92,14 +97,15 @@ extern "C" fn main(_index: u64, boot: *const BootPage) {
     // SAFETY: the VMM's convention is that RSI has the address of the boot page, a private page that nobody changes.
     let boot = unsafe { boot.read() };
     let Some(doorbell) = boot.doorbell() else { panic!() };
-    // SAFETY: this is ring 0, or by ports another one that may use them, and the boot page says which doorbell the host knows.
-    let processor = unsafe { Processor::new(doorbell) };
+    // SAFETY: this is ring 0, or by ports another one that may use them, the boot page is the host's, all memory is mapped as
+    // the launch contract says, and there is one vCPU.
+    let Ok(processor) = (unsafe { Processor::new(&boot, Pvalidate, &GHCB, &BLOCKS) }) else { panic!() };
     let Ok(platform) = Platform::new(&boot, processor) else { panic!() };
     let Some((page, arena)) = share(&platform, &boot) else { platform.end(code::PLATFORM) };
     let Ok(control) = platform.device(CONTROL) else { platform.end(code::PLATFORM) };
     control.write(register::REPORT, (page.range().start().0 / PAGE_SIZE) as u32);
     // Only ring 0 has registers for doorbells.
-    if doorbell == Doorbell::Port {
+    if doorbell == Doorbell::Port && platform.machine().ghcb().is_none() {
         // SAFETY: the launch contract says ring 0, interrupts off and such tables; this is the only vCPU, and what is left
         // to do is the devices', by ports.
         unsafe { ring3::enter(end_of_memory(&boot)) };
@@ -123,8 +129,11 @@ fn share(platform: &Platform<Processor>, boot: &BootPage) -> Option<(SharedRegio
     let arena = below(page.start().0, ARENA_LEN)?;
     let bounce = boot.argument[0] != 0;
     hal::set_up(platform, pool, bounce).ok()?;
-    if !bounce {
-        platform.convert(arena, Side::Shared).ok()?;
+    match (bounce, boot.shared_at) {
+        (true, _) => platform.accept(arena).ok()?,
+        (false, 0) => platform.convert(arena, Side::Shared).ok()?,
+        // The devices' buffers are used at their own addresses.
+        (false, _) => return None,
     }
     // SAFETY: all memory is mapped to its own addresses, and nothing of the guest is there.
     let page = unsafe { platform.share(page).ok()? };

@@ -10,13 +10,21 @@ use core::panic::PanicInfo;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use cvm_core::boot::BootPage;
 use cvm_core::{GpaRange, PAGE_SIZE, Side};
+#[cfg(not(feature = "unvalidated"))]
+use cvm_guest::sev::Pvalidate as Validation;
+#[cfg(feature = "unvalidated")]
+use cvm_guest::sev::Unvalidated as Validation;
+use cvm_guest::sev::{BlockRecord, GhcbPage, Protection, Reporter, SecretsPage};
 use cvm_guest::virtio::DoorbellTransport;
-use cvm_guest::{Platform, Processor};
+use cvm_guest::{Error, Machine, Platform};
 use sha2::{Digest, Sha256};
 use spin::Mutex;
 use tiny_guest::*;
 use virtio_drivers::device::blk::VirtIOBlk;
 use zerocopy::{FromZeros, IntoBytes};
+
+/// Where the image ends at the latest, which is loaded, and memory begins that nothing is in.
+const LOADED_END: u64 = 4 << 20;
 
 const STACK_LEN: usize = 32 << 10;
 
@@ -28,15 +36,22 @@ struct Secret([u8; SECRET_LEN]);
 
 static SECRET: Mutex<Secret> = Mutex::new(Secret([0; SECRET_LEN]));
 
+/// What a vCPU of SEV-ES and SEV-SNP talks to its host by, and what memory SEV-SNP's accept.
+static GHCBS: [GhcbPage; MAX_VCPUS as usize] = [const { GhcbPage::new() }; _];
+static BLOCKS: [BlockRecord; (MMIO >> 21) as usize] = [const { BlockRecord::new() }; _];
+
+type Processor = cvm_guest::Processor<Validation>;
+
 static VCPUS_DONE: AtomicU32 = AtomicU32::new(0);
 static CONVERTED_BY_OTHERS: AtomicU64 = AtomicU64::new(0);
 
 extern "C" fn main(index: u64, boot: *const BootPage) {
     // SAFETY: the VMM's convention is that RSI has the address of the boot page, a private page that nobody changes.
     let boot = unsafe { boot.read() };
-    let Some(doorbell) = boot.doorbell() else { panic!() };
-    // SAFETY: this is ring 0, and the boot page says which doorbell the host knows.
-    let processor = unsafe { Processor::new(doorbell) };
+    let Some(ghcb) = GHCBS.get(index as usize) else { panic!() };
+    // SAFETY: this is ring 0, the boot page is the host's, all memory is mapped as the launch contract says, and the GHCB is
+    // this vCPU's alone.
+    let Ok(processor) = (unsafe { Processor::new(&boot, Validation, ghcb, &BLOCKS) }) else { panic!() };
     let Ok(platform) = Platform::new(&boot, processor) else { panic!() };
     if index > 0 {
         convert_back_and_forth(&platform, &boot, index);
@@ -49,11 +64,7 @@ extern "C" fn main(index: u64, boot: *const BootPage) {
         },
         // SAFETY: without an interrupt descriptor table, an exception cannot be delivered.
         Some(Task::TripleFault) => unsafe { asm!("lidt [{table}]", "ud2", table = in(reg) &[0u16; 5]) },
-        // SAFETY: a port access harms no memory.
-        Some(Task::UnknownDoorbell) => unsafe {
-            let port = cvm_core::doorbell::PORT_BASE + 0x1fc;
-            asm!("out dx, eax", in("dx") port, in("eax") 0);
-        },
+        Some(Task::UnknownDoorbell) => platform.machine().write(0x1fc, 0),
         Some(Task::BadConversions) => {
             let top = end_of_memory(&boot);
             let bad = [(top, 1), (top - PAGE_SIZE, 2), (1 << 40, 1)];
@@ -76,6 +87,18 @@ fn work(platform: &Platform<Processor>, boot: &BootPage) {
     let nonce = boot.argument[1];
     let mut console = platform.console();
     let _ = writeln!(console, "tiny guest: {} vcpus", boot.vcpus);
+    let protection = platform.machine().protection();
+    match platform.machine().cpuid(0, 0) {
+        Ok([_, b, c, d]) => {
+            let name = [b, d, c].map(u32::to_le_bytes);
+            let name = core::str::from_utf8(name.as_flattened()).unwrap_or("of an unknown make");
+            let _ = writeln!(console, "tiny guest: the processor is {name}, sev protection {protection:?}");
+        }
+        Err(_) => platform.end(code::PLATFORM),
+    }
+    if cfg!(feature = "unvalidated") {
+        let _ = writeln!(console, "tiny guest: this image does not validate its pages: it is for emulators only");
+    }
     let secret = {
         let mut secret = SECRET.lock();
         for (index, byte) in secret.0.iter_mut().enumerate() {
@@ -93,6 +116,7 @@ fn work(platform: &Platform<Processor>, boot: &BootPage) {
     }
     let _ = writeln!(console, "tiny guest: pool shared at {range}");
 
+    let accepted = accept(platform, pool).unwrap_or_else(|_| platform.end(code::PLATFORM));
     let Some(mut report) = use_disk(platform, nonce) else { platform.end(code::DISK) };
     let _ = writeln!(console, "tiny guest: disk of {} bytes read, written and read back", report.disk_len);
 
@@ -103,6 +127,15 @@ fn work(platform: &Platform<Processor>, boot: &BootPage) {
     report.vcpus = VCPUS_DONE.load(Ordering::Relaxed);
     report.converted_by_others = CONVERTED_BY_OTHERS.load(Ordering::Relaxed);
     report.secret = secret;
+    report.accepted = accepted;
+    if protection == Protection::SevSnp {
+        match attest(platform, boot, pool, nonce) {
+            Ok(bytes) => (report.attestation, report.attested) = (bytes, 1),
+            Err(error) => {
+                let _ = writeln!(console, "tiny guest: no report: {error}");
+            }
+        }
+    }
     (report.bounced_to_device, report.bounced_from_device) = disk::bounced();
     send(platform, pool, report.as_bytes());
 
@@ -111,6 +144,42 @@ fn work(platform: &Platform<Processor>, boot: &BootPage) {
     let value = unsafe { core::ptr::with_exposed_provenance::<u32>(MMIO as usize).read_volatile() };
     let _ = writeln!(console, "tiny guest: mmio gave {value:#x}");
     platform.end(code::MMIO)
+}
+
+/// Uses memory that was not loaded. Returns how many bytes of it; none if there are too few.
+fn accept(platform: &Platform<Processor>, pool: u64) -> Result<u64, Error> {
+    let start = pool - 2 * POOL_LEN;
+    if start < LOADED_END {
+        return Ok(0);
+    }
+    let range = GpaRange::new(start, POOL_LEN).map_err(|_| Error::BootPage("memory"))?;
+    platform.accept(range)?;
+    let word = |at: u64| core::ptr::with_exposed_provenance_mut::<u64>((start + at) as usize);
+    let offsets = || (0..POOL_LEN).step_by(PAGE_SIZE as usize);
+    for at in offsets() {
+        // SAFETY: it is memory that nothing else of the guest is in, mapped to its own address.
+        unsafe { word(at).write_volatile(!at) };
+    }
+    // SAFETY: as above.
+    let kept = offsets().all(|at| unsafe { word(at).read_volatile() } == !at);
+    Ok(if kept { POOL_LEN } else { 0 })
+}
+
+/// Has the secure processor report about this guest, with the nonce in it.
+fn attest(
+    platform: &Platform<Processor>,
+    boot: &BootPage,
+    pool: u64,
+    nonce: u64,
+) -> Result<[u8; ATTESTATION_LEN], Error> {
+    let vcpu = platform.machine().ghcb().ok_or(Error::BootPage("ghcb"))?;
+    let messages = GpaRange::from_pages(messages(pool), 2).map_err(|_| Error::BootPage("memory"))?;
+    // SAFETY: all memory is mapped as the launch contract says, and nothing else of the guest is there.
+    let messages = unsafe { platform.share(messages)? };
+    // SAFETY: the boot page says that the secrets are there; nobody else uses the page, and this is the only time.
+    let secrets = unsafe { &mut *core::ptr::with_exposed_provenance_mut(boot.secrets as usize) };
+    let mut reporter = Reporter::new(SecretsPage::new(secrets), messages)?;
+    Ok(reporter.report(vcpu, &report_data(nonce), None)?.bytes)
 }
 
 /// Reads the whole disk, writes some sectors of it and reads them back.
@@ -151,6 +220,11 @@ fn pool(boot: &BootPage) -> u64 {
     (end_of_memory(boot) / POOL_LEN).wrapping_sub(1).wrapping_mul(POOL_LEN)
 }
 
+/// Where the pages for messages to the secure processor begin: below those of the last vCPU there can be.
+fn messages(pool: u64) -> u64 {
+    pool - PAGE_SIZE - u64::from(MAX_VCPUS) * VCPU_PAGES * PAGE_SIZE - 2 * PAGE_SIZE
+}
+
 /// Shares the page below the pool with `report` in it, tells the VMM, and takes the page back.
 fn send(platform: &Platform<Processor>, pool: u64, report: &[u8]) {
     let Ok(page) = GpaRange::new(pool - PAGE_SIZE, PAGE_SIZE) else { platform.end(code::PLATFORM) };
@@ -167,9 +241,8 @@ fn send(platform: &Platform<Processor>, pool: u64, report: &[u8]) {
 
 /// What a vCPU other than the first does: shares pages of its own, sees that it can use them, and takes them back.
 fn convert_back_and_forth(platform: &Platform<Processor>, boot: &BootPage, index: u64) {
-    const PAGES: u64 = 4;
-    let start = pool(boot) - PAGE_SIZE - index * PAGES * PAGE_SIZE;
-    let Ok(range) = GpaRange::from_pages(start, PAGES) else { platform.end(code::VCPUS) };
+    let start = pool(boot) - PAGE_SIZE - index * VCPU_PAGES * PAGE_SIZE;
+    let Ok(range) = GpaRange::from_pages(start, VCPU_PAGES) else { platform.end(code::VCPUS) };
     for round in 0..ROUNDS {
         // SAFETY: all memory is mapped to its own addresses, and the page belongs to this vCPU.
         let Ok(region) = (unsafe { platform.share(range) }) else { platform.end(code::VCPUS) };
@@ -180,7 +253,7 @@ fn convert_back_and_forth(platform: &Platform<Processor>, boot: &BootPage, index
         if copied.is_err() || back != sent || platform.unshare(region).is_err() {
             platform.end(code::VCPUS);
         }
-        CONVERTED_BY_OTHERS.fetch_add(2 * PAGES, Ordering::Relaxed);
+        CONVERTED_BY_OTHERS.fetch_add(2 * VCPU_PAGES, Ordering::Relaxed);
     }
     VCPUS_DONE.fetch_add(1, Ordering::Release);
 }

@@ -12,6 +12,11 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 #[cfg(not(target_os = "none"))]
 pub const IMAGE: &[u8] = include_bytes!("../tiny-guest.elf");
 
+/// The same, but that it does not validate its pages, for emulators without the instruction: there it stands for the other one
+/// under SEV-SNP.
+#[cfg(not(target_os = "none"))]
+pub const UNVALIDATED_IMAGE: &[u8] = include_bytes!("../tiny-guest-unvalidated.elf");
+
 /// The most vCPUs that the guest has stacks for.
 pub const MAX_VCPUS: u32 = 16;
 
@@ -57,6 +62,12 @@ pub const SECTOR: usize = 512;
 
 /// How often each vCPU but the first shares pages and takes them back.
 pub const ROUNDS: u64 = 4;
+
+/// How many pages each vCPU but the first shares and takes back.
+pub const VCPU_PAGES: u64 = 4;
+
+/// How many bytes a report of SEV-SNP has.
+pub const ATTESTATION_LEN: usize = 1184;
 
 /// What the guest is to do; the first argument of the boot page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -139,8 +150,19 @@ pub struct Report {
     pub converted_by_others: u64,
     /// How many vCPUs were done, this one included.
     pub vcpus: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Whether it has a report; 1 if so.
+    pub attested: u32,
+    /// How many bytes of memory it used that was not loaded.
+    pub accepted: u64,
+    /// What SEV-SNP's secure processor says of the guest, with [`report_data`] of the nonce in it.
+    pub attestation: [u8; ATTESTATION_LEN],
+}
+
+/// What the guest has the secure processor sign besides the measurement.
+pub fn report_data(nonce: u64) -> [u8; 64] {
+    let mut data = [0; 64];
+    data[..8].copy_from_slice(&nonce.to_le_bytes());
+    data
 }
 
 /// A byte of the secret, or of what is written to the disk, as the nonce determines it. It is in no image.

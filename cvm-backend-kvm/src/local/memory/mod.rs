@@ -1,15 +1,17 @@
-//! A VM's memory, of either kind that KVM has for it.
+//! A VM's memory, of any kind that KVM has for it.
 
 mod backing;
 mod files;
 mod gmem;
 mod layout;
+mod pinned;
 mod window;
 
 pub(crate) use backing::Backing;
 pub(crate) use files::FilesMemory;
 pub(crate) use gmem::GmemMemory;
 pub(crate) use layout::Layout;
+pub use pinned::PinnedMemory;
 pub(crate) use window::Window;
 
 use crate::Error;
@@ -31,6 +33,8 @@ pub(super) enum Kind {
     Files(FilesMemory),
     /// Private memory that no process can map.
     Gmem(GmemMemory),
+    /// One file for both sides, pinned.
+    Pinned(PinnedMemory),
 }
 
 /// Calls the same on whichever it is.
@@ -39,6 +43,7 @@ macro_rules! each {
         match &$memory.0 {
             Kind::Files($it) => $call,
             Kind::Gmem($it) => $call,
+            Kind::Pinned($it) => $call,
         }
     };
 }
@@ -53,6 +58,28 @@ impl GuestMemory {
         let layout = Layout::new(memory).map_err(Error::Layout)?;
         let shared = Backing::new("cvm-shared", layout.bytes())?;
         Ok(Self(Kind::Gmem(GmemMemory::new(Arc::clone(vm), layout, shared, host.most_runs)?)))
+    }
+
+    /// [Pinned](PinnedMemory) memory of `vm`, all of it private and zero as the host writes zeros. KVM must know already that
+    /// the guest's memory is encrypted.
+    ///
+    /// # Errors
+    /// [`Error::Pin`] when this process may not pin so much; [`Error::Kvm`], [`Error::Memory`] or [`Error::Backing`] when the
+    /// host refuses.
+    pub fn pinned(vm: &VmFd, memory: &[GpaRange]) -> Result<Self, Error> {
+        let layout = Layout::new(memory).map_err(Error::Layout)?;
+        let backing = Backing::new("cvm-memory", layout.bytes())?;
+        let memory = PinnedMemory::new(layout, backing)?;
+        memory.attach(vm)?;
+        Ok(Self(Kind::Pinned(memory)))
+    }
+
+    /// It, if it is pinned.
+    pub fn as_pinned(&self) -> Option<&PinnedMemory> {
+        match &self.0 {
+            Kind::Pinned(memory) => Some(memory),
+            Kind::Files(_) | Kind::Gmem(_) => None,
+        }
     }
 
     /// The shared side, as devices see it.

@@ -1,0 +1,90 @@
+//! The instructions of guests of SEV.
+
+#![allow(unsafe_code, reason = "they are assembly")]
+
+use super::{Exit, PageSize, Validate, Validated};
+use core::arch::asm;
+
+/// The MSR that holds the GPA of the GHCB, or a request (AMD publication 56421, section 2.3).
+const GHCB_MSR: u32 = 0xc001_0130;
+/// The MSR that says what of SEV is on (AMD publication 24593, section 15.34.10).
+const SEV_STATUS_MSR: u32 = 0xc001_0131;
+
+unsafe fn read_msr(msr: u32) -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: the caller promises that the MSR exists; to read it changes nothing.
+    unsafe { asm!("rdmsr", in("ecx") msr, out("eax") low, out("edx") high, options(nomem, nostack, preserves_flags)) };
+    u64::from(high) << 32 | u64::from(low)
+}
+
+/// What of SEV is on.
+///
+/// # Safety
+/// The processor must have the MSR, and the code run in ring 0.
+pub(crate) unsafe fn sev_status() -> u64 {
+    // SAFETY: passed on to the caller.
+    unsafe { read_msr(SEV_STATUS_MSR) }
+}
+
+/// The instruction, and the MSR around it.
+#[derive(Debug, Clone, Copy)]
+pub struct Vmgexit(());
+
+impl Vmgexit {
+    /// The exit of this vCPU.
+    ///
+    /// # Safety
+    /// The code must run in ring 0 of a guest of SEV-ES or SEV-SNP, and nothing else may use its GHCB MSR at the same time.
+    pub unsafe fn new() -> Self {
+        Self(())
+    }
+}
+
+impl Exit for Vmgexit {
+    fn exit(&self, value: u64) -> u64 {
+        // SAFETY: `new` was promised a guest that has the MSR. What the host writes during the exit is shared memory: the
+        // block may change memory as far as the compiler knows. `rep vmmcall` is VMGEXIT (AMD publication 24594).
+        unsafe {
+            asm!("wrmsr", "rep vmmcall", in("ecx") GHCB_MSR, in("eax") value as u32, in("edx") (value >> 32) as u32,
+                 options(nostack));
+            read_msr(GHCB_MSR)
+        }
+    }
+}
+
+/// PVALIDATE.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Pvalidate;
+
+impl Validate for Pvalidate {
+    fn validate(&self, gpa: u64, size: PageSize, valid: bool) -> Validated {
+        /// FAIL_SIZEMISMATCH (AMD publication 24594, PVALIDATE).
+        const SIZE_MISMATCH: u32 = 6;
+        let (rax, carry): (u64, u8);
+        // SAFETY: the instruction changes no memory, just whether the page can be used; that nobody uses a page which is not
+        // valid is the business of whoever gives pages away. It is written as bytes for assemblers that do not know it.
+        unsafe {
+            asm!(".byte 0xf2, 0x0f, 0x01, 0xff", "setc {carry}", carry = out(reg_byte) carry,
+                 inout("rax") gpa => rax, in("ecx") size as u32, in("edx") u32::from(valid), options(nostack));
+        }
+        match (rax as u32, carry) {
+            (0, 0) => Validated::Changed,
+            (0, _) => Validated::Unchanged,
+            (SIZE_MISMATCH, _) => Validated::SizeMismatch,
+            (code, _) => Validated::Failed(code),
+        }
+    }
+}
+
+/// No validation: for guests under emulators that lack the instruction.
+///
+/// A host can replace pages of such a guest, so it has no place on hardware. A guest that uses this says so where people
+/// see it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Unvalidated;
+
+impl Validate for Unvalidated {
+    fn validate(&self, _gpa: u64, _size: PageSize, _valid: bool) -> Validated {
+        Validated::Changed
+    }
+}

@@ -1,0 +1,426 @@
+use super::msr::{self, Exit, Termination};
+use super::validate::set_valid;
+use super::{Acceptance, CpuidTable, Fault, Ghcb, Protection, Validate, page_state};
+use crate::{Error, Machine, SharedRegion};
+use cvm_core::boot::BootPage;
+use cvm_core::doorbell::{Doorbell, MSR_BASE, PORT_BASE};
+use cvm_core::{Gpa, GpaRange, PAGE_SIZE, Side};
+
+/// KVM_HC_MAP_GPA_RANGE and its "encrypted" attribute (Linux include/uapi/linux/kvm_para.h).
+const HC_MAP_GPA_RANGE: u64 = 12;
+const ENCRYPTED: u64 = 1 << 4;
+
+/// The error number of Linux that says that a request makes no sense.
+const EINVAL: u64 = 22;
+
+/// A vCPU of SEV-ES or SEV-SNP: it reaches its host by its GHCB.
+///
+/// As a [`Machine`] it has no way to fail: where the host, or the processor, breaks the protocol the guest terminates.
+#[derive(Debug)]
+pub struct GhcbVcpu<E, V> {
+    exit: E,
+    validate: V,
+    ghcb: Ghcb,
+    doorbell: Doorbell,
+    acceptance: Acceptance<'static>,
+    /// Only under SEV-SNP.
+    cpuid: Option<CpuidTable>,
+}
+
+/// Agrees with the host on a version, and shares the page at `gpa`, which the host can use as the GHCB from then on.
+/// Returns the version.
+fn set_up(exit: &impl Exit, validate: &impl Validate, protection: Protection, gpa: Gpa) -> Result<u16, Fault> {
+    let page = GpaRange::new(gpa.0, PAGE_SIZE).map_err(|_| Fault::NoPage(gpa.0))?;
+    let snp = protection == Protection::SevSnp;
+    let version = msr::version(exit, snp)?;
+    if snp {
+        set_valid(validate, page, false)?;
+        msr::change_page(exit, page, Side::Shared)?;
+        msr::register(exit, gpa)?;
+    }
+    Ok(version)
+}
+
+impl<E: Exit, V: Validate> GhcbVcpu<E, V> {
+    /// The vCPU that runs this, protected as `protection` says, which [`Protection::of`] has found in `boot`. Its GHCB will
+    /// be the page at `gpa`, which must have been loaded. `blocks` is the guest's record of accepted memory, and `cpuid` the
+    /// table at [`BootPage::cpuid`] if there is one.
+    ///
+    /// # Safety
+    /// The page at `gpa` must be the guest's, used for nothing else, and mapped writable at `gpa + boot.shared_at` too.
+    ///
+    /// # Errors
+    /// [`Error::BootPage`] for a doorbell that this version does not know; faults of the host. What is left of the page then
+    /// is unknown.
+    #[allow(unsafe_code, reason = "only the caller knows what else uses the page")]
+    pub unsafe fn new(
+        exit: E,
+        validate: V,
+        boot: &BootPage,
+        protection: Protection,
+        gpa: Gpa,
+        acceptance: Acceptance<'static>,
+        cpuid: Option<CpuidTable>,
+    ) -> Result<Self, Error> {
+        let doorbell = boot.doorbell().ok_or(Error::BootPage("doorbell"))?;
+        let page = GpaRange::new(gpa.0, PAGE_SIZE).map_err(|_| Fault::NoPage(gpa.0))?;
+        let version = set_up(&exit, &validate, protection, gpa)?;
+        // SAFETY: passed on to the caller; the page is shared now.
+        let region = unsafe { SharedRegion::new(page, boot.shared_at)? };
+        region.zero(0, region.len())?;
+        let ghcb = Ghcb::new(region, version)?;
+        Ok(Self { exit, validate, ghcb, doorbell, acceptance, cpuid })
+    }
+
+    /// What a step gave, or the end of the guest.
+    fn must<T>(&self, result: Result<T, Fault>) -> T {
+        result.unwrap_or_else(|fault| self.terminate(fault.into()))
+    }
+
+    /// Ends the guest, and tells the host why.
+    pub fn terminate(&self, why: Termination) -> ! {
+        msr::terminate(&self.exit, why)
+    }
+
+    /// Whether this is SEV-SNP.
+    pub(super) fn is_snp(&self) -> bool {
+        self.cpuid.is_some()
+    }
+
+    /// What the processor says of itself: EAX, EBX, ECX, EDX. Under SEV-SNP the secure processor vouches for it, and under
+    /// SEV-ES it is the host's word.
+    ///
+    /// # Errors
+    /// Faults of the host.
+    pub fn cpuid(&self, leaf: u32, subleaf: u32) -> Result<[u32; 4], Fault> {
+        match &self.cpuid {
+            Some(table) => Ok(table.get(leaf, subleaf)),
+            None => self.ghcb.cpuid(&self.exit, leaf, subleaf),
+        }
+    }
+
+    /// What the host says that it can do: bit 0 is SEV-SNP, bit 1 [`GhcbVcpu::create_vcpu`].
+    ///
+    /// # Errors
+    /// Faults of the host.
+    pub fn features(&self) -> Result<u64, Fault> {
+        self.ghcb.features(&self.exit)
+    }
+
+    /// Has the vCPU with this APIC ID start from the state in the page at `state`, a VMSA by RMPADJUST, with these features.
+    ///
+    /// # Errors
+    /// [`Fault::SnpOnly`]; [`Fault::NoPage`] for an address that is no page's, or a multiple of 2 MiB; faults of the host.
+    pub fn create_vcpu(&self, apic_id: u32, state: Gpa, sev_features: u64) -> Result<(), Fault> {
+        if !self.is_snp() {
+            return Err(Fault::SnpOnly);
+        }
+        self.ghcb.create_vcpu(&self.exit, apic_id, state, sev_features)
+    }
+
+    #[cfg(feature = "report")]
+    pub(super) fn ghcb(&self) -> &Ghcb {
+        &self.ghcb
+    }
+
+    #[cfg(feature = "report")]
+    pub(super) fn exit(&self) -> &E {
+        &self.exit
+    }
+
+    /// Changes sides of pages by page state change. What is not memory is not given away, as for hypercalls the host would
+    /// say.
+    fn change_state(&self, range: GpaRange, to: Side) -> u64 {
+        if to == Side::Shared {
+            match self.acceptance.give(range, &self.validate) {
+                Err(Fault::NoPage(_)) => return EINVAL,
+                given => self.must(given),
+            }
+        }
+        match page_state::change(&self.ghcb, &self.exit, range, to) {
+            // Pages that the guest meant to give away are nobody's now, as the caller is told.
+            Err(Fault::PageState { .. }) => return EINVAL,
+            changed => self.must(changed),
+        }
+        if to == Side::Private {
+            self.must(set_valid(&self.validate, range, true));
+        }
+        0
+    }
+}
+
+impl<E: Exit, V: Validate> Machine for GhcbVcpu<E, V> {
+    fn write(&self, register: u16, value: u32) {
+        self.must(match self.doorbell {
+            Doorbell::Port => self.ghcb.port_write(&self.exit, PORT_BASE.wrapping_add(register), value),
+            Doorbell::Msr => self.ghcb.msr_write(&self.exit, MSR_BASE.wrapping_add(register.into()), value.into()),
+        });
+    }
+
+    fn read(&self, register: u16) -> u32 {
+        self.must(match self.doorbell {
+            Doorbell::Port => self.ghcb.port_read(&self.exit, PORT_BASE.wrapping_add(register)),
+            Doorbell::Msr => {
+                self.ghcb.msr_read(&self.exit, MSR_BASE.wrapping_add(register.into())).map(|value| value as u32)
+            }
+        })
+    }
+
+    fn convert(&self, range: GpaRange, to: Side) -> u64 {
+        if self.is_snp() {
+            return self.change_state(range, to);
+        }
+        let attributes = match to {
+            Side::Private => ENCRYPTED,
+            Side::Shared => 0,
+        };
+        let registers = [HC_MAP_GPA_RANGE, range.start().0, range.pages(), attributes];
+        self.must(self.ghcb.hypercall(&self.exit, registers))
+    }
+
+    fn accept(&self, range: GpaRange) -> Result<(), Error> {
+        if !self.is_snp() {
+            return Ok(());
+        }
+        match self.acceptance.accept(range, &self.validate) {
+            Err(fault @ Fault::NoPage(_)) => Err(fault.into()),
+            accepted => {
+                self.must(accepted);
+                Ok(())
+            }
+        }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::super::event::code;
+    use super::super::fake::{Host, Pages, TERMINATED, boot, vcpu};
+    use super::super::ghcb::offset;
+    use super::*;
+    use crate::Platform;
+    use cvm_core::Trigger;
+    use cvm_core::boot::MemoryRange;
+    use cvm_core::doorbell::control;
+    use proptest::prelude::*;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    /// What a test of a guest needs: a host, a processor, and memory around the GHCB.
+    struct Setting {
+        host: Host,
+        pages: Pages,
+        boot: BootPage,
+    }
+
+    impl Setting {
+        fn new(protection: Protection, doorbell: Doorbell) -> Self {
+            let host = Host::new(protection, 8);
+            let memory = MemoryRange { start: host.memory.gpa(0).0, len: 8 * PAGE_SIZE };
+            let mut boot = boot(protection, doorbell, memory);
+            boot.accepted = u64::MAX;
+            Self { host, pages: Pages::default(), boot }
+        }
+
+        fn vcpu(&self) -> GhcbVcpu<&Host, &Pages> {
+            vcpu(&self.host, &self.pages, &self.boot).unwrap()
+        }
+
+        /// A page of memory behind the GHCB.
+        fn page(&self, number: u64, count: u64) -> GpaRange {
+            GpaRange::from_pages(self.host.memory.gpa(0).0 + number * PAGE_SIZE, count).unwrap()
+        }
+    }
+
+    /// Whether the guest terminates.
+    fn terminates<R>(work: impl FnOnce() -> R) -> bool {
+        match catch_unwind(AssertUnwindSafe(work)) {
+            Ok(_) => false,
+            Err(why) => {
+                let why = why.downcast_ref::<String>().expect("another panic than by termination");
+                assert!(why.starts_with(TERMINATED), "{why}");
+                true
+            }
+        }
+    }
+
+    #[test]
+    fn the_ghcb_is_given_up_shared_and_registered_before_the_first_exit_by_it() {
+        let setting = Setting::new(Protection::SevSnp, Doorbell::Port);
+        setting.vcpu();
+        let gpa = setting.host.memory.gpa(0).0;
+        assert_eq!(*setting.host.msrs.borrow(), [2, 2 << 52 | gpa | 0x14, gpa | 0x12]);
+        assert!(setting.pages.valid().is_empty());
+        let setting = Setting::new(Protection::SevEs, Doorbell::Port);
+        setting.vcpu();
+        assert_eq!(*setting.host.msrs.borrow(), [2]);
+    }
+
+    #[test]
+    fn doorbells_ring_by_ports_and_msrs_with_all_that_the_host_needs() {
+        for (doorbell, code) in [(Doorbell::Port, code::IOIO), (Doorbell::Msr, code::MSR)] {
+            let setting = Setting::new(Protection::SevSnp, doorbell);
+            let vcpu = setting.vcpu();
+            setting.host.value.set(0x1234_5678);
+            vcpu.write(control::END, 7);
+            assert_eq!(vcpu.read(control::CONVERT), 0x1234_5678);
+            let exits = setting.host.exits.borrow();
+            assert!(exits.iter().all(|seen| seen.code == code));
+            let info1: Vec<u64> = exits.iter().map(|seen| seen.info1).collect();
+            match doorbell {
+                Doorbell::Port => assert_eq!(info1, [0xa004_0040, 0xa018_0041]),
+                Doorbell::Msr => assert_eq!(info1, [1, 0]),
+            }
+        }
+    }
+
+    #[test]
+    fn a_platform_works_by_the_ghcb_as_it_does_without() {
+        let setting = Setting::new(Protection::SevEs, Doorbell::Port);
+        let platform = Platform::new(&setting.boot, setting.vcpu()).unwrap();
+        std::fmt::Write::write_str(&mut platform.console(), "hi").unwrap();
+        platform.accept_interrupt(0x41, Trigger::Edge).unwrap();
+        platform.convert(setting.page(2, 1), Side::Shared).unwrap();
+        let codes: Vec<u64> = setting.host.exits.borrow().iter().map(|seen| seen.code).collect();
+        assert_eq!(codes, [code::IOIO, code::IOIO, code::IOIO, code::VMMCALL]);
+        setting.host.value.set(EINVAL);
+        assert!(platform.convert(setting.page(2, 1), Side::Shared).is_err());
+        assert_eq!(platform.machine().cpuid(0xd, 1).unwrap(), [EINVAL as u32; 4]);
+    }
+
+    #[test]
+    fn pages_are_invalid_before_they_are_given_and_valid_after_they_are_taken() {
+        let setting = Setting::new(Protection::SevSnp, Doorbell::Port);
+        (2..6).for_each(|page| setting.pages.set(setting.page(page, 1).start().0 / PAGE_SIZE));
+        let vcpu = setting.vcpu();
+        let valid = setting.pages.valid();
+        let first = setting.page(3, 2).start().0 / PAGE_SIZE;
+        setting.host.answer_by({
+            // At the exit that shares, neither page may be valid, and so at the exit that takes them back.
+            let pages: *const Pages = &raw const setting.pages;
+            move |_, seen| {
+                assert_eq!(seen.code, code::PAGE_STATE);
+                #[allow(unsafe_code, reason = "the closure has to be 'static")]
+                // SAFETY: the setting outlives the host that has this closure.
+                let valid = unsafe { &*pages }.valid();
+                assert!(!valid.contains(&first) && !valid.contains(&(first + 1)));
+                false
+            }
+        });
+        assert_eq!(vcpu.convert(setting.page(3, 2), Side::Shared), 0);
+        assert_eq!(setting.pages.valid().len(), 2);
+        assert_eq!(vcpu.convert(setting.page(3, 2), Side::Private), 0);
+        assert_eq!(setting.pages.valid(), valid);
+    }
+
+    #[test]
+    fn what_is_no_memory_is_not_given_away() {
+        let setting = Setting::new(Protection::SevSnp, Doorbell::Port);
+        let vcpu = setting.vcpu();
+        assert_eq!(vcpu.convert(setting.page(7, 2), Side::Shared), EINVAL);
+        assert_eq!(vcpu.accept(setting.page(8, 1)), Err(Fault::NoPage(setting.page(8, 1).start().0).into()));
+        assert!(setting.host.exits.borrow().is_empty());
+    }
+
+    #[test]
+    fn a_page_that_is_not_what_it_should_be_ends_the_guest() {
+        let setting = Setting::new(Protection::SevSnp, Doorbell::Port);
+        let vcpu = setting.vcpu();
+        // It was never valid.
+        assert!(terminates(|| vcpu.convert(setting.page(3, 1), Side::Shared)));
+        // Somebody else has made it valid meanwhile.
+        setting.pages.set(setting.page(4, 1).start().0 / PAGE_SIZE);
+        assert_eq!(vcpu.convert(setting.page(4, 1), Side::Shared), 0);
+        setting.pages.set(setting.page(4, 1).start().0 / PAGE_SIZE);
+        assert!(terminates(|| vcpu.convert(setting.page(4, 1), Side::Private)));
+    }
+
+    #[test]
+    fn a_host_that_breaks_the_protocol_ends_the_guest() {
+        let answers: [fn(&Host); 3] = [
+            // An error, an exception to inject, no value.
+            |host| host.write(offset::EXIT_INFO_1, 2),
+            |host| host.write(offset::EXIT_INFO_1, 1),
+            |_| {},
+        ];
+        for answer in answers {
+            let setting = Setting::new(Protection::SevEs, Doorbell::Port);
+            let vcpu = setting.vcpu();
+            setting.host.answer_by(move |host, _| {
+                answer(host);
+                true
+            });
+            assert!(terminates(|| vcpu.read(0)));
+        }
+    }
+
+    #[test]
+    fn vcpus_are_created_only_under_snp_and_not_from_a_page_that_a_processor_mistakes() {
+        let setting = Setting::new(Protection::SevSnp, Doorbell::Port);
+        let vcpu = setting.vcpu();
+        assert_eq!(vcpu.features(), Ok(3));
+        vcpu.create_vcpu(5, Gpa(0x20_1000), 1).unwrap();
+        let seen = *setting.host.exits.borrow().last().unwrap();
+        assert_eq!((seen.code, seen.info1, seen.info2), (code::CREATE_VCPU, 5 << 32 | 1, 0x20_1000));
+        assert_eq!(vcpu.create_vcpu(5, Gpa(0x20_0000), 1), Err(Fault::NoPage(0x20_0000)));
+        let setting = Setting::new(Protection::SevEs, Doorbell::Port);
+        assert_eq!(setting.vcpu().create_vcpu(5, Gpa(0x20_1000), 1), Err(Fault::SnpOnly));
+    }
+
+    /// A host whose other CPUs write all over the GHCB while the guest uses it.
+    #[test]
+    fn a_host_that_scribbles_meanwhile_is_a_host_that_answers_something() {
+        use core::sync::atomic::{AtomicBool, Ordering};
+        for protection in [Protection::SevSnp, Protection::SevEs] {
+            let setting = Setting::new(protection, Doorbell::Port);
+            (2..8).for_each(|page| setting.pages.set(setting.page(page, 1).start().0 / PAGE_SIZE));
+            let vcpu = setting.vcpu();
+            // What is honest of this host would not expect that somebody else writes.
+            setting.host.answer_by(|_, _| true);
+            let (stop, memory) = (AtomicBool::new(false), &setting.host.memory);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let (mut at, mut value) = (0usize, 1u64);
+                    while !stop.load(Ordering::Relaxed) {
+                        value = value.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+                        at = (at + 8) % (offset::VERSION & !7);
+                        // The fake host checks that the guest has filled in these.
+                        if !(offset::EXIT_CODE..offset::EXIT_INFO_2 + 8).contains(&at) && at & !8 != offset::VALID {
+                            memory.write(at, &(value >> 20).to_le_bytes()).unwrap();
+                        }
+                    }
+                });
+                for _ in 0..2000 {
+                    terminates(|| vcpu.read(0));
+                    terminates(|| vcpu.cpuid(1, 0));
+                    terminates(|| page_state::change(&vcpu.ghcb, &vcpu.exit, setting.page(2, 2), Side::Shared));
+                }
+                stop.store(true, Ordering::Relaxed);
+            });
+        }
+    }
+
+    proptest! {
+        /// A host that writes whatever it likes all over the GHCB at each exit.
+        #[test]
+        fn whatever_the_host_leaves_in_the_ghcb_the_guest_goes_on_or_terminates(
+            words in prop::collection::vec((0usize..512, any::<u64>()), 0..64), honest_info1: bool, snp: bool, msr: bool,
+        ) {
+            let protection = if snp { Protection::SevSnp } else { Protection::SevEs };
+            let setting = Setting::new(protection, if msr { Doorbell::Msr } else { Doorbell::Port });
+            (1..8).for_each(|page| setting.pages.set(setting.page(page, 1).start().0 / PAGE_SIZE));
+            let vcpu = setting.vcpu();
+            setting.host.answer_by(move |host, _| {
+                words.iter().for_each(|(word, value)| host.write(word * 8, *value));
+                if honest_info1 {
+                    host.write(offset::EXIT_INFO_1, 0);
+                }
+                true
+            });
+            terminates(|| vcpu.read(0));
+            terminates(|| vcpu.write(0, 1));
+            terminates(|| vcpu.convert(setting.page(2, 2), Side::Shared));
+            terminates(|| vcpu.cpuid(1, 0));
+            terminates(|| vcpu.features());
+        }
+    }
+}
