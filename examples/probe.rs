@@ -3,6 +3,7 @@
 use clap::Parser;
 use cvm::Platform;
 use cvm::kvm::KvmPlatform;
+use cvm::sev::kvm::SevPlatform;
 use serde_json::json;
 
 /// Say what this host offers of each kind of protection, and what lacks for the rest and how to get it.
@@ -19,7 +20,7 @@ struct Options {
 fn main() {
     cvm::kvm::vault::init();
     let options = Options::parse();
-    let offers = KvmPlatform::probe();
+    let offers: Vec<_> = KvmPlatform::probe().into_iter().chain(SevPlatform::probe()).collect();
     if options.json {
         let offers = offers.iter().map(|offer| {
             let missing = offer.missing.iter();

@@ -5,7 +5,7 @@
 //! | feature | module | protection |
 //! |---|---|---|
 //! | `kvm` (default) | `kvm` | software-only isolation on Linux KVM |
-//! | `sev` (default) | `sev` | AMD SEV, SEV-ES, SEV-SNP: what launches of others are measured as |
+//! | `sev` (default) | `sev` | AMD SEV, SEV-ES, SEV-SNP: launches on Linux KVM, and what launches of others are measured as |
 //! | `linux` | `linux` | none of its own: launches from Linux's images |
 //!
 //! The feature `listeners` adds the module `listeners`: who outside of the VMM must know of conversions. It is off by

@@ -1,6 +1,7 @@
 //! SEV-SNP guests on Linux KVM: launches and exits.
 
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#![allow(unsafe_code, reason = "the standard library has no locks of open file descriptions")]
 
 mod common;
 
@@ -18,7 +19,8 @@ use cvm_core::{
     RegisterRead, Side, Vcpu, Vm, VmConfig,
 };
 use iced_x86::code_asm::*;
-use std::fs;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 /// The guest policy of launches without options.
@@ -122,7 +124,7 @@ fn exits_expose_their_operands_and_nothing_else() {
     let Some(platform) = platform(Protection::SevSnp) else { return };
     let mut guest = Guest::new(&platform, config(1), |asm| {
         asm.make_ghcb()?;
-        asm.0.mov(r9, 0x5ec7_e7u64)?;
+        asm.0.mov(r9, 0x5e_c7e7u64)?;
         asm.0.mov(eax, 0x1234)?;
         asm.port_out(0x3f8)?;
         asm.port_in(0x3f8)?;
@@ -305,6 +307,65 @@ fn what_the_firmware_corrects_about_the_processor_is_shown_and_not_taken_silentl
     let mut guest = Guest::new(&platform, config(1), |asm| asm.terminate(1, 2));
     assert!(matches!(guest.vcpus[0].run(), Err(Error::Terminated { .. })));
     assert_eq!(told.recv().unwrap().len(), 1);
+}
+
+/// An exclusive lock on the whole of a file, as who changes certificates has it, if it can be had at once.
+fn lock_exclusively(file: &File) -> bool {
+    let lock =
+        libc::flock { l_type: libc::F_WRLCK as _, l_whence: libc::SEEK_SET as _, l_start: 0, l_len: 0, l_pid: 0 };
+    // SAFETY: the descriptor is open, and the kernel reads a flock.
+    unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) == 0 }
+}
+
+#[test]
+fn certificates_go_with_reports_and_are_locked_until_the_report_is_there() {
+    let _alone = alone();
+    let Some(platform) = platform(Protection::SevSnp) else { return };
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let table: Vec<u8> = (0..5000u32).map(|byte| byte as u8).collect();
+    fs::write(file.path(), &table).unwrap();
+    let platform = platform.with_snp(SnpOptions::default().certificates(file.path()));
+    const REQUEST: u64 = DATA;
+    const RESPONSE: u64 = DATA + 0x1000;
+    const CERTIFICATES: u64 = DATA + 0x2000;
+    let mut guest = Guest::new(&platform, config(1), |asm| {
+        asm.make_ghcb()?;
+        for page in 0..4 {
+            asm.convert(DATA + page * 0x1000, Side::Shared)?;
+        }
+        // The type of the message: a request for a report. Its contents are nothing that the firmware could read.
+        asm.0.mov(rax, 5u64 << 32)?;
+        asm.store(REQUEST + 48, Side::Shared)?;
+        for pages in [1, 2, 2, 2] {
+            let fields = [(ghcb::EXIT_INFO_2, RESPONSE), (ghcb::RAX, CERTIFICATES), (ghcb::RBX, pages)];
+            asm.exit(ghcb::EXTENDED_REQUEST, REQUEST, &fields, &[])?;
+            asm.load(GHCB + ghcb::RBX, Side::Shared)?;
+            asm.0.mov(r12, rax)?;
+            asm.0.shl(r12, 16)?;
+            // The upper half is the host's answer, the lower one the firmware's.
+            asm.load(GHCB + ghcb::EXIT_INFO_2, Side::Shared)?;
+            asm.0.shr(rax, 32)?;
+            asm.0.or(rax, r12)?;
+            asm.report()?;
+        }
+        asm.end()
+    });
+    guest.make_ghcb();
+    for _ in 0..4 {
+        guest.convert();
+    }
+    // What the host answers, below the pages that it says are there or needed.
+    assert_eq!(guest.report(), 2 << 16 | 1, "too little room");
+    assert_eq!(guest.report(), 2 << 16, "served");
+    let mut served = vec![0; table.len()];
+    guest.vm.memory().memory().read_slice(&mut served, GuestAddress(CERTIFICATES)).unwrap();
+    assert!(served == table, "the guest has other certificates");
+    let manager = File::options().write(true).open(file.path()).unwrap();
+    assert!(lock_exclusively(&manager), "the certificates are still locked");
+    assert_eq!(guest.report(), 2 << 16 | 2, "served while they were changed");
+    drop(manager);
+    assert_eq!(guest.report(), 2 << 16, "not served again");
+    guest.end();
 }
 
 #[test]

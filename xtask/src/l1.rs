@@ -54,7 +54,7 @@ pub struct L1 {
     #[arg(short, long, value_name = "MEM", default_value = "2G")]
     memory: String,
     /// The VM's number of CPUs
-    #[arg(short = 's', long, value_name = "CPUS", default_value_t = 2)]
+    #[arg(short = 's', long, value_name = "CPUS", default_value_t = 1)]
     cpus: u8,
     /// The directory of this machine that is the command's working directory
     #[arg(short, long, value_name = "DIR")]
@@ -109,7 +109,8 @@ impl L1 {
         command.args(["-nodefaults", "-no-user-config", "-no-reboot"]);
         command.args(["-display", "none", "-monitor", "none"]);
         command.args(["-accel", "tcg,thread=multi", "-cpu", CPU]);
-        command.args(["-m", &self.memory, "-smp", &self.cpus.to_string()]);
+        // The firmware's table of processors, all that a VM without ACPI has, names one of each socket.
+        command.args(["-m", &self.memory, "-smp", &format!("{0},sockets={0}", self.cpus)]);
         command.args(["-append", &append, "-initrd", "/dev/stdin", "-kernel"]);
         command.arg(kernel);
         command.args(["-serial", "file:/dev/stdout", "-serial", "file:/dev/stderr"]);

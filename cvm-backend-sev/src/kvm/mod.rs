@@ -23,6 +23,7 @@ mod sev;
 mod snp;
 
 pub use cpuid::CpuidCorrection;
+pub use cvm_backend_kvm::backend::{LocalVcpu as SevVcpu, LocalVm as SevVm};
 pub use device::PlatformKeys;
 pub use error::Error;
 pub use export::Receiving;

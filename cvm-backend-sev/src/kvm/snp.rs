@@ -83,7 +83,8 @@ impl SnpLoader {
     fn update(&mut self, range: GpaRange, kind: PageType) -> Result<(), Error> {
         let contents = match kind {
             PageType::Zero => 0,
-            _ => self.staged.as_mut_ptr() as u64,
+            _ if range.pages() <= self.staged.len() as u64 => self.staged.as_mut_ptr() as u64,
+            _ => return Err(Error::Options(format!("{range} is more than can be loaded at once"))),
         };
         let mut update = kvm_sev_snp_launch_update {
             gfn_start: range.start().0 / PAGE_SIZE,
@@ -95,7 +96,7 @@ impl SnpLoader {
         while update.len > 0 {
             let before = update.len;
             // SAFETY: the data is what the kernel has for the command. Without an address there are no contents; else they
-            // are in the staged pages, which callers have as many of as `range` has: the kernel moves the address and the
+            // are in the staged pages, of which there are as many as `range` has: the kernel moves the address and the
             // length on together.
             let given = unsafe { self.commands.give_with(Command::SnpLaunchUpdate, &mut update) };
             // What is left: all that comes before is loaded.
