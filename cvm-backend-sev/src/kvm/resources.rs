@@ -13,6 +13,9 @@ const CGROUPS: &str = "/sys/fs/cgroup";
 /// section E.4.17).
 const ENCRYPTION_LEAF: u32 = 0x8000_001f;
 
+/// The leaf that says in EAX which is the last of its kind.
+const EXTENDED_LEAVES: u32 = 0x8000_0000;
+
 /// The identifiers of one kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Asids {
@@ -86,8 +89,10 @@ fn asids(capacity: Option<u64>, counted: Counted) -> Asids {
 impl Resources {
     /// What this host has now.
     pub fn of_host() -> Self {
-        let processor = __cpuid(ENCRYPTION_LEAF);
-        let numbers = (u64::from(processor.ecx), u64::from(processor.edx));
+        // A processor answers for a leaf that it does not have too.
+        let has_leaf = __cpuid(EXTENDED_LEAVES).eax >= ENCRYPTION_LEAF;
+        let processor = has_leaf.then(|| __cpuid(ENCRYPTION_LEAF));
+        let numbers = processor.map_or((0, 0), |leaf| (u64::from(leaf.ecx), u64::from(leaf.edx)));
         let own = setting("/proc/self/cgroup").unwrap_or_default();
         let own = own.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or_default();
         let hiding = setting("/sys/module/kvm_amd/parameters/ciphertext_hiding_asids");
