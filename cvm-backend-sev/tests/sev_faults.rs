@@ -14,7 +14,7 @@ use std::process::{Command, Stdio};
 
 const BOTH: [Protection; 2] = [Protection::Sev, Protection::SevEs];
 
-/// Numbers of the firmware's commands (Secure Encrypted Virtualization API, table 9), with what errors call them.
+/// Numbers of the firmware's commands (Linux include/linux/psp-sev.h, `enum sev_cmd`), with what errors call them.
 const ACTIVATE: (u32, &str) = (0x21, "LAUNCH_START");
 const LAUNCH_START: (u32, &str) = (0x30, "LAUNCH_START");
 const LAUNCH_UPDATE_DATA: (u32, &str) = (0x31, "LAUNCH_UPDATE_DATA");

@@ -1,16 +1,4 @@
 //! SEV guests leave this platform and arrive here: pages sealed by the firmware of one for that of the other.
-//!
-//! What the firmware of the target notices, and what it does not (Secure Encrypted Virtualization API, sections 6.9 and 6.15):
-//!
-//! | on the way | noticed |
-//! |---|---|
-//! | a page is changed, cut or extended | yes: each has a MAC by a key that the two share for this export |
-//! | a page of another export is put in | yes: that had another key |
-//! | a page of this export is held back, or sent again when it has changed | no: the MAC has no counter |
-//! | two pages change places | no: the MAC has no address |
-//!
-//! [`Receiving`] wants each page once, and so notices the loss of one. Nobody but the host vouches for that, and a host can move
-//! pages of a running SEV guest anyway.
 
 #![allow(unsafe_code, reason = "commands hold addresses")]
 
@@ -27,7 +15,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// Length of a session: nonce, wrapped keys, initialisation vector, two MACs (Secure Encrypted Virtualization API,
-/// section 6.8, `SEND_START`).
+/// `SEND_START`).
 const SESSION_BYTES: usize = 16 + 32 + 16 + 32 + 32;
 
 const PAGE: usize = PAGE_SIZE as usize;
@@ -165,6 +153,19 @@ impl Drop for Sending<'_> {
 }
 
 /// A guest that arrives: a VM that has no contents yet. Dropping it leaves nothing of it.
+///
+/// What the firmware of the target notices, and what it does not (Secure Encrypted Virtualization API, `SEND_UPDATE_DATA` and
+/// `RECEIVE_UPDATE_DATA`):
+///
+/// | on the way | noticed |
+/// |---|---|
+/// | a page is changed, cut or extended | yes: each has a MAC by a key that the two share for this export |
+/// | a page of another export is put in | yes: that had another key |
+/// | a page of this export is held back, or sent again when it has changed | no: the MAC has no counter |
+/// | two pages change places | no: the MAC has no address |
+///
+/// This wants each page once, and so notices the loss of one. Nobody but the host vouches for that, and a host can move
+/// pages of a running SEV guest anyway.
 #[derive(Debug)]
 pub struct Receiving {
     made: Encrypted,

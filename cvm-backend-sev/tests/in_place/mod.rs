@@ -182,7 +182,7 @@ impl DerefMut for Assembler {
     }
 }
 
-/// Places in the page between an SEV-ES guest and its host (AMD publication 56421, table 4), and their bits in its valid
+/// Places in the page between an SEV-ES guest and its host (AMD publication 56421, the layout of the GHCB), and their bits in its valid
 /// bitmap.
 mod ghcb {
     pub const RAX: i32 = 0x1f8;
