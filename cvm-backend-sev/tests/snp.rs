@@ -175,6 +175,19 @@ fn a_guest_that_gives_up_says_why() {
 }
 
 #[test]
+fn of_an_end_that_is_asked_for_by_the_ghcb_kvm_tells_no_reason() {
+    let _alone = alone();
+    let Some(platform) = platform(Protection::SevSnp) else { return };
+    let mut guest = Guest::new(&platform, config(1), |asm| {
+        asm.make_ghcb()?;
+        asm.exit(ghcb::TERMINATE, 0x42 << 4, &[], &[])
+    });
+    guest.make_ghcb();
+    let error = guest.vcpus[0].run().unwrap_err();
+    assert!(matches!(error, Error::Terminated { vcpu: 0, reason: None }), "{error}");
+}
+
+#[test]
 fn an_access_that_needs_a_conversion_is_told_from_one_outside_memory() {
     let _alone = alone();
     let Some(platform) = platform(Protection::SevSnp) else { return };

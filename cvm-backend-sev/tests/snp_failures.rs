@@ -12,6 +12,7 @@ use cvm_core::launch::{Launch, PageKind};
 use cvm_core::{Error, Gpa, Platform, Protection, Vcpu, Vm};
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 // Commands of the firmware (AMD publication 56860, chapter 8).
@@ -78,6 +79,57 @@ fn every_command_of_the_firmware_that_fails_is_told_with_its_status_and_leaves_n
     set_parameter("fail_cmd", 0);
     launch(&platform).unwrap().seal().unwrap();
     assert_asids(before);
+}
+
+#[test]
+fn every_status_of_the_firmware_arrives_by_its_name() {
+    let _alone = alone();
+    let Some(platform) = platform(Protection::SevSnp) else { return };
+    if !is_faked() {
+        return skip("this firmware cannot be made to fail");
+    }
+    for status in 1..=0x28 {
+        fail(LAUNCH_START, status, 0);
+        let error = platform.launch(config(1)).map(drop).unwrap_err();
+        let Some(SevError::Command { firmware: Some(firmware), .. }) = of_backend(&error) else { panic!("{error:?}") };
+        assert_eq!(Some(*firmware), FirmwareError::from_status(status as u32));
+        let text = of_backend(&error).unwrap().to_string();
+        assert!(text.contains(firmware.name()) && text.contains(&format!("{status:#x}")), "{text}");
+    }
+}
+
+#[test]
+fn a_state_that_the_firmware_refuses_ends_the_launch_at_whichever_vcpu() {
+    let _alone = alone();
+    let Some(platform) = platform(Protection::SevSnp) else { return };
+    if !is_faked() {
+        return skip("this firmware cannot be made to fail");
+    }
+    let before = asids();
+    for vcpu in 0..3 {
+        // Without a boot page there are no holes to fill, so that the states are all that is left to load.
+        let mut launch = platform.launch(config(3)).unwrap();
+        launch.load(Gpa(CODE), &assemble(spin), PageKind::Measured).unwrap();
+        launch.start_in_long_mode(Gpa(CODE), Gpa(TABLES), Gpa(BOOT_PAGE)).unwrap();
+        fail(LAUNCH_UPDATE, 0x1a, vcpu);
+        let error = launch.seal().map(drop).unwrap_err();
+        let Some(SevError::Command { step, firmware, .. }) = of_backend(&error) else { panic!("{error:?}") };
+        assert!(step.contains("SNP_LAUNCH_FINISH"), "{step}");
+        assert_eq!(*firmware, Some(FirmwareError::InvalidPageState));
+        assert_asids(before);
+    }
+}
+
+#[test]
+fn a_device_that_is_not_there_is_named() {
+    let Some(_platform) = platform(Protection::SevSnp) else { return };
+    let (kvm, nothing) = (Path::new("/dev/kvm"), Path::new("/dev/no-such-device"));
+    for (kvm, firmware) in [(kvm, nothing), (nothing, Path::new("/dev/sev")), (Path::new("/dev/null"), nothing)] {
+        let error = SevPlatform::open_at(kvm, firmware, Protection::SevSnp).unwrap_err().to_string();
+        assert!(error.contains("/dev/n"), "{error}");
+    }
+    let error = SevPlatform::open(Protection::Tdx).unwrap_err().to_string();
+    assert!(error.contains("tdx is not offered"), "{error}");
 }
 
 #[test]

@@ -13,6 +13,9 @@ const CGROUPS: &str = "/sys/fs/cgroup";
 /// section E.4.17).
 const ENCRYPTION_LEAF: u32 = 0x8000_001f;
 
+/// The leaf that says in EAX which is the last of its kind.
+const EXTENDED_LEAVES: u32 = 0x8000_0000;
+
 /// The identifiers of one kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Asids {
@@ -26,9 +29,14 @@ pub struct Asids {
 
 impl fmt::Display for Asids {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let number = |number: Option<u64>| number.map_or("an unknown number".into(), |number| number.to_string());
-        let Self { capacity, in_use, free } = self;
-        write!(f, "of {} identifiers {} are in use and {} free", number(*capacity), number(*in_use), number(*free))
+        let counting = "the misc controller of control groups counts them, where it is on";
+        match (self.capacity, self.in_use, self.free) {
+            (Some(capacity), Some(in_use), Some(free)) => {
+                write!(f, "of {capacity} identifiers {in_use} are in use and {free} free")
+            }
+            (Some(capacity), ..) => write!(f, "nobody says how many of {capacity} identifiers are in use: {counting}"),
+            _ => write!(f, "nobody says how many identifiers there are: {counting}"),
+        }
     }
 }
 
@@ -86,8 +94,10 @@ fn asids(capacity: Option<u64>, counted: Counted) -> Asids {
 impl Resources {
     /// What this host has now.
     pub fn of_host() -> Self {
-        let processor = __cpuid(ENCRYPTION_LEAF);
-        let numbers = (u64::from(processor.ecx), u64::from(processor.edx));
+        // A processor answers for a leaf that it does not have too.
+        let has_leaf = __cpuid(EXTENDED_LEAVES).eax >= ENCRYPTION_LEAF;
+        let processor = has_leaf.then(|| __cpuid(ENCRYPTION_LEAF));
+        let numbers = processor.map_or((0, 0), |leaf| (u64::from(leaf.ecx), u64::from(leaf.edx)));
         let own = setting("/proc/self/cgroup").unwrap_or_default();
         let own = own.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or_default();
         let hiding = setting("/sys/module/kvm_amd/parameters/ciphertext_hiding_asids");
@@ -155,6 +165,7 @@ mod tests {
         let of = |own| Resources::from_parts(root.path(), own, (0, 0), None);
         assert_eq!(of("/").sev_snp, Asids { capacity: Some(99), in_use: Some(90), free: Some(9) });
         assert_eq!(of("/vms/one").sev_snp.free, Some(2));
+        assert_eq!(of("/vms/one").sev_snp.to_string(), "of 99 identifiers 90 are in use and 2 free");
         assert_eq!(of("/vms/one").sev, Asids { capacity: Some(410), in_use: Some(3), free: Some(407) });
         assert_eq!(of("/../..").sev_es.free, Some(9));
     }
@@ -174,6 +185,7 @@ mod tests {
         let resources = Resources::from_parts(nowhere.path(), "/", (509, 100), None);
         assert_eq!((resources.sev.capacity, resources.sev_es.capacity), (Some(410), Some(99)));
         assert_eq!((resources.sev.free, resources.sev.in_use), (None, None));
+        assert!(resources.sev.to_string().contains("of 410 identifiers are in use: the misc controller"));
         let nothing = Resources::from_parts(nowhere.path(), "/", (0, 0), None);
         assert_eq!(nothing.sev_snp, Asids { capacity: None, in_use: None, free: None });
     }

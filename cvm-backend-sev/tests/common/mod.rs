@@ -56,6 +56,7 @@ pub mod ghcb {
     pub const IOIO: u64 = 0x7b;
     pub const MSR: u64 = 0x7c;
     pub const PAGE_STATE_CHANGE: u64 = 0x8000_0010;
+    pub const TERMINATE: u64 = 0x8000_fffe;
     pub const EXTENDED_REQUEST: u64 = 0x8000_0012;
 }
 
