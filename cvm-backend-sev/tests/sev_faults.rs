@@ -5,8 +5,9 @@ mod in_place;
 
 use cvm_backend_sev::FirmwareError;
 use cvm_backend_sev::kvm::{Error, Session, SevOptions};
-use cvm_backend_sev::{SevFlags, SevPolicy};
-use cvm_core::{Error as CoreError, Gpa, GpaRange, PageKind, Platform, Protection, Side, Vcpu};
+use cvm_backend_sev::{SevFeatures, SevFlags, SevPolicy};
+use cvm_core::doorbell::Transport;
+use cvm_core::{Error as CoreError, Gpa, GpaRange, PageKind, Platform, Protection, Side, Vcpu, VmConfig};
 use iced_x86::IcedError;
 use in_place::*;
 use std::io::{BufRead, BufReader};
@@ -266,4 +267,20 @@ fn memory_that_may_not_be_pinned_is_refused_with_the_limit_to_raise() {
     let refused = std::error::Error::source(&error).unwrap().to_string();
     assert!(refused.contains("LimitMEMLOCK") && refused.contains("CAP_IPC_LOCK"), "{refused}");
     assert_eq!(processor::asids(), before);
+}
+
+#[test]
+fn options_of_sev_es_are_refused_for_plain_sev_before_anything_is_made() {
+    let Some(mut host) = host(Protection::Sev) else { return };
+    let policy = SevPolicy { flags: SevFlags::ES, ..policy(host.protection) };
+    for options in [
+        SevOptions { policy, ..SevOptions::default() },
+        SevOptions { features: SevFeatures::DEBUG_SWAP, ..SevOptions::default() },
+    ] {
+        host = host.with(options);
+        let error = host.platform.launch(config(1)).unwrap_err();
+        assert!(matches!(cause(&error), Error::Options(_)), "{error:?}");
+    }
+    let page_state = VmConfig { transport: Some(Transport::PageState), ..config(1) };
+    assert!(matches!(host.platform.launch(page_state), Err(CoreError::Config(_))));
 }

@@ -204,6 +204,9 @@ impl InPlaceLoader {
         if !es && policy.flags.contains(SevFlags::ES) {
             return Err(Error::Options("the guest policy demands sev-es".into()));
         }
+        if !es && !options.features.is_empty() {
+            return Err(Error::Options(format!("{:?} are of sev-es guests alone", options.features)));
+        }
         policy.flags.set(SevFlags::ES, es);
         let made = Encrypted::new(host, device, es, options.features, config, transport)?;
         let mut start = kvm_sev_launch_start { policy: policy.bits(), ..Default::default() };
