@@ -1,12 +1,17 @@
 //! What a launch of AMD SEV, SEV-ES or SEV-SNP is measured as, computed from its files.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use cvm::boot::{Exits, Interface};
+use cvm::doorbell::{Doorbell, Transport};
+use cvm::image::Image;
 use cvm::sev::{CpuSignature, Firmware, KernelHashes, SevFeatures, Vcpus, Vmm, igvm, sev, snp};
+use cvm::{Gpa, Launch, VmConfig};
 use serde_json::{Value, json};
 use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use tiny_guest::{BOOT_PAGE, PAGE_TABLES};
 
 /// Compute what a launch of AMD SEV, SEV-ES or SEV-SNP is measured as.
 ///
@@ -17,7 +22,7 @@ use std::process::ExitCode;
 struct Options {
     #[command(subcommand)]
     mode: Mode,
-    /// Print an object {mode, digest, firmware, sections}, or {mode, digest, policy} of an IGVM file
+    /// Print an object: {mode, digest} and of firmware {firmware, sections}, of an IGVM file {policy}
     #[arg(long, global = true)]
     json: bool,
 }
@@ -30,6 +35,8 @@ enum Mode {
         files: Files,
         #[command(flatten)]
         vcpus: VcpuOptions,
+        #[command(flatten)]
+        elf: ElfOptions,
         /// What is active in the guest, as the bits of SEV_FEATURES
         #[arg(long, value_name = "BITS", default_value = "0x1", value_parser = number)]
         features: u64,
@@ -51,7 +58,7 @@ enum Mode {
 #[derive(Debug, Args)]
 struct Files {
     /// The firmware; on Debian, the package ovmf-amdsev has one that checks kernels
-    #[arg(long, value_name = "FILE", required_unless_present = "igvm")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["igvm", "elf"])]
     ovmf: Option<PathBuf>,
     /// An IGVM file instead, which says all that there is to measure; with snp only
     #[arg(long, value_name = "FILE", conflicts_with_all = ["ovmf", "kernel"])]
@@ -73,15 +80,59 @@ struct VcpuOptions {
     #[arg(long, value_name = "N", required_unless_present = "igvm", conflicts_with = "igvm")]
     vcpus: Option<u32>,
     /// QEMU's name of their model, such as EPYC-v4
-    #[arg(long, value_name = "MODEL", required_unless_present_any = ["vcpu_sig", "igvm"],
-          conflicts_with_all = ["vcpu_sig", "igvm"])]
+    #[arg(long, value_name = "MODEL", required_unless_present_any = ["vcpu_sig", "igvm", "elf"],
+          conflicts_with_all = ["vcpu_sig", "igvm", "elf"])]
     vcpu_type: Option<CpuSignature>,
     /// Their signature, CPUID leaf 1 EAX, instead
-    #[arg(long, value_name = "NUMBER", value_parser = signature, conflicts_with = "igvm")]
+    #[arg(long, value_name = "NUMBER", value_parser = signature, conflicts_with_all = ["igvm", "elf"])]
     vcpu_sig: Option<CpuSignature>,
     /// Who makes their initial state
     #[arg(long, value_enum, default_value = "qemu")]
     vmm: VmmName,
+}
+
+/// A guest without firmware, loaded as `boot_tiny_guest` loads it.
+#[derive(Debug, Args)]
+struct ElfOptions {
+    /// A guest of these crates instead of firmware: an ELF file, launched as boot_tiny_guest does
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["ovmf", "igvm", "kernel"])]
+    elf: Option<PathBuf>,
+    /// With --elf: how much memory the guest has, in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 64, requires = "elf")]
+    memory: u64,
+    /// With --elf: the up to four numbers that the guest is started with
+    #[arg(long, value_name = "NUMBERS", value_delimiter = ',', value_parser = number, num_args = 0..=4, requires = "elf")]
+    arguments: Vec<u64>,
+    /// With --elf: the guest rings by model-specific registers, not by ports
+    #[arg(long, requires = "elf")]
+    msr: bool,
+    /// With --elf: the bit of page-table entries that makes memory private, which is the processor's (51, or 47 before Milan)
+    #[arg(long, value_name = "BIT", default_value_t = 51, requires = "elf")]
+    private_bit: u8,
+}
+
+impl ElfOptions {
+    /// Rehearses the launch.
+    fn measure(&self, path: &Path, vcpus: u32, features: SevFeatures) -> Result<Value, Box<dyn Error>> {
+        let image = Image::from_elf(&read(path)?).map_err(|error| format!("{}: {error}", path.display()))?;
+        let memory = self.memory.checked_mul(1 << 20).ok_or("there is no such amount of memory")?;
+        let mut config = VmConfig::new(memory, vcpus)?;
+        config.doorbell = if self.msr { Doorbell::Msr } else { Doorbell::Port };
+        let interface = Interface {
+            transport: Transport::PageState,
+            exits: Exits::Ghcb,
+            private_bit: Some(self.private_bit),
+            acceptance: true,
+            vouched_pages: true,
+        };
+        let mut launch = Launch::rehearse(config, interface)?;
+        launch.load_image(&image)?;
+        let argument = std::array::from_fn(|index| self.arguments.get(index).copied().unwrap_or_default());
+        launch.load_boot_page(Gpa(BOOT_PAGE), argument)?;
+        launch.start_in_long_mode(image.entry(), Gpa(PAGE_TABLES), Gpa(BOOT_PAGE))?;
+        let digest = snp::of_transcript(&launch.transcript()?, features);
+        Ok(json!({ "mode": "snp", "digest": digest.to_string() }))
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -113,6 +164,11 @@ impl VcpuOptions {
     }
 }
 
+fn features(bits: u64) -> Result<SevFeatures, String> {
+    let known = SevFeatures::all().bits();
+    SevFeatures::from_bits(bits).ok_or_else(|| format!("the known bits among the features are {known:#x}"))
+}
+
 fn read(path: &Path) -> Result<Vec<u8>, String> {
     fs::read(path).map_err(|error| format!("reading {}: {error}", path.display()))
 }
@@ -137,7 +193,10 @@ fn measure(mode: &Mode) -> Result<Value, Box<dyn Error>> {
         let (digest, policy) = (igvm::measurement(&file)?.to_string(), igvm::policy(&file)?.bits());
         return Ok(json!({ "mode": "snp", "digest": digest, "policy": format!("{policy:#x}") }));
     }
-    let path = files.ovmf.as_deref().ok_or("it takes a firmware or an igvm file")?;
+    if let Mode::Snp { elf: elf @ ElfOptions { elf: Some(path), .. }, vcpus, features: bits, .. } = mode {
+        return elf.measure(path, vcpus.vcpus.unwrap_or(0), features(*bits)?);
+    }
+    let path = files.ovmf.as_deref().ok_or("it takes a firmware, an igvm file or an elf file")?;
     let (image, kernel) = (read(path)?, files.kernel()?);
     let firmware = Firmware::parse(&image).map_err(|error| {
         format!(
@@ -146,10 +205,9 @@ fn measure(mode: &Mode) -> Result<Value, Box<dyn Error>> {
         )
     })?;
     let (name, digest) = match mode {
-        Mode::Snp { vcpus, features, .. } => {
-            let features = SevFeatures::from_bits(*features)
-                .ok_or_else(|| format!("the known bits among the features are {:#x}", SevFeatures::all().bits()))?;
-            ("snp", snp::of_firmware(&firmware, &vcpus.vcpus(features), kernel.as_ref())?.to_string())
+        Mode::Snp { vcpus, features: bits, .. } => {
+            let vcpus = vcpus.vcpus(features(*bits)?);
+            ("snp", snp::of_firmware(&firmware, &vcpus, kernel.as_ref())?.to_string())
         }
         Mode::SevEs { vcpus, .. } => {
             let vcpus = vcpus.vcpus(SevFeatures::empty());

@@ -159,9 +159,18 @@ fn hardware_that_the_host_lacks_is_refused_with_what_lacks_and_how_to_see_it_all
         if offered(protection) {
             let mut arguments = vec!["--platform", platform];
             // The secure processor of L1.
-            arguments.extend(Path::new("/proc/fakepsp").exists().then_some("--emulated"));
+            let emulated = Path::new("/proc/fakepsp").exists();
+            arguments.extend(emulated.then_some("--emulated"));
             let checks = if platform == "snp" { 16 } else { 14 };
-            assert_eq!(boot_well(&arguments)["checks"].as_array().unwrap().len(), checks);
+            let json = boot_well(&arguments);
+            assert_eq!(json["checks"].as_array().unwrap().len(), checks);
+            if platform == "snp" {
+                let image = if emulated { "tiny-guest-unvalidated.elf" } else { "tiny-guest.elf" };
+                let image = concat!(env!("CARGO_MANIFEST_DIR"), "/guests/tiny/").to_owned() + image;
+                let given = format!("0,{}", json["nonce"]);
+                let output = run("measure", &["snp", "--elf", &image, "--vcpus", "2", "--arguments", &given]);
+                assert_eq!(Some(stdout(&output).trim()), json["measurement"].as_str(), "{}", stderr(&output));
+            }
             continue;
         }
         let output = run("boot_tiny_guest", &["--platform", platform]);
@@ -428,6 +437,17 @@ fn measure_prints_the_digest_alone_on_its_last_line_and_says_what_firmware_lacks
     let output = run("measure", &["snp", "--igvm", file]);
     let last = stdout(&output).lines().last().unwrap_or_default().to_owned();
     assert!(last.len() == 96 && last.bytes().all(|byte| byte.is_ascii_hexdigit()), "{}", stderr(&output));
+    let elf = concat!(env!("CARGO_MANIFEST_DIR"), "/guests/tiny/tiny-guest.elf");
+    let of = |more: &[&str]| {
+        let output = run("measure", &[&["snp", "--elf", elf, "--vcpus", "2"], more].concat());
+        let last = stdout(&output).trim().to_owned();
+        assert!(last.len() == 96 && last.bytes().all(|byte| byte.is_ascii_hexdigit()), "{}", stderr(&output));
+        last
+    };
+    assert_eq!(of(&[]), of(&["--arguments", "0,0"]));
+    for more in [&["--arguments", "0,0x1"][..], &["--memory", "32"], &["--msr"], &["--private-bit", "47"]] {
+        assert_ne!(of(&[]), of(more), "{more:?}");
+    }
     let output = run("measure", &["snp", "--igvm", file, "--vcpus", "2"]);
     assert!(!output.status.success() && stderr(&output).contains("cannot be used with"), "{}", stderr(&output));
 }
