@@ -6,12 +6,13 @@ use crate::policy::Facts;
 use cvm_core::launch::VmConfig;
 use cvm_core::{Error as CoreError, InterruptController, Policy};
 use kvm_bindings::{CpuId, KVM_CAP_VM_TYPES, KVM_MAX_CPUID_ENTRIES};
-use kvm_ioctls::{Cap, Kvm};
+use kvm_ioctls::{Cap, Kvm, VmFd};
 use std::ffi::CString;
 use std::fs::{self, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::Arc;
 
 /// The bit of `KVM_HC_MAP_GPA_RANGE` in the masks of `KVM_CAP_EXIT_HYPERCALL`, and its number
 /// (Linux include/uapi/linux/kvm_para.h).
@@ -90,6 +91,20 @@ impl Host {
     /// Whether KVM has VMs of this type (`KVM_CAP_VM_TYPES`).
     pub fn has_vm_type(&self, vm_type: u32) -> bool {
         self.kvm.check_extension_raw(KVM_CAP_VM_TYPES.into()) >> vm_type & 1 == 1
+    }
+
+    /// A VM of this type, `KVM_X86_DEFAULT_VM` or another one.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`].
+    pub fn create_vm(&self, vm_type: u32) -> Result<Arc<VmFd>, Error> {
+        loop {
+            match self.kvm.create_vm_with_type(vm_type.into()) {
+                // The kernel does not finish this when a signal comes meanwhile, and leaves nothing.
+                Err(error) if error.errno() == libc::EINTR => {}
+                made => return Ok(Arc::new(made.map_err(Error::kvm("create a vm"))?)),
+            }
+        }
     }
 
     /// Refuses what this host cannot do, but for those demands of the policy that are `fulfilled` whatever the host does.

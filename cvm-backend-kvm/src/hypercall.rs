@@ -4,7 +4,7 @@ use crate::Error;
 use crate::host::{HC_MAP_GPA_RANGE, Host};
 use crate::local::{Backing, FilesMemory, Kicker, Layout, is_amd};
 use cvm_core::{GpaRange, Kick, PAGE_SIZE, Watchdog};
-use kvm_bindings::{KVM_CAP_EXIT_HYPERCALL, kvm_enable_cap};
+use kvm_bindings::{KVM_CAP_EXIT_HYPERCALL, KVM_X86_DEFAULT_VM, kvm_enable_cap};
 use kvm_ioctls::{VcpuExit, VmFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -64,7 +64,7 @@ pub(crate) fn works(host: &Host) -> bool {
 }
 
 fn try_one(host: &Host) -> Result<bool, Box<dyn std::error::Error>> {
-    let vm = host.kvm.create_vm()?;
+    let vm = host.create_vm(KVM_X86_DEFAULT_VM)?;
     enable(&vm)?;
     let page = GpaRange::new(0, PAGE_SIZE)?;
     let shared = Backing::new("cvm-shared", PAGE_SIZE)?;

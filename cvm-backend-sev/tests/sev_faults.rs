@@ -2,12 +2,13 @@
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod in_place;
+mod signals;
 
 use cvm_backend_sev::FirmwareError;
 use cvm_backend_sev::kvm::{Error, Session, SevOptions};
 use cvm_backend_sev::{SevFeatures, SevFlags, SevPolicy};
 use cvm_core::doorbell::Transport;
-use cvm_core::{Error as CoreError, Gpa, GpaRange, PageKind, Platform, Protection, Side, Vcpu, VmConfig};
+use cvm_core::{Error as CoreError, Gpa, GpaRange, PageKind, Platform, Protection, Side, Vcpu, Vm, VmConfig};
 use iced_x86::IcedError;
 use in_place::*;
 use std::io::{BufRead, BufReader};
@@ -16,6 +17,8 @@ use std::process::{Command, Stdio};
 const BOTH: [Protection; 2] = [Protection::Sev, Protection::SevEs];
 
 /// Numbers of the firmware's commands (Linux include/linux/psp-sev.h, `enum sev_cmd`), with what errors call them.
+const DECOMMISSION: u32 = 0x20;
+const DEACTIVATE: u32 = 0x22;
 const ACTIVATE: (u32, &str) = (0x21, "LAUNCH_START");
 const LAUNCH_START: (u32, &str) = (0x30, "LAUNCH_START");
 const LAUNCH_UPDATE_DATA: (u32, &str) = (0x31, "LAUNCH_UPDATE_DATA");
@@ -175,6 +178,47 @@ fn a_launch_that_is_dropped_at_any_step_leaves_nothing() {
         drop(waiting);
         assert_eq!(processor::asids(), before);
     }
+}
+
+/// Linux does not look at what these commands give: it has an identifier back that the firmware may not have, and flushes
+/// the caches before it gives that to another guest.
+#[test]
+fn what_the_firmware_does_not_let_go_of_costs_no_identifier_and_the_next_launch_works() {
+    for protection in BOTH {
+        let Some(host) = host(protection) else { return };
+        let host = with_secret(host);
+        let before = processor::asids();
+        for command in [DEACTIVATE, DECOMMISSION] {
+            let loaded = load(&host, config(2), nothing).unwrap().0;
+            processor::fail(command, FirmwareError::InvalidGuestState.status(), 0);
+            drop(loaded);
+            assert!(!processor::fails(), "{command:#x} was not called");
+            assert_eq!(processor::asids(), before, "{command:#x}");
+            launch(&host).unwrap().end();
+            assert_eq!(processor::asids(), before, "{command:#x}");
+        }
+    }
+}
+
+#[test]
+fn a_launch_among_signals_measures_everything_once_and_leaves_nothing() {
+    signals::among(|| {
+        for protection in BOTH {
+            let Some(host) = host(protection) else { return };
+            let before = processor::asids();
+            let (mut launch, mut loaded) = load(&host, config(2), nothing).unwrap();
+            let (met, contents) = (signals::met(), vec![7; 0x8_0000]);
+            launch.load(Gpa(DATA), &contents, PageKind::Measured).unwrap();
+            assert!(signals::met() > met, "no signal has come while pages were loaded");
+            loaded.add(DATA, &contents);
+            let mut guest = Guest::from_launch(launch);
+            let expected = expected(&host, guest.vm.transcript(), &loaded);
+            assert_eq!(processor::digest(), Some(expected.to_string()));
+            guest.end();
+            drop(guest);
+            assert_eq!(processor::asids(), before);
+        }
+    });
 }
 
 /// What a process is doing when it is killed.

@@ -3,6 +3,7 @@
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;
+mod signals;
 
 use common::*;
 use cvm_backend_sev::FirmwareError;
@@ -16,11 +17,13 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 // Commands of the firmware (AMD publication 56860, chapter 8).
+const DECOMMISSION: u64 = 0x90;
 const ACTIVATE: u64 = 0x91;
 const GCTX_CREATE: u64 = 0x93;
 const LAUNCH_START: u64 = 0xa0;
 const LAUNCH_UPDATE: u64 = 0xa1;
 const LAUNCH_FINISH: u64 = 0xa2;
+const PAGE_RECLAIM: u64 = 0xc7;
 
 /// A guest that spins.
 fn spin(asm: &mut Assembler) -> Result<(), iced_x86::IcedError> {
@@ -40,6 +43,11 @@ fn fail(command: u64, status: u64, after: u64) {
     set_parameter("fail_status", status);
     set_parameter("fail_after", after);
     set_parameter("fail_cmd", command);
+}
+
+/// Whether a command is still to fail.
+fn fails() -> bool {
+    fs::read_to_string("/sys/module/ccp/parameters/fail_cmd").unwrap().trim() != "0"
 }
 
 #[test]
@@ -142,7 +150,7 @@ fn a_page_that_fails_once_behind_others_is_given_again_and_measured_once() {
     let mut launch = load(&platform, config(1), spin).unwrap();
     fail(LAUNCH_UPDATE, 0x1a, 2);
     launch.load(Gpa(DATA), &[1; 0x5000], PageKind::Measured).unwrap();
-    assert_eq!(fs::read_to_string("/sys/module/ccp/parameters/fail_cmd").unwrap().trim(), "0", "it did not fail");
+    assert!(!fails(), "it did not fail");
     let vm = launch.seal().unwrap();
     let predicted = of_transcript(vm.transcript(), platform.features());
     assert!(firmware_log().contains(&format!("ld={predicted} ")));
@@ -167,6 +175,63 @@ fn a_launch_that_is_given_up_leaves_nothing_wherever_it_is() {
     assert_asids(before);
 }
 
+#[test]
+fn a_launch_among_signals_measures_every_page_once_and_leaves_nothing() {
+    let _alone = alone();
+    let Some(platform) = platform(Protection::SevSnp) else { return };
+    let before = asids();
+    let predicted = signals::among(move || {
+        let mut launch = platform.launch(config(2)).unwrap();
+        let met = signals::met();
+        launch.load(Gpa(DATA), &vec![7; 0x40_0000], PageKind::Measured).unwrap();
+        assert!(signals::met() > met, "no signal has come while pages were loaded");
+        launch.start_in_long_mode(Gpa(CODE), Gpa(TABLES), Gpa(BOOT_PAGE)).unwrap();
+        launch.load_boot_page(Gpa(BOOT_PAGE), [0; 4]).unwrap();
+        let vm = launch.seal().unwrap();
+        of_transcript(vm.transcript(), platform.features())
+    });
+    assert_asids(before);
+    if is_faked() {
+        assert!(firmware_log().contains(&format!("ld={predicted} ")));
+    }
+}
+
+/// Linux gives up for good what the firmware does not let go of: the identifier of a guest whose context it keeps (and with
+/// it what the control group is charged), or the page that it does not give back.
+#[test]
+fn what_the_firmware_does_not_let_go_of_is_lost_to_the_kernel_and_the_next_launch_works() {
+    let _alone = alone();
+    let Some(platform) = platform(Protection::SevSnp) else { return };
+    if !is_faked() {
+        return skip("this firmware cannot be made to fail");
+    }
+    for (command, after, lost) in [(PAGE_RECLAIM, 0, 0), (PAGE_RECLAIM, 1, 0), (DECOMMISSION, 0, 1)] {
+        for seal in [false, true] {
+            let before = asids();
+            let launch = launch(&platform).unwrap();
+            if seal {
+                let vm = launch.seal().unwrap();
+                fail(command, 0x07, after);
+                drop(vm);
+            } else {
+                fail(command, 0x07, after);
+                drop(launch);
+            }
+            let start = std::time::Instant::now();
+            while fails() {
+                assert!(start.elapsed().as_secs() < 20, "{command:#x} was not called");
+                std::thread::sleep(std::time::Duration::from_millis(10));
+            }
+            assert_asids(before + lost);
+            let vm = self::launch(&platform).unwrap().seal().unwrap();
+            let predicted = of_transcript(vm.transcript(), platform.features());
+            assert!(firmware_log().contains(&format!("ld={predicted} ")));
+            drop(vm);
+            assert_asids(before + lost);
+        }
+    }
+}
+
 /// The variable that makes this program stop at a step, to be killed there.
 const PARK: &str = "CVM_TEST_PARK";
 
@@ -180,6 +245,12 @@ fn park(step: &str) -> ! {
     if step == "started" {
         let _launch = platform.launch(config(2)).unwrap();
         wait();
+    }
+    if step == "loading" {
+        let mut launch = platform.launch(config(2)).unwrap();
+        println!("parked");
+        let _ = launch.load(Gpa(DATA), &vec![1; 0x40_0000], PageKind::Measured);
+        std::process::exit(1);
     }
     let launch = launch(&platform).unwrap();
     if step == "loaded" {
@@ -202,7 +273,7 @@ fn a_killed_process_leaves_nothing_wherever_it_is() {
     let _alone = alone();
     let Some(_platform) = platform(Protection::SevSnp) else { return };
     let before = asids();
-    for step in ["started", "loaded", "sealed", "running"] {
+    for step in ["started", "loading", "loaded", "sealed", "running"] {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "a_killed_process_leaves_nothing_wherever_it_is", "--nocapture"])
             .env(PARK, step)

@@ -3,13 +3,12 @@ use super::memory::{Backing, FilesMemory, GmemMemory, GuestMemory, Kind, Layout}
 use super::staging::Staging;
 use super::traits::Plain;
 use super::vm::LocalVm;
-use crate::Error;
 use crate::host::Host;
 use cvm_core::doorbell::Transport;
 use cvm_core::launch::{Loader, Transcript, VmConfig};
 use cvm_core::x86::VcpuState;
 use cvm_core::{BoxError, Gpa, GpaRange, PageKind};
-use kvm_bindings::KVM_X86_SW_PROTECTED_VM;
+use kvm_bindings::{KVM_X86_DEFAULT_VM, KVM_X86_SW_PROTECTED_VM};
 use std::sync::Arc;
 
 /// How private memory is kept private from this process.
@@ -36,7 +35,6 @@ impl LocalLoader {
         transport: Transport,
         shared: Option<Backing>,
     ) -> Result<Self, BoxError> {
-        let kvm = &host.kvm;
         let layout = Layout::new(&config.memory)?;
         let shared = shared.map_or_else(|| Backing::new("cvm-shared", layout.bytes()), Ok)?;
         let top = config.memory.iter().map(|range| range.end()).max().unwrap_or(Gpa(0));
@@ -45,14 +43,13 @@ impl LocalLoader {
         match isolation {
             Isolation::None => {
                 let memory = FilesMemory::new(layout, shared, host.most_runs)?;
-                let vm = Arc::new(kvm.create_vm().map_err(Error::kvm("create a vm"))?);
+                let vm = host.create_vm(KVM_X86_DEFAULT_VM)?;
                 memory.attach(&vm)?;
                 let machine = Machine::new(host, vm, GuestMemory(Kind::Files(memory)), config, transport, &cpuid)?;
                 Ok(Self { machine, staging: None })
             }
             Isolation::GuestMemfd => {
-                let vm = kvm.create_vm_with_type(KVM_X86_SW_PROTECTED_VM.into());
-                let vm = Arc::new(vm.map_err(Error::kvm("create a protected vm"))?);
+                let vm = host.create_vm(KVM_X86_SW_PROTECTED_VM)?;
                 let memory = GmemMemory::new(Arc::clone(&vm), layout, shared, host.most_runs)?;
                 let machine = Machine::new(host, vm, GuestMemory(Kind::Gmem(memory)), config, transport, &cpuid)?;
                 let staging = Some(Staging::new(machine.vm(), top, slots)?);

@@ -14,7 +14,6 @@ use super::{Error, device, exits};
 use crate::owner::Secret;
 use crate::sev::{LaunchMeasurement, NOT_MEASURED, Running, SevDigest};
 use crate::{SevFeatures, SevFlags, SevPolicy};
-use cvm_backend_kvm::Error as KvmError;
 use cvm_backend_kvm::backend::{GuestMemory, Host, LocalVcpu, LocalVm, Machine, PinnedMemory, Traits};
 use cvm_core::boot::{Exits, Interface};
 use cvm_core::doorbell::Transport;
@@ -138,8 +137,7 @@ impl Encrypted {
         transport: Transport,
     ) -> Result<Self, Error> {
         let vm_type = if es { KVM_X86_SEV_ES_VM } else { KVM_X86_SEV_VM };
-        let vm = host.kvm().create_vm_with_type(vm_type.into());
-        let vm = Arc::new(vm.map_err(KvmError::kvm("create an encrypted vm"))?);
+        let vm = host.create_vm(vm_type)?;
         let commands = Commands::new(Arc::clone(&vm), Arc::clone(device));
         let mut init = kvm_sev_init::default();
         if es {

@@ -52,8 +52,7 @@ impl SnpLoader {
         options: SnpOptions,
         policy: SnpPolicy,
     ) -> Result<Self, Error> {
-        let vm = host.kvm().create_vm_with_type(KVM_X86_SNP_VM.into());
-        let vm = Arc::new(vm.map_err(KvmError::kvm("create a protected vm"))?);
+        let vm = host.create_vm(KVM_X86_SNP_VM)?;
         let commands = Commands::new(Arc::clone(&vm), Arc::clone(device));
         let mut init = kvm_sev_init {
             vmsa_features: options.wished_features().bits(),

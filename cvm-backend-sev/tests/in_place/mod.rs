@@ -337,7 +337,7 @@ pub fn assemble(by_ghcb: bool, write: impl FnOnce(&mut Assembler) -> Result<(), 
 pub struct Loaded(BTreeMap<Gpa, Box<[u8; PAGE_SIZE as usize]>>);
 
 impl Loaded {
-    fn add(&mut self, gpa: u64, contents: &[u8]) {
+    pub fn add(&mut self, gpa: u64, contents: &[u8]) {
         for (page, bytes) in (0..).zip(contents.chunks(PAGE_SIZE as usize)) {
             let mut contents = Box::new([0; PAGE_SIZE as usize]);
             contents[..bytes.len()].copy_from_slice(bytes);
