@@ -13,8 +13,8 @@
 //!
 //! With the feature `linux`, [`launch`] also starts kernels from their files, see `linux`.
 //!
-//! What guest and VMM say to each other is in [`doorbell`] and [`boot`]; these, [`address`] and [`side`] build
-//! without `std`, for guests. There is no ioctl and no unsafe code here: backends bring those.
+//! What guest and VMM say to each other is in [`doorbell`] and [`boot`]; these, [`address`], [`side`] and what of [`x86`]
+//! needs no allocation build without `std`, for guests. There is no ioctl and no unsafe code here: backends bring those.
 
 #![forbid(unsafe_code)]
 #![cfg_attr(not(feature = "std"), no_std)]
@@ -48,7 +48,6 @@ pub mod platform;
 mod policy;
 #[cfg(feature = "std")]
 pub mod vm;
-#[cfg(feature = "std")]
 pub mod x86;
 
 pub use address::{Gpa, GpaRange, PAGE_SIZE, RangeError};
