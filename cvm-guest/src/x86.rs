@@ -3,8 +3,8 @@
 #![allow(unsafe_code, reason = "port, msr and hypercall instructions are assembly")]
 
 use crate::sev::{
-    Acceptance, BlockRecord, CpuidTable, GhcbPage, GhcbVcpu, Protection, Pvalidate, Termination, Validate, Vmgexit,
-    sev_status,
+    Acceptance, BlockRecord, CpuidTable, Fault, GhcbPage, GhcbVcpu, Protection, Pvalidate, StatePage, Termination,
+    Validate, Vmgexit, sev_status,
 };
 use crate::{Error, Machine};
 use core::arch::asm;
@@ -12,6 +12,7 @@ use core::arch::x86_64::__cpuid_count;
 use core::sync::atomic::{AtomicBool, Ordering};
 use cvm_core::boot::{BootPage, Exits};
 use cvm_core::doorbell::{Doorbell, MSR_BASE, PORT_BASE, control};
+use cvm_core::x86::VcpuState;
 use cvm_core::{GpaRange, PAGE_SIZE, Side};
 
 /// KVM_HC_MAP_GPA_RANGE and its "encrypted" attribute (Linux include/uapi/linux/kvm_para.h).
@@ -92,6 +93,19 @@ impl<V: Validate> Processor<V> {
             Way::Direct(_) => None,
             Way::Ghcb(vcpu) => Some(vcpu),
         }
+    }
+
+    /// Has the vCPU with this APIC ID start at once from `state`, with what this one has of SEV. See
+    /// [`GhcbVcpu::start_vcpu`].
+    ///
+    /// # Errors
+    /// [`Error::Sev`], as there.
+    pub fn start_vcpu(&self, apic_id: u32, page: &'static mut StatePage, state: &VcpuState) -> Result<(), Error> {
+        let Way::Ghcb(vcpu) = &self.way else { return Err(Fault::SnpOnly.into()) };
+        // SAFETY: a guest that exits by its GHCB is one of SEV, and runs in ring 0, as `new` was promised.
+        let status = unsafe { sev_status() };
+        // What is on is all of SEV_FEATURES, above the two bits of SEV and SEV-ES (AMD publication 24593, section 15.34.10).
+        Ok(vcpu.start_vcpu(apic_id, page, state, status >> 2)?)
     }
 
     /// What the processor says of itself: EAX, EBX, ECX, EDX. Only under SEV-SNP somebody vouches for it.

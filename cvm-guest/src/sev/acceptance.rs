@@ -236,6 +236,10 @@ mod tests {
                 self.0.lock().unwrap().push(gpa);
                 Validated::Changed
             }
+
+            fn make_state(&self, _gpa: u64) -> Validated {
+                unreachable!()
+            }
         }
         let (boot, blocks) = (boot(0, &[(0, 8 * BLOCK_PAGES)]), records(8));
         let acceptance = Acceptance::new(&boot, Protection::SevSnp, &blocks).unwrap();

@@ -2,7 +2,7 @@
 
 use super::ghcb::{Event, offset};
 use super::{Exit, Fault, Ghcb};
-use cvm_core::{Gpa, PAGE_SIZE};
+use cvm_core::Gpa;
 
 /// Exit codes: intercepts of the processor (AMD publication 24593, appendix C), and calls.
 pub(super) mod code {
@@ -81,8 +81,7 @@ impl Ghcb {
     }
 
     /// Has the vCPU with this APIC ID start at once from the state in the page at `state`, which the guest has made one
-    /// (RMPADJUST) whose features are `sev_features`. A state at a multiple of 2 MiB is refused: processors mistake it
-    /// for a large page (AMD publication 57238, erratum 1467).
+    /// (RMPADJUST) whose features are `sev_features`.
     pub(super) fn create_vcpu(
         &self,
         exit: &impl Exit,
@@ -91,9 +90,6 @@ impl Ghcb {
         sev_features: u64,
     ) -> Result<(), Fault> {
         const CREATE: u64 = 1;
-        if !state.0.is_multiple_of(PAGE_SIZE) || state.0.is_multiple_of(super::validate::LARGE_PAGE) {
-            return Err(Fault::NoPage(state.0));
-        }
         let info1 = u64::from(apic_id) << 32 | CREATE;
         let (info2, rax) = (state.0, Some(sev_features));
         self.exit(exit, Event { code: code::CREATE_VCPU, info1, info2, rax, ..Event::default() })?;

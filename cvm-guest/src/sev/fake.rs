@@ -14,12 +14,13 @@ use zerocopy::FromZeros;
 
 const LARGE_PAGE: u64 = 2 << 20;
 
-/// Which pages are valid, by their numbers.
+/// Which pages are valid, and which are vCPUs' states, by their numbers.
 #[derive(Debug, Default)]
 pub struct Pages {
     valid: RefCell<BTreeSet<u64>>,
     split: RefCell<BTreeSet<u64>>,
     failing: RefCell<BTreeMap<u64, Validated>>,
+    states: RefCell<BTreeSet<u64>>,
 }
 
 impl Pages {
@@ -42,6 +43,11 @@ impl Pages {
     pub fn valid(&self) -> Vec<u64> {
         self.valid.borrow().iter().copied().collect()
     }
+
+    /// The numbers of all that are states.
+    pub fn states(&self) -> Vec<u64> {
+        self.states.borrow().iter().copied().collect()
+    }
 }
 
 impl Validate for Pages {
@@ -63,6 +69,19 @@ impl Validate for Pages {
             return Validated::Unchanged;
         }
         pages.for_each(|page| _ = if valid { all.insert(page) } else { all.remove(&page) });
+        Validated::Changed
+    }
+
+    fn make_state(&self, gpa: u64) -> Validated {
+        /// FAIL_INPUT.
+        const NOT_VALID: u32 = 1;
+        if let Some(found) = self.failing.borrow().get(&gpa) {
+            return *found;
+        }
+        if !self.valid.borrow().contains(&(gpa / PAGE_SIZE)) {
+            return Validated::Failed(NOT_VALID);
+        }
+        self.states.borrow_mut().insert(gpa / PAGE_SIZE);
         Validated::Changed
     }
 }

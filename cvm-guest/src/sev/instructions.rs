@@ -52,14 +52,15 @@ impl Exit for Vmgexit {
     }
 }
 
-/// PVALIDATE.
+/// PVALIDATE and RMPADJUST.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Pvalidate;
 
+/// FAIL_SIZEMISMATCH (AMD publication 24594, PVALIDATE and RMPADJUST).
+const SIZE_MISMATCH: u32 = 6;
+
 impl Validate for Pvalidate {
     fn validate(&self, gpa: u64, size: PageSize, valid: bool) -> Validated {
-        /// FAIL_SIZEMISMATCH (AMD publication 24594, PVALIDATE).
-        const SIZE_MISMATCH: u32 = 6;
         let (rax, carry): (u64, u8);
         // SAFETY: the instruction changes no memory, just whether the page can be used; that nobody uses a page which is not
         // valid is the business of whoever gives pages away. It is written as bytes for assemblers that do not know it.
@@ -74,9 +75,25 @@ impl Validate for Pvalidate {
             (code, _) => Validated::Failed(code),
         }
     }
+
+    fn make_state(&self, gpa: u64) -> Validated {
+        // The page is to be a VMSA (bit 16), which only a VMPL below the own one can be given: VMPL 1, without any access.
+        const ATTRIBUTES: u64 = 1 << 16 | 1;
+        let rax: u64;
+        // SAFETY: as above: the instruction changes what the page can be used for, and who has it made a state has given it up.
+        unsafe {
+            asm!(".byte 0xf3, 0x0f, 0x01, 0xfe", inout("rax") gpa => rax, in("ecx") PageSize::Small as u32,
+                 in("rdx") ATTRIBUTES, options(nostack));
+        }
+        match rax as u32 {
+            0 => Validated::Changed,
+            SIZE_MISMATCH => Validated::SizeMismatch,
+            code => Validated::Failed(code),
+        }
+    }
 }
 
-/// No validation: for guests under emulators that lack the instruction.
+/// No validation, and no marking of states: for guests under emulators that lack the instructions.
 ///
 /// A host can replace pages of such a guest, so it has no place on hardware. A guest that uses this says so where people
 /// see it.
@@ -85,6 +102,9 @@ pub struct Unvalidated;
 
 impl Validate for Unvalidated {
     fn validate(&self, _gpa: u64, _size: PageSize, _valid: bool) -> Validated {
+        Validated::Changed
+    }
+    fn make_state(&self, _gpa: u64) -> Validated {
         Validated::Changed
     }
 }

@@ -6,6 +6,7 @@
 //! | conversions | hypercall | hypercall | page state change, [`Validate`] around it |
 //! | memory that was not loaded | is there | is there | [`accepted`](Acceptance) when it is first needed |
 //! | CPUID | the host's | the host's | [`CpuidTable`], which the secure processor vouches for |
+//! | vCPUs started by the guest | none | none | from a [`StatePage`] |
 //! | evidence | none | none | reports (feature `report`) |
 //!
 //! [`Protection::of`] says which of them it is. The page tables map all memory twice, so that the guest never edits them: a
@@ -15,6 +16,7 @@
 //! volume 2). [`Exit`] and [`Validate`] stand for the instructions, so that all of this runs in ordinary tests too.
 
 mod acceptance;
+mod ap;
 mod cpuid;
 mod detect;
 mod event;
@@ -30,6 +32,7 @@ mod validate;
 mod vcpu;
 
 pub use acceptance::{Acceptance, BlockRecord};
+pub use ap::StatePage;
 pub use cpuid::{CpuidLeaf, CpuidTable};
 pub use detect::Protection;
 pub use fault::Fault;

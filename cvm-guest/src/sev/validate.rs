@@ -14,7 +14,7 @@ pub enum PageSize {
     Large = 1,
 }
 
-/// What PVALIDATE gave.
+/// What PVALIDATE or RMPADJUST gave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Validated {
     /// The page is now as was asked for.
@@ -34,11 +34,19 @@ pub enum Validated {
 pub trait Validate {
     /// Makes the private page at `gpa`, a multiple of its size, valid or invalid.
     fn validate(&self, gpa: u64, size: PageSize, valid: bool) -> Validated;
+
+    /// Makes the private page at `gpa` a state that a vCPU can start from: a VMSA, by RMPADJUST. It is a small page, and mapped
+    /// to its own address.
+    fn make_state(&self, gpa: u64) -> Validated;
 }
 
 impl<V: Validate + ?Sized> Validate for &V {
     fn validate(&self, gpa: u64, size: PageSize, valid: bool) -> Validated {
         (**self).validate(gpa, size, valid)
+    }
+
+    fn make_state(&self, gpa: u64) -> Validated {
+        (**self).make_state(gpa)
     }
 }
 

@@ -99,7 +99,7 @@ impl<E: Exit, V: Validate> GhcbVcpu<E, V> {
         }
     }
 
-    /// What the host says that it can do: bit 0 is SEV-SNP, bit 1 [`GhcbVcpu::create_vcpu`].
+    /// What the host says that it can do: bit 0 is SEV-SNP, bit 1 [`GhcbVcpu::start_vcpu`].
     ///
     /// # Errors
     /// Faults of the host.
@@ -107,25 +107,16 @@ impl<E: Exit, V: Validate> GhcbVcpu<E, V> {
         self.ghcb.features(&self.exit)
     }
 
-    /// Has the vCPU with this APIC ID start from the state in the page at `state`, a VMSA by RMPADJUST, with these features.
-    ///
-    /// # Errors
-    /// [`Fault::SnpOnly`]; [`Fault::NoPage`] for an address that is no page's, or a multiple of 2 MiB; faults of the host.
-    pub fn create_vcpu(&self, apic_id: u32, state: Gpa, sev_features: u64) -> Result<(), Fault> {
-        if !self.is_snp() {
-            return Err(Fault::SnpOnly);
-        }
-        self.ghcb.create_vcpu(&self.exit, apic_id, state, sev_features)
-    }
-
-    #[cfg(feature = "report")]
     pub(super) fn ghcb(&self) -> &Ghcb {
         &self.ghcb
     }
 
-    #[cfg(feature = "report")]
     pub(super) fn exit(&self) -> &E {
         &self.exit
+    }
+
+    pub(super) fn validate(&self) -> &V {
+        &self.validate
     }
 
     /// Changes sides of pages by page state change. What is not memory is not given away, as for hypercalls the host would
@@ -351,19 +342,6 @@ mod tests {
             });
             assert!(terminates(|| vcpu.read(0)));
         }
-    }
-
-    #[test]
-    fn vcpus_are_created_only_under_snp_and_not_from_a_page_that_a_processor_mistakes() {
-        let setting = Setting::new(Protection::SevSnp, Doorbell::Port);
-        let vcpu = setting.vcpu();
-        assert_eq!(vcpu.features(), Ok(3));
-        vcpu.create_vcpu(5, Gpa(0x20_1000), 1).unwrap();
-        let seen = *setting.host.exits.borrow().last().unwrap();
-        assert_eq!((seen.code, seen.info1, seen.info2), (code::CREATE_VCPU, 5 << 32 | 1, 0x20_1000));
-        assert_eq!(vcpu.create_vcpu(5, Gpa(0x20_0000), 1), Err(Fault::NoPage(0x20_0000)));
-        let setting = Setting::new(Protection::SevEs, Doorbell::Port);
-        assert_eq!(setting.vcpu().create_vcpu(5, Gpa(0x20_1000), 1), Err(Fault::SnpOnly));
     }
 
     /// A host whose other CPUs write all over the GHCB while the guest uses it.

@@ -1,0 +1,234 @@
+//! vCPUs that the guest starts by itself, from a state that the host cannot see (AMD publication 56421, section 4.1.9).
+
+use super::{Exit, Fault, GhcbVcpu, Validate, Validated};
+use cvm_core::x86::VcpuState;
+use cvm_core::{Gpa, PAGE_SIZE};
+
+/// Offsets in the save area (AMD publication 24593, table B-4).
+mod at {
+    pub const ES: usize = 0x000;
+    pub const CS: usize = 0x010;
+    pub const SS: usize = 0x020;
+    pub const DS: usize = 0x030;
+    pub const FS: usize = 0x040;
+    pub const GS: usize = 0x050;
+    pub const GDTR: usize = 0x060;
+    pub const LDTR: usize = 0x070;
+    pub const IDTR: usize = 0x080;
+    pub const TR: usize = 0x090;
+    pub const EFER: usize = 0x0d0;
+    pub const CR4: usize = 0x148;
+    pub const CR3: usize = 0x150;
+    pub const CR0: usize = 0x158;
+    pub const DR7: usize = 0x160;
+    pub const DR6: usize = 0x168;
+    pub const RFLAGS: usize = 0x170;
+    pub const RIP: usize = 0x178;
+    pub const RSP: usize = 0x1d8;
+    pub const PAT: usize = 0x268;
+    pub const RSI: usize = 0x330;
+    pub const RDI: usize = 0x338;
+    pub const SEV_FEATURES: usize = 0x3b0;
+    pub const XCR0: usize = 0x3e8;
+    pub const MXCSR: usize = 0x408;
+    pub const FCW: usize = 0x410;
+}
+
+/// Room for the state of a vCPU: a page of the guest's, mapped to its own address, that was loaded.
+#[derive(Debug)]
+#[repr(C, align(4096))]
+pub struct StatePage([u8; PAGE_SIZE as usize]);
+
+impl StatePage {
+    /// Room for one.
+    #[allow(clippy::new_without_default, reason = "it is for statics")]
+    pub const fn new() -> Self {
+        Self([0; PAGE_SIZE as usize])
+    }
+
+    /// The state of a vCPU at VMPL 0 that starts as those do which the launch has set up: in 64-bit mode with flat segments,
+    /// and with interrupts off. `sev_features` are its SEV_FEATURES.
+    pub fn fill(&mut self, state: &VcpuState, sev_features: u64) {
+        self.0.fill(0);
+        // Selector, attributes (AMD publication 24593, section 15.5.1) and limit: code and data, accessed and present; 64-bit
+        // code and 32-bit data, with limits in pages; and what a reset leaves in the tables and the task.
+        let data = (16, 0xc93, u32::MAX);
+        for (place, (selector, attributes, limit)) in [
+            (at::CS, (8, 0xa9b, u32::MAX)),
+            (at::ES, data),
+            (at::SS, data),
+            (at::DS, data),
+            (at::FS, data),
+            (at::GS, data),
+            (at::GDTR, (0, 0, 0xffff)),
+            (at::IDTR, (0, 0, 0xffff)),
+            (at::LDTR, (0, 0x82, 0xffff)),
+            (at::TR, (0, 0x83, 0xffff)),
+        ] {
+            self.number(place, selector | attributes << 16 | u64::from(limit) << 32);
+        }
+        for (place, value) in [
+            // LME, LMA, and SVME, without which no processor takes the state.
+            (at::EFER, 1 << 8 | 1 << 10 | 1 << 12),
+            // PE, MP, ET, NE, WP, PG.
+            (at::CR0, 1 | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31),
+            // PAE, MCE.
+            (at::CR4, 1 << 5 | 1 << 6),
+            (at::CR3, state.cr3),
+            (at::RIP, state.rip),
+            (at::RSP, state.rsp),
+            (at::RDI, state.rdi),
+            (at::RSI, state.rsi),
+            (at::SEV_FEATURES, sev_features),
+            // As after a reset (AMD publication 24593, section 14.1.3).
+            (at::DR7, 0x400),
+            (at::DR6, 0xffff_0ff0),
+            (at::RFLAGS, 1 << 1),
+            (at::PAT, 0x0007_0406_0007_0406),
+            (at::XCR0, 1),
+            (at::MXCSR, 0x1f80),
+            (at::FCW, 0x37f),
+        ] {
+            self.number(place, value);
+        }
+    }
+
+    /// Its 4096 bytes: a VM save area, once it is filled.
+    pub fn as_bytes(&self) -> &[u8; PAGE_SIZE as usize] {
+        &self.0
+    }
+
+    fn number(&mut self, place: usize, value: u64) {
+        self.0[place..place + 8].copy_from_slice(&value.to_le_bytes());
+    }
+}
+
+impl<E: Exit, V: Validate> GhcbVcpu<E, V> {
+    /// Has the vCPU with this APIC ID start at once from `state` with these SEV_FEATURES, which have to be those of all vCPUs.
+    /// The page is the processor's from then on; and it is lost after a fault too, since the host may have it then.
+    ///
+    /// # Errors
+    /// [`Fault::SnpOnly`]; [`Fault::NoPage`] for a page at a multiple of 2 MiB; [`Fault::Validation`] for one that the
+    /// processor does not take; faults of the host.
+    pub fn start_vcpu(
+        &self,
+        apic_id: u32,
+        page: &'static mut StatePage,
+        state: &VcpuState,
+        sev_features: u64,
+    ) -> Result<(), Fault> {
+        if !self.is_snp() {
+            return Err(Fault::SnpOnly);
+        }
+        page.fill(state, sev_features);
+        // The last use of the page by its reference. The address is exposed: what is in it is for the instructions to see.
+        let gpa = core::ptr::from_mut(page).expose_provenance() as u64;
+        // Processors mistake a state there for a large page (AMD publication 57238, erratum 1467).
+        if gpa.is_multiple_of(super::validate::LARGE_PAGE) {
+            return Err(Fault::NoPage(gpa));
+        }
+        match self.validate().make_state(gpa) {
+            Validated::Changed => self.ghcb().create_vcpu(self.exit(), apic_id, Gpa(gpa), sev_features),
+            found => Err(Fault::Validation { gpa, found }),
+        }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::super::event::code;
+    use super::super::fake::{Host, Pages, boot, vcpu};
+    use super::super::ghcb::offset;
+    use super::super::{Protection, validate::LARGE_PAGE};
+    use super::*;
+    use cvm_core::boot::MemoryRange;
+    use cvm_core::doorbell::Doorbell;
+
+    const STATE: VcpuState = VcpuState { rip: 0x10_0000, rsp: 0x2000, rdi: 3, rsi: 0x4000, cr3: 0x5000 };
+
+    /// A page at a multiple of 2 MiB, or one that is not.
+    fn page(is_multiple: bool) -> &'static mut StatePage {
+        let pages = (0..=LARGE_PAGE / PAGE_SIZE).map(|_| StatePage::new()).collect::<Vec<_>>().leak();
+        let found = |page: &&mut StatePage| address(page).is_multiple_of(LARGE_PAGE) == is_multiple;
+        pages.iter_mut().find(found).unwrap()
+    }
+
+    fn address(page: &StatePage) -> u64 {
+        std::ptr::from_ref(page).addr() as u64
+    }
+
+    /// A vCPU of this host's guest starts another from `page`.
+    fn start(host: &Host, pages: &Pages, page: &'static mut StatePage) -> Result<(), Fault> {
+        let memory = MemoryRange { start: host.memory.gpa(0).0, len: 8 * PAGE_SIZE };
+        let mut boot = boot(host.protection, Doorbell::Port, memory);
+        boot.accepted = u64::MAX;
+        let vcpu = vcpu(host, pages, &boot).unwrap();
+        assert_eq!(vcpu.features(), Ok(3));
+        host.exits.borrow_mut().clear();
+        vcpu.start_vcpu(5, page, &STATE, 1)
+    }
+
+    #[test]
+    fn a_vcpu_starts_from_a_page_that_the_processor_took_for_its_state() {
+        let (host, pages, page) = (Host::new(Protection::SevSnp, 8), Pages::default(), page(false));
+        let gpa = address(page);
+        pages.set(gpa / PAGE_SIZE);
+        start(&host, &pages, page).unwrap();
+        assert_eq!(pages.states(), [gpa / PAGE_SIZE]);
+        let exits = host.exits.borrow();
+        assert_eq!(exits.len(), 1);
+        assert_eq!((exits[0].code, exits[0].info1, exits[0].info2), (code::CREATE_VCPU, 5 << 32 | 1, gpa));
+        assert_eq!(host.read(offset::RAX), 1);
+    }
+
+    #[test]
+    fn the_host_is_not_asked_to_start_a_vcpu_from_a_page_that_is_no_state() {
+        for found in [Validated::Failed(2), Validated::Failed(3), Validated::SizeMismatch] {
+            let (host, pages, page) = (Host::new(Protection::SevSnp, 8), Pages::default(), page(false));
+            let gpa = address(page);
+            pages.set(gpa / PAGE_SIZE);
+            pages.fail(gpa, found);
+            assert_eq!(start(&host, &pages, page), Err(Fault::Validation { gpa, found }));
+            assert!(host.exits.borrow().is_empty());
+        }
+        // It is not valid.
+        let (host, pages, page) = (Host::new(Protection::SevSnp, 8), Pages::default(), page(false));
+        assert!(matches!(start(&host, &pages, page), Err(Fault::Validation { .. })));
+        assert!(host.exits.borrow().is_empty());
+    }
+
+    #[test]
+    fn vcpus_are_started_only_under_snp_and_not_from_a_page_that_a_processor_mistakes() {
+        let (host, pages, page_of_512) = (Host::new(Protection::SevSnp, 8), Pages::default(), page(true));
+        let gpa = address(page_of_512);
+        pages.set(gpa / PAGE_SIZE);
+        assert_eq!(start(&host, &pages, page_of_512), Err(Fault::NoPage(gpa)));
+        assert!(pages.states().is_empty() && host.exits.borrow().is_empty());
+        let (host, pages) = (Host::new(Protection::SevEs, 8), Pages::default());
+        assert_eq!(start(&host, &pages, page(false)), Err(Fault::SnpOnly));
+        assert!(pages.states().is_empty() && host.exits.borrow().is_empty());
+    }
+
+    #[test]
+    fn a_host_that_refuses_to_start_a_vcpu_is_told_of() {
+        let (host, pages, page) = (Host::new(Protection::SevSnp, 8), Pages::default(), page(false));
+        pages.set(address(page) / PAGE_SIZE);
+        host.answer_by(|host, seen| {
+            let refuses = seen.code == code::CREATE_VCPU;
+            if refuses {
+                host.write(offset::EXIT_INFO_1, 2);
+            }
+            refuses
+        });
+        let refused = start(&host, &pages, page);
+        assert!(matches!(refused, Err(Fault::Refused { code: code::CREATE_VCPU, info1: 2, .. })), "{refused:?}");
+    }
+
+    #[test]
+    fn a_page_that_was_used_for_something_else_has_nothing_of_it() {
+        let (mut used, mut fresh) = (StatePage([0xff; PAGE_SIZE as usize]), StatePage::new());
+        used.fill(&STATE, 1);
+        fresh.fill(&STATE, 1);
+        assert_eq!(used.as_bytes(), fresh.as_bytes());
+    }
+}
