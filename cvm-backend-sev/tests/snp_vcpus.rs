@@ -1,0 +1,78 @@
+//! vCPUs that an SEV-SNP guest starts by itself, with states as the guest library makes them.
+
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+
+mod common;
+
+use common::*;
+use cvm_backend_sev::{SevFeatures, Vmsa};
+use cvm_core::x86::VcpuState;
+use cvm_core::{Exit, Gpa, PageKind, Protection, Side, Vcpu};
+use cvm_guest::sev::StatePage;
+use iced_x86::code_asm::*;
+
+/// The exit that starts a vCPU at once (AMD publication 56421, section 4.1.9).
+const CREATE_VCPU: u64 = 0x8000_0013;
+const AT_ONCE: u64 = 1;
+
+/// Where the state is, and what it starts at.
+const STATE: u64 = DATA;
+const ENTRY: u64 = DATA + 0x1000;
+
+#[test]
+fn a_vcpu_that_the_guest_starts_begins_as_one_that_the_launch_starts() {
+    let state = VcpuState { rip: ENTRY, rsp: 0x1234_5678, rdi: 7, rsi: BOOT_PAGE, cr3: 1 << 51 | TABLES };
+    for features in [SevFeatures::SNP_ACTIVE, SevFeatures::SNP_ACTIVE | SevFeatures::DEBUG_SWAP] {
+        let mut page = StatePage::new();
+        page.fill(&state, features.bits());
+        assert!(page.as_bytes() == Vmsa::long_mode(&state, features).as_bytes());
+    }
+}
+
+#[test]
+fn a_guest_starts_its_second_vcpu_anew_from_a_state_that_it_made() {
+    let _alone = alone();
+    let Some(platform) = platform(Protection::SevSnp) else { return };
+    let features = platform.features().bits();
+    let mut launch = load(&platform, config(2), |asm| {
+        let (mut first, mut again) = (asm.0.create_label(), asm.0.create_label());
+        asm.0.test(rdi, rdi)?;
+        asm.0.jz(first)?;
+        asm.0.set_label(&mut again)?;
+        asm.0.jmp(again)?;
+        asm.0.set_label(&mut first)?;
+        asm.make_ghcb()?;
+        // Other features than those of the launch, a vCPU that is not there, and what can be done.
+        for (apic_id, features) in [(1, features | 1 << 1), (2, features), (1, features)] {
+            let fields = [(ghcb::EXIT_INFO_2, STATE), (ghcb::RAX, features)];
+            asm.exit(CREATE_VCPU, apic_id << 32 | AT_ONCE, &fields, &[])?;
+            asm.load(GHCB + ghcb::EXIT_INFO_1, Side::Shared)?;
+            asm.report()?;
+        }
+        asm.end()
+    })
+    .unwrap();
+    let anew = assemble(|asm| {
+        asm.0.mov(r8, rdi)?;
+        // The first vCPU rests while this one has its GHCB.
+        asm.ask(GHCB | REGISTER)?;
+        asm.0.mov(eax, r8d)?;
+        asm.report()?;
+        asm.0.mov(rax, rsp)?;
+        asm.report()?;
+        asm.end()
+    });
+    let tables = TABLES | 1 << launch.interface().private_bit.unwrap();
+    let mut page = StatePage::new();
+    page.fill(&VcpuState { rip: ENTRY, rsp: 0x1234_5678, rdi: 7, rsi: BOOT_PAGE, cr3: tables }, features);
+    launch.load(Gpa(STATE), page.as_bytes(), PageKind::Measured).unwrap();
+    launch.load(Gpa(ENTRY), &anew, PageKind::Measured).unwrap();
+    let mut guest = Guest::from_launch(launch);
+    guest.make_ghcb();
+    assert_eq!([guest.report(), guest.report(), guest.report()], [2, 2, 0]);
+    for expected in [7, 0x1234_5678] {
+        let exit = guest.vcpus[1].run().unwrap();
+        assert_eq!(exit, Exit::DoorbellWrite { register: REPORT, value: expected });
+    }
+    assert_eq!(guest.vcpus[1].run().unwrap(), Exit::Ended { code: 0 });
+}
