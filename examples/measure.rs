@@ -1,8 +1,7 @@
 //! What a launch of AMD SEV, SEV-ES or SEV-SNP is measured as, computed from its files.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use cvm::boot::{Exits, Interface};
-use cvm::doorbell::{Doorbell, Transport};
+use cvm::doorbell::Doorbell;
 use cvm::image::Image;
 use cvm::sev::{CpuSignature, Firmware, KernelHashes, SevFeatures, Vcpus, Vmm, igvm, sev, snp};
 use cvm::{Gpa, Launch, VmConfig};
@@ -118,14 +117,7 @@ impl ElfOptions {
         let memory = self.memory.checked_mul(1 << 20).ok_or("there is no such amount of memory")?;
         let mut config = VmConfig::new(memory, vcpus)?;
         config.doorbell = if self.msr { Doorbell::Msr } else { Doorbell::Port };
-        let interface = Interface {
-            transport: Transport::PageState,
-            exits: Exits::Ghcb,
-            private_bit: Some(self.private_bit),
-            acceptance: true,
-            vouched_pages: true,
-        };
-        let mut launch = Launch::rehearse(config, interface)?;
+        let mut launch = Launch::rehearse(config, snp::interface(self.private_bit))?;
         launch.load_image(&image)?;
         let argument = std::array::from_fn(|index| self.arguments.get(index).copied().unwrap_or_default());
         launch.load_boot_page(Gpa(BOOT_PAGE), argument)?;

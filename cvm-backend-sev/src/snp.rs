@@ -4,6 +4,8 @@ use crate::digest::LaunchDigest;
 use crate::ovmf::{Firmware, SectionKind};
 use crate::vmsa::RESET_VECTOR;
 use crate::{CpuSignature, Error, KernelHashes, PageType, SevFeatures, Vmm, Vmsa};
+use cvm_core::boot::{Exits, Interface};
+use cvm_core::doorbell::Transport;
 use cvm_core::launch::{Entry, MAX_VCPUS, PageKind};
 use cvm_core::{Measurement, PAGE_SIZE, Transcript};
 use std::collections::BTreeMap;
@@ -55,6 +57,18 @@ impl<'a> Iterator for States<'a> {
             self.left = self.left.checked_sub(1)?;
             Some(self.others)
         })
+    }
+}
+
+/// What a guest of SEV-SNP has to know of the platform, on a processor on which this bit of page-table entries makes memory
+/// private: CPUID leaf 0x8000001f, EBX, the low six bits.
+pub const fn interface(private_bit: u8) -> Interface {
+    Interface {
+        transport: Transport::PageState,
+        exits: Exits::Ghcb,
+        private_bit: Some(private_bit),
+        acceptance: true,
+        vouched_pages: true,
     }
 }
 

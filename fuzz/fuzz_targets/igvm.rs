@@ -3,7 +3,6 @@
 #![no_main]
 
 use cvm_backend_sev::{igvm, snp};
-use cvm_core::boot::{Exits, Interface};
 use cvm_core::doorbell::Transport;
 use cvm_core::igvm::IgvmImage;
 use cvm_core::{Launch, VmConfig};
@@ -24,14 +23,7 @@ fuzz_target!(|file: &[u8]| {
     }
     let (measurement, features) = (igvm::measurement(&file), igvm::features(&file));
     let (Ok(image), Ok(features)) = (igvm::image(file), features) else { return };
-    let interface = Interface {
-        transport: Transport::PageState,
-        exits: Exits::Ghcb,
-        private_bit: Some(51),
-        acceptance: true,
-        vouched_pages: true,
-    };
-    let mut launch = Launch::rehearse(config, interface).unwrap();
+    let mut launch = Launch::rehearse(config, snp::interface(51)).unwrap();
     if launch.load_igvm(&image, "quiet").is_ok()
         && let Ok(transcript) = launch.transcript()
     {

@@ -1,9 +1,7 @@
 //! Against the crate `igvm`, which writes the files here and measures them too.
 
 use super::*;
-use crate::snp::of_transcript;
-use cvm_core::boot::{Exits, Interface};
-use cvm_core::doorbell::Transport;
+use crate::snp::{interface, of_transcript};
 use cvm_core::launch::Rehearsal;
 use cvm_core::x86::VcpuState;
 use cvm_core::{Gpa, Launch, VmConfig};
@@ -105,16 +103,9 @@ fn a_file_is_measured_as_the_crate_igvm_does() {
 
 /// The digest of a launch of a file that succeeds.
 fn launched(file: &[u8]) -> Measurement {
-    let interface = Interface {
-        transport: Transport::PageState,
-        exits: Exits::Ghcb,
-        private_bit: Some(51),
-        acceptance: true,
-        vouched_pages: true,
-    };
     let igvm = parse(file).unwrap();
     let features = features(&igvm).unwrap();
-    let mut launch: Launch<Rehearsal> = Launch::rehearse(VmConfig::new(0x10000, 2).unwrap(), interface).unwrap();
+    let mut launch: Launch<Rehearsal> = Launch::rehearse(VmConfig::new(0x10000, 2).unwrap(), interface(51)).unwrap();
     launch.load_igvm(&image(igvm).unwrap(), "").unwrap();
     of_transcript(&launch.transcript().unwrap(), features)
 }

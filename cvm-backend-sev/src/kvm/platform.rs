@@ -1,9 +1,9 @@
 use super::sev::{self, Encrypted, InPlaceLoader};
 use super::snp::SnpLoader;
 use super::{Error, PlatformKeys, Receiving, SevOptions, SnpOptions, device, probe};
-use crate::{SevFeatures, SevFlags, SnpFlags};
+use crate::{SevFeatures, SevFlags, SnpFlags, snp};
 use cvm_backend_kvm::backend::{Host, LocalVm};
-use cvm_core::boot::{Exits, Interface};
+use cvm_core::boot::Interface;
 use cvm_core::doorbell::Transport;
 use cvm_core::export::Origin;
 use cvm_core::launch::{Loader, PageKind, Transcript, VmConfig};
@@ -142,14 +142,7 @@ impl SevPlatform {
         let policy = self.options.policy_for(config.policy).map_err(refuse)?;
         self.options.check(self.host.kvm(), policy).map_err(refuse)?;
         let loader = SnpLoader::new(&self.host, &self.device, config, self.options.clone(), policy);
-        let interface = Interface {
-            transport: Transport::PageState,
-            exits: Exits::Ghcb,
-            private_bit: Some(self.private_bit),
-            acceptance: true,
-            vouched_pages: true,
-        };
-        Ok((loader.map_err(create)?, interface))
+        Ok((loader.map_err(create)?, snp::interface(self.private_bit)))
     }
 }
 
