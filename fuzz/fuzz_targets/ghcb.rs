@@ -120,6 +120,10 @@ impl Validate for Host<'_> {
         self.valid.set(self.valid.get() ^ bit);
         Validated::Changed
     }
+
+    fn make_state(&self, gpa: u64) -> Validated {
+        panic!("the guest starts no vcpu, and made a state of the page at {gpa:#x}");
+    }
 }
 
 fn work(host: &Host<'_>) {
