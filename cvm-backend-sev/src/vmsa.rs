@@ -3,6 +3,7 @@
 use crate::CpuSignature;
 use cvm_core::PAGE_SIZE;
 use cvm_core::x86::VcpuState;
+use cvm_core::x86::save_area::{self, SaveArea, at};
 use std::fmt;
 
 /// Who makes the initial state, and so what it is.
@@ -53,37 +54,6 @@ bitflags::bitflags! {
 
 /// Where a processor starts after reset.
 pub const RESET_VECTOR: u32 = 0xffff_fff0;
-
-/// Offsets in the save area (AMD64 APM volume 2, table B-4).
-mod at {
-    pub const ES: usize = 0x000;
-    pub const CS: usize = 0x010;
-    pub const SS: usize = 0x020;
-    pub const DS: usize = 0x030;
-    pub const FS: usize = 0x040;
-    pub const GS: usize = 0x050;
-    pub const GDTR: usize = 0x060;
-    pub const LDTR: usize = 0x070;
-    pub const IDTR: usize = 0x080;
-    pub const TR: usize = 0x090;
-    pub const EFER: usize = 0x0d0;
-    pub const CR4: usize = 0x148;
-    pub const CR3: usize = 0x150;
-    pub const CR0: usize = 0x158;
-    pub const DR7: usize = 0x160;
-    pub const DR6: usize = 0x168;
-    pub const RFLAGS: usize = 0x170;
-    pub const RIP: usize = 0x178;
-    pub const RSP: usize = 0x1d8;
-    pub const G_PAT: usize = 0x268;
-    pub const RDX: usize = 0x310;
-    pub const RSI: usize = 0x330;
-    pub const RDI: usize = 0x338;
-    pub const SEV_FEATURES: usize = 0x3b0;
-    pub const XCR0: usize = 0x3e8;
-    pub const MXCSR: usize = 0x408;
-    pub const X87_FCW: usize = 0x410;
-}
 
 /// The save area's fields with their offsets, in order, for messages (the same).
 pub(crate) const FIELDS: [(usize, &str); 63] = [
@@ -153,36 +123,17 @@ pub(crate) const FIELDS: [(usize, &str); 63] = [
 ];
 const RESERVED: &str = "reserved field";
 
-// Registers that a reset gives other values than zero (AMD64 APM volume 2, initial processor state), and what KVM adds to them: EFER.SVME
-// and CR4.MCE.
-const EFER_SVME: u64 = 1 << 12;
-const CR4_MCE: u64 = 1 << 6;
-const CR0_ET: u64 = 1 << 4;
-const DR6: u64 = 0xffff_0ff0;
-const DR7: u64 = 0x400;
-const RFLAGS: u64 = 1 << 1;
-const PAT: u64 = 0x0007_0406_0007_0406;
-const XCR0: u64 = 1;
-const MXCSR: u32 = 0x1f80;
-const FCW: u16 = 0x37f;
-
-// What a vCPU in 64-bit mode has besides.
-const CR0_PE_MP_NE_WP_PG: u64 = 1 | 1 << 1 | 1 << 5 | 1 << 16 | 1 << 31;
-const CR4_PAE: u64 = 1 << 5;
-const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
-
-/// A segment register: selector, attributes (AMD64 APM volume 2, `VMRUN`), limit and base.
-type Segment = (u16, u16, u32, u64);
-
 /// A VM save area.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Vmsa(Box<[u8; PAGE_SIZE as usize]>);
+pub struct Vmsa(Box<SaveArea>);
 
 impl Vmsa {
     /// That of a vCPU which starts in real mode at `start`, as after a reset, made by a VMM for firmware. Compare
     /// [`RESET_VECTOR`].
     pub fn reset(vmm: Vmm, start: u32, signature: CpuSignature, features: SevFeatures) -> Self {
-        let mut vmsa = Self::common(features);
+        let mut vmsa = Self(Box::new([0; PAGE_SIZE as usize]));
+        let area = &mut *vmsa.0;
+        save_area::reset(area, features.bits());
         let (code, stack, task, rdx) = match vmm {
             Vmm::Qemu => (0x9b, 0x93, 0x8b, signature.0),
             Vmm::Ec2 if start == RESET_VECTOR => (0x9a, 0x92, 0x83, 0x600),
@@ -190,105 +141,48 @@ impl Vmsa {
             Vmm::Gce => (0x9b, 0x93, 0x8b, 0x600),
         };
         for place in [at::ES, at::DS, at::FS, at::GS] {
-            vmsa.segment(place, (0, 0x93, 0xffff, 0));
+            save_area::set_segment(area, place, (0, 0x93, 0xffff, 0));
         }
-        vmsa.segment(at::CS, (0xf000, code, 0xffff, u64::from(start & 0xffff_0000)));
-        vmsa.segment(at::SS, (0, stack, 0xffff, 0));
-        vmsa.segment(at::TR, (0, task, 0xffff, 0));
-        vmsa.number(at::RIP, u64::from(start & 0xffff));
-        vmsa.number(at::RDX, rdx.into());
+        save_area::set_segment(area, at::CS, (0xf000, code, 0xffff, u64::from(start & 0xffff_0000)));
+        save_area::set_segment(area, at::SS, (0, stack, 0xffff, 0));
+        save_area::set_segment(area, at::TR, (0, task, 0xffff, 0));
+        save_area::set(area, at::RIP, u64::from(start & 0xffff));
+        save_area::set(area, at::RDX, rdx.into());
         match vmm {
-            Vmm::Qemu => vmsa.floating_point(),
+            Vmm::Qemu => save_area::set_floating_point(area),
             Vmm::Ec2 => {}
             // Not the architecture's page attributes but its own.
-            Vmm::Gce => vmsa.number(at::G_PAT, 0x0007_0106),
+            Vmm::Gce => save_area::set(area, at::G_PAT, 0x0007_0106),
         }
         vmsa
     }
 
     /// That of a vCPU whose state KVM was given as [`VcpuState`] has it: 64-bit mode, flat segments.
     pub fn long_mode(state: &VcpuState, features: SevFeatures) -> Self {
-        let mut vmsa = Self::common(features);
-        // Code and data, accessed, present, granularity of pages; 64-bit code, 32-bit data.
-        vmsa.segment(at::CS, (8, 0xa9b, u32::MAX, 0));
-        for place in [at::ES, at::SS, at::DS, at::FS, at::GS] {
-            vmsa.segment(place, (16, 0xc93, u32::MAX, 0));
-        }
-        // KVM's own: a busy 16-bit task.
-        vmsa.segment(at::TR, (0, 0x83, 0xffff, 0));
-        vmsa.number(at::EFER, EFER_SVME | EFER_LME_LMA);
-        vmsa.number(at::CR4, CR4_MCE | CR4_PAE);
-        vmsa.number(at::CR0, CR0_ET | CR0_PE_MP_NE_WP_PG);
-        vmsa.number(at::CR3, state.cr3);
-        vmsa.number(at::RIP, state.rip);
-        vmsa.number(at::RSP, state.rsp);
-        vmsa.number(at::RSI, state.rsi);
-        vmsa.number(at::RDI, state.rdi);
-        vmsa.floating_point();
-        vmsa
-    }
-
-    /// What all have in common, but for real or 64-bit mode.
-    fn common(features: SevFeatures) -> Self {
         let mut vmsa = Self(Box::new([0; PAGE_SIZE as usize]));
-        vmsa.segment(at::GDTR, (0, 0, 0xffff, 0));
-        vmsa.segment(at::IDTR, (0, 0, 0xffff, 0));
-        vmsa.segment(at::LDTR, (0, 0x82, 0xffff, 0));
-        for (place, value) in [
-            (at::EFER, EFER_SVME),
-            (at::CR4, CR4_MCE),
-            (at::CR0, CR0_ET),
-            (at::DR7, DR7),
-            (at::DR6, DR6),
-            (at::RFLAGS, RFLAGS),
-            (at::G_PAT, PAT),
-            (at::SEV_FEATURES, features.bits()),
-            (at::XCR0, XCR0),
-        ] {
-            vmsa.number(place, value);
-        }
+        save_area::long_mode(&mut vmsa.0, state, features.bits());
         vmsa
     }
 
     /// Its 4096 bytes.
-    pub fn as_bytes(&self) -> &[u8; PAGE_SIZE as usize] {
+    pub fn as_bytes(&self) -> &SaveArea {
         &self.0
-    }
-
-    fn put(&mut self, place: usize, bytes: &[u8]) {
-        self.0[place..place + bytes.len()].copy_from_slice(bytes);
-    }
-
-    fn number(&mut self, place: usize, value: u64) {
-        self.put(place, &value.to_le_bytes());
-    }
-
-    fn segment(&mut self, place: usize, (selector, attributes, limit, base): Segment) {
-        self.put(place, &selector.to_le_bytes());
-        self.put(place + 2, &attributes.to_le_bytes());
-        self.put(place + 4, &limit.to_le_bytes());
-        self.put(place + 8, &base.to_le_bytes());
-    }
-
-    fn floating_point(&mut self) {
-        self.put(at::MXCSR, &MXCSR.to_le_bytes());
-        self.put(at::X87_FCW, &FCW.to_le_bytes());
     }
 }
 
-fn number(page: &[u8; PAGE_SIZE as usize], place: usize) -> u64 {
+fn number(page: &SaveArea, place: usize) -> u64 {
     let mut bytes = [0; 8];
     bytes.copy_from_slice(&page[place..place + 8]);
     u64::from_le_bytes(bytes)
 }
 
 /// What is active in the guest with this save area.
-pub(crate) fn features(page: &[u8; PAGE_SIZE as usize]) -> u64 {
+pub(crate) fn features(page: &SaveArea) -> u64 {
     number(page, at::SEV_FEATURES)
 }
 
 /// The state that [`Vmsa::long_mode`] made this save area of, if that is where it is from.
-pub(crate) fn long_mode_state(page: &[u8; PAGE_SIZE as usize]) -> VcpuState {
+pub(crate) fn long_mode_state(page: &SaveArea) -> VcpuState {
     let number = |place| number(page, place);
     VcpuState {
         rip: number(at::RIP),

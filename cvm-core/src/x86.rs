@@ -1,5 +1,6 @@
 //! What an x86-64 guest starts from, and the names of its registers.
 
+pub mod save_area;
 #[cfg(feature = "std")]
 mod tables;
 

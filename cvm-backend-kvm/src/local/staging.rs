@@ -18,7 +18,6 @@ use cvm_core::image::Image;
 use cvm_core::launch::digest;
 use cvm_core::x86::{VcpuState, entry};
 use cvm_core::{BoxError, Error as CoreError, Gpa, GpaRange, Kick, PAGE_SIZE, Watchdog};
-use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -77,16 +76,8 @@ impl Staging {
 
     /// Makes the area a slot of the VM, or with a size of 0 removes it.
     fn register(&self, vm: &VmFd, size: u64) -> Result<(), Error> {
-        let region = kvm_userspace_memory_region {
-            slot: self.slot,
-            guest_phys_addr: self.range.start().0,
-            memory_size: size,
-            userspace_addr: self.window.address(),
-            flags: 0,
-        };
-        // SAFETY: the window holds nothing but this area for as long as it lives; only the vCPU that loads reaches it,
-        // while this is borrowed.
-        unsafe { vm.set_user_memory_region(region) }.map_err(Error::kvm("register the staging area"))
+        // SAFETY: only the vCPU that loads reaches the window, while this is borrowed.
+        unsafe { self.window.register(vm, self.slot, size) }.map_err(Error::kvm("register the staging area"))
     }
 
     /// Removes the area from the VM.

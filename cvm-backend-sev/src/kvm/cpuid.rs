@@ -107,9 +107,8 @@ pub(super) fn page(cpuid: &CpuId) -> Result<[u8; PAGE_SIZE as usize], Error> {
 pub(super) fn corrections(given: &[u8], corrected: &[u8]) -> Vec<CpuidCorrection> {
     let number = |leaf: &[u8], at: usize| leaf[at..].first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
     let registers = |leaf: &[u8]| std::array::from_fn(|register| number(leaf, REGISTERS + 4 * register));
-    let leaves = |page: &'_ [u8]| page.get(HEADER..).unwrap_or_default().to_vec();
-    let (given, corrected) = (leaves(given), leaves(corrected));
-    let pairs = given.chunks_exact(LEAF).zip(corrected.chunks_exact(LEAF)).take(MOST);
+    let [given, corrected] = [given, corrected].map(|page| page.get(HEADER..).unwrap_or_default().chunks_exact(LEAF));
+    let pairs = given.zip(corrected).take(MOST);
     pairs
         .filter(|(given, corrected)| given != corrected)
         .map(|(given, corrected)| CpuidCorrection {

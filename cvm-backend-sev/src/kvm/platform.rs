@@ -55,8 +55,7 @@ impl SevPlatform {
     /// As [`SevPlatform::open`].
     pub fn open_at(kvm: &Path, firmware: &Path, protection: Protection) -> Result<Self, Error> {
         let host = Host::open(kvm)?;
-        let offers = probe::offers(kvm, firmware);
-        let lacks = match offers.into_iter().find(|offer| offer.protection == protection) {
+        let lacks = match probe::offer(&host, firmware, protection) {
             Some(offer) => offer.missing.into_iter().map(|missing| missing.what).collect(),
             None => vec!["it is none of AMD's".to_owned()],
         };

@@ -25,7 +25,7 @@ pub(super) fn offers(kvm: &Path, firmware: &Path) -> Vec<Offer> {
     let host = Host::open(kvm);
     KINDS
         .map(|(protection, vm_type, parameter)| match &host {
-            Ok(host) => offer(host, firmware, protection, vm_type, parameter),
+            Ok(host) => offer_of(host, firmware, protection, vm_type, parameter),
             Err(error) => {
                 let lack = missing(error.to_string(), "access to a KVM device");
                 Offer { protection, missing: vec![lack], notes: Vec::new() }
@@ -34,7 +34,13 @@ pub(super) fn offers(kvm: &Path, firmware: &Path) -> Vec<Offer> {
         .into()
 }
 
-fn offer(host: &Host, firmware: &Path, protection: Protection, vm_type: u32, parameter: &str) -> Offer {
+/// What lacks for this kind on `host`; nothing if it is none of AMD's.
+pub(super) fn offer(host: &Host, firmware: &Path, protection: Protection) -> Option<Offer> {
+    let (_, vm_type, parameter) = KINDS.into_iter().find(|(kind, ..)| *kind == protection)?;
+    Some(offer_of(host, firmware, protection, vm_type, parameter))
+}
+
+fn offer_of(host: &Host, firmware: &Path, protection: Protection, vm_type: u32, parameter: &str) -> Offer {
     let mut lacks = Vec::new();
     if !host.is_amd() {
         lacks.push(missing("the processor is not AMD's", "an AMD EPYC processor"));

@@ -2,42 +2,13 @@
 
 use super::{Exit, Fault, GhcbVcpu, Validate, Validated};
 use cvm_core::x86::VcpuState;
+use cvm_core::x86::save_area::{self, SaveArea};
 use cvm_core::{Gpa, PAGE_SIZE};
-
-/// Offsets in the save area (AMD publication 24593, table B-4).
-mod at {
-    pub const ES: usize = 0x000;
-    pub const CS: usize = 0x010;
-    pub const SS: usize = 0x020;
-    pub const DS: usize = 0x030;
-    pub const FS: usize = 0x040;
-    pub const GS: usize = 0x050;
-    pub const GDTR: usize = 0x060;
-    pub const LDTR: usize = 0x070;
-    pub const IDTR: usize = 0x080;
-    pub const TR: usize = 0x090;
-    pub const EFER: usize = 0x0d0;
-    pub const CR4: usize = 0x148;
-    pub const CR3: usize = 0x150;
-    pub const CR0: usize = 0x158;
-    pub const DR7: usize = 0x160;
-    pub const DR6: usize = 0x168;
-    pub const RFLAGS: usize = 0x170;
-    pub const RIP: usize = 0x178;
-    pub const RSP: usize = 0x1d8;
-    pub const PAT: usize = 0x268;
-    pub const RSI: usize = 0x330;
-    pub const RDI: usize = 0x338;
-    pub const SEV_FEATURES: usize = 0x3b0;
-    pub const XCR0: usize = 0x3e8;
-    pub const MXCSR: usize = 0x408;
-    pub const FCW: usize = 0x410;
-}
 
 /// Room for the state of a vCPU: a page of the guest's, mapped to its own address, that was loaded.
 #[derive(Debug)]
 #[repr(C, align(4096))]
-pub struct StatePage([u8; PAGE_SIZE as usize]);
+pub struct StatePage(SaveArea);
 
 impl StatePage {
     /// Room for one.
@@ -49,57 +20,12 @@ impl StatePage {
     /// The state of a vCPU at VMPL 0 that starts as those do which the launch has set up: in 64-bit mode with flat segments,
     /// and with interrupts off. `sev_features` are its SEV_FEATURES.
     pub fn fill(&mut self, state: &VcpuState, sev_features: u64) {
-        self.0.fill(0);
-        // Selector, attributes (AMD publication 24593, section 15.5.1) and limit: code and data, accessed and present; 64-bit
-        // code and 32-bit data, with limits in pages; and what a reset leaves in the tables and the task.
-        let data = (16, 0xc93, u32::MAX);
-        for (place, (selector, attributes, limit)) in [
-            (at::CS, (8, 0xa9b, u32::MAX)),
-            (at::ES, data),
-            (at::SS, data),
-            (at::DS, data),
-            (at::FS, data),
-            (at::GS, data),
-            (at::GDTR, (0, 0, 0xffff)),
-            (at::IDTR, (0, 0, 0xffff)),
-            (at::LDTR, (0, 0x82, 0xffff)),
-            (at::TR, (0, 0x83, 0xffff)),
-        ] {
-            self.number(place, selector | attributes << 16 | u64::from(limit) << 32);
-        }
-        for (place, value) in [
-            // LME, LMA, and SVME, without which no processor takes the state.
-            (at::EFER, 1 << 8 | 1 << 10 | 1 << 12),
-            // PE, MP, ET, NE, WP, PG.
-            (at::CR0, 1 | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31),
-            // PAE, MCE.
-            (at::CR4, 1 << 5 | 1 << 6),
-            (at::CR3, state.cr3),
-            (at::RIP, state.rip),
-            (at::RSP, state.rsp),
-            (at::RDI, state.rdi),
-            (at::RSI, state.rsi),
-            (at::SEV_FEATURES, sev_features),
-            // As after a reset (AMD publication 24593, section 14.1.3).
-            (at::DR7, 0x400),
-            (at::DR6, 0xffff_0ff0),
-            (at::RFLAGS, 1 << 1),
-            (at::PAT, 0x0007_0406_0007_0406),
-            (at::XCR0, 1),
-            (at::MXCSR, 0x1f80),
-            (at::FCW, 0x37f),
-        ] {
-            self.number(place, value);
-        }
+        save_area::long_mode(&mut self.0, state, sev_features);
     }
 
     /// Its 4096 bytes: a VM save area, once it is filled.
-    pub fn as_bytes(&self) -> &[u8; PAGE_SIZE as usize] {
+    pub fn as_bytes(&self) -> &SaveArea {
         &self.0
-    }
-
-    fn number(&mut self, place: usize, value: u64) {
-        self.0[place..place + 8].copy_from_slice(&value.to_le_bytes());
     }
 }
 

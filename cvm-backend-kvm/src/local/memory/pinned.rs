@@ -20,7 +20,7 @@ use super::window::Window;
 use crate::Error;
 use cvm_core::memory::{Allocated, ConverterError, LeftAs, Sides};
 use cvm_core::{BoxError, GpaRange, Side};
-use kvm_bindings::{kvm_enc_region, kvm_userspace_memory_region};
+use kvm_bindings::kvm_enc_region;
 use kvm_ioctls::VmFd;
 use rustix::io::Errno;
 use std::io;
@@ -59,16 +59,9 @@ impl PinnedMemory {
     /// Makes the windows the memory of `vm`, and pins what is behind them. The vCPUs of `vm` must keep this memory alive.
     pub(crate) fn attach(&self, vm: &VmFd) -> Result<(), Error> {
         for (number, slot) in (0..).zip(&self.slots) {
-            let region = kvm_userspace_memory_region {
-                slot: number,
-                guest_phys_addr: slot.range.start().0,
-                memory_size: slot.range.len(),
-                userspace_addr: slot.window.address(),
-                flags: 0,
-            };
-            // SAFETY: the region is a window, which holds nothing but guest memory for as long as it lives; the guest
-            // reaches it only through vCPUs, which keep it alive.
-            unsafe { vm.set_user_memory_region(region) }.map_err(Error::kvm("register a memory slot"))?;
+            // SAFETY: the guest reaches the window only through vCPUs, which keep it alive.
+            let registered = unsafe { slot.window.register(vm, number, slot.range.len()) };
+            registered.map_err(Error::kvm("register a memory slot"))?;
             self.pin(vm, slot)?;
         }
         Ok(())

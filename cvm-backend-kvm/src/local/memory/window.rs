@@ -4,6 +4,8 @@
 
 use super::backing::Backing;
 use cvm_core::GpaRange;
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use std::ffi::c_void;
@@ -35,6 +37,23 @@ impl Window {
     /// Where the window lies in this process.
     pub(crate) fn address(&self) -> u64 {
         self.base.as_ptr() as u64
+    }
+
+    /// Makes the window slot `number` of `vm`, or with `bytes` of 0 removes the slot.
+    ///
+    /// # Safety
+    /// The window must live for as long as vCPUs of the VM can reach the slot.
+    pub(crate) unsafe fn register(&self, vm: &VmFd, number: u32, bytes: u64) -> Result<(), kvm_ioctls::Error> {
+        let region = kvm_userspace_memory_region {
+            slot: number,
+            guest_phys_addr: self.slot.start().0,
+            memory_size: bytes,
+            userspace_addr: self.address(),
+            flags: 0,
+        };
+        // SAFETY: the region is a window, which holds nothing but guest memory for as long as it lives; the caller promises
+        // that it lives long enough.
+        unsafe { vm.set_user_memory_region(region) }
     }
 
     /// The part of the window for `range`, which must lie in the slot.
