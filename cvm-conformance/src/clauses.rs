@@ -1,0 +1,38 @@
+//! The clauses, a module for each chapter of `docs/contract.md`.
+
+mod conversion;
+mod errors;
+mod exits;
+mod faults;
+mod interrupts;
+mod launch;
+mod lifecycle;
+mod memory;
+mod platform;
+mod policy;
+mod registers;
+mod resources;
+mod several;
+
+use crate::clause::Clause;
+use cvm_core::Platform;
+
+/// All clauses, in the order of their numbers.
+pub fn clauses<P: Platform>() -> Vec<Clause<P>> {
+    let chapters = [
+        platform::clauses(),
+        launch::clauses(),
+        memory::clauses(),
+        conversion::clauses(),
+        exits::clauses(),
+        registers::clauses(),
+        interrupts::clauses(),
+        policy::clauses(),
+        lifecycle::clauses(),
+        resources::clauses(),
+        several::clauses(),
+        errors::clauses(),
+        faults::clauses(),
+    ];
+    chapters.into_iter().flatten().collect()
+}

@@ -1,0 +1,246 @@
+use super::{REPORT, ghcb};
+use cvm_core::boot::{Exits, Interface};
+use cvm_core::doorbell::{Doorbell, MSR_BASE, PORT_BASE, Transport, control};
+use cvm_core::{PAGE_SIZE, Side, x86};
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+use std::ops::{Deref, DerefMut};
+
+/// The hypercall for conversions, and what is private in its attributes (Linux Documentation/virt/kvm/x86/hypercalls.rst,
+/// `KVM_HC_MAP_GPA_RANGE`).
+const MAP_GPA_RANGE: u32 = 12;
+const ENCRYPTED: u64 = 1 << 4;
+
+/// An assembler that knows how guests reach their VMM. What it adds to the instructions of `iced_x86` clobbers RAX, RBX, RCX,
+/// RDX, R13, R14, R15 and the flags; RDI has to be the vCPU's index, as at the start.
+pub struct Assembler {
+    pub(super) code: CodeAssembler,
+    doorbell: Doorbell,
+    pub(super) interface: Interface,
+    validates: bool,
+}
+
+impl Deref for Assembler {
+    type Target = CodeAssembler;
+
+    fn deref(&self) -> &CodeAssembler {
+        &self.code
+    }
+}
+
+impl DerefMut for Assembler {
+    fn deref_mut(&mut self) -> &mut CodeAssembler {
+        &mut self.code
+    }
+}
+
+impl Assembler {
+    /// For a guest with this doorbell and interface, whose processor has `pvalidate`, if it needs it.
+    pub(crate) fn new(doorbell: Doorbell, interface: Interface, has_pvalidate: bool) -> Self {
+        let code = CodeAssembler::new(64).expect("64 is a number of bits");
+        Self { code, doorbell, interface, validates: has_pvalidate && interface.acceptance }
+    }
+
+    /// Whether exits go by the page between guest and host.
+    pub fn is_by_ghcb(&self) -> bool {
+        self.interface.exits == Exits::Ghcb
+    }
+
+    /// Whether the doorbell is a port, so that it has no upper half.
+    pub fn is_by_port(&self) -> bool {
+        self.doorbell == Doorbell::Port
+    }
+
+    /// What a vCPU does first: it makes its way to the host.
+    pub(crate) fn begin(&mut self) -> Result<(), IcedError> {
+        match (self.interface.exits, self.interface.transport) {
+            (Exits::Ghcb, Transport::PageState) => self.make_ghcb(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes the low `width` bytes (1, 2 or 4) of EAX to a port.
+    pub fn port_out(&mut self, port: u16, width: u8) -> Result<(), IcedError> {
+        if self.is_by_ghcb() {
+            return self.port_by_ghcb(port, width, false);
+        }
+        self.mov(edx, u32::from(port))?;
+        match width {
+            1 => self.out(dx, al),
+            2 => self.out(dx, ax),
+            _ => self.out(dx, eax),
+        }
+    }
+
+    /// Reads `width` bytes (1, 2 or 4) from a port into as much of RAX as the instruction would.
+    pub fn port_in(&mut self, port: u16, width: u8) -> Result<(), IcedError> {
+        if self.is_by_ghcb() {
+            return self.port_by_ghcb(port, width, true);
+        }
+        self.mov(edx, u32::from(port))?;
+        match width {
+            1 => self.in_(al, dx),
+            2 => self.in_(ax, dx),
+            _ => self.in_(eax, dx),
+        }
+    }
+
+    /// Writes EDX and EAX to an MSR that the host answers for.
+    pub fn msr_out(&mut self, index: u32) -> Result<(), IcedError> {
+        if self.is_by_ghcb() {
+            return self.msr_by_ghcb(index, false);
+        }
+        self.mov(ecx, index)?;
+        self.wrmsr()
+    }
+
+    /// Reads an MSR that the host answers for into EDX and EAX.
+    pub fn msr_in(&mut self, index: u32) -> Result<(), IcedError> {
+        if self.is_by_ghcb() {
+            return self.msr_by_ghcb(index, true);
+        }
+        self.mov(ecx, index)?;
+        self.rdmsr()
+    }
+
+    /// Writes EAX to a doorbell register.
+    pub fn ring(&mut self, register: u16) -> Result<(), IcedError> {
+        match self.doorbell {
+            Doorbell::Port => self.port_out(PORT_BASE + register, 4),
+            Doorbell::Msr => {
+                self.xor(edx, edx)?;
+                self.msr_out(MSR_BASE + u32::from(register))
+            }
+        }
+    }
+
+    /// Reads a doorbell register into EAX.
+    pub fn listen(&mut self, register: u16) -> Result<(), IcedError> {
+        match self.doorbell {
+            Doorbell::Port => self.port_in(PORT_BASE + register, 4),
+            Doorbell::Msr => self.msr_in(MSR_BASE + u32::from(register)),
+        }
+    }
+
+    /// Tells the VMM what is in EAX.
+    pub fn report(&mut self) -> Result<(), IcedError> {
+        self.ring(REPORT)
+    }
+
+    /// Ends the guest with this code.
+    pub fn end(&mut self, code: u32) -> Result<(), IcedError> {
+        self.mov(eax, code)?;
+        self.ring(control::END)
+    }
+
+    /// The address by which the guest reaches `gpa` on this side.
+    pub fn address(&self, gpa: u64, side: Side) -> u64 {
+        match (side, self.interface.private_bit) {
+            (Side::Shared, Some(_)) => x86::SHARED_AT + gpa,
+            _ => gpa,
+        }
+    }
+
+    /// Stores a number at `gpa`, on this side.
+    pub fn store(&mut self, gpa: u64, side: Side, value: u32) -> Result<(), IcedError> {
+        let address = self.address(gpa, side);
+        self.mov(rbx, address)?;
+        self.mov(dword_ptr(rbx), value)
+    }
+
+    /// Loads EAX from `gpa`, on this side.
+    pub fn load(&mut self, gpa: u64, side: Side) -> Result<(), IcedError> {
+        let address = self.address(gpa, side);
+        self.mov(rbx, address)?;
+        self.mov(eax, dword_ptr(rbx))
+    }
+
+    /// Asks for a conversion of `pages` pages from `gpa` on. EAX is 0 if it was done.
+    pub fn convert(&mut self, gpa: u64, pages: u64, to: Side) -> Result<(), IcedError> {
+        self.mov(rbx, gpa / PAGE_SIZE)?;
+        self.convert_frame(pages, to)
+    }
+
+    /// Asks for a conversion of `pages` pages from the page frame in RBX on. EAX is 0 if it was done.
+    pub fn convert_frame(&mut self, pages: u64, to: Side) -> Result<(), IcedError> {
+        if !self.validates {
+            return self.ask(pages, to);
+        }
+        // A page is not valid while it is shared, and guests have no stack before a clause gives them one.
+        self.mov(r13, rbx)?;
+        if to == Side::Shared {
+            self.validate(pages, false)?;
+            return self.ask(pages, to);
+        }
+        let mut refused = self.create_label();
+        self.ask(pages, to)?;
+        self.test(eax, eax)?;
+        self.jne(refused)?;
+        self.mov(rbx, r13)?;
+        self.validate(pages, true)?;
+        self.xor(eax, eax)?;
+        self.set_label(&mut refused)?;
+        // A label needs an instruction.
+        self.nop()
+    }
+
+    /// Accepts `pages` pages from the page frame in RBX on: no launch has loaded anything in the large pages that they are in.
+    pub fn accept_frame(&mut self, pages: u64) -> Result<(), IcedError> {
+        if self.validates { self.validate(pages, true) } else { Ok(()) }
+    }
+
+    /// Gives up the page in the page frame in RBX before it is shared.
+    pub(super) fn rescind_frame(&mut self) -> Result<(), IcedError> {
+        if self.validates { self.validate(1, false) } else { Ok(()) }
+    }
+
+    fn ask(&mut self, pages: u64, to: Side) -> Result<(), IcedError> {
+        match self.interface.transport {
+            Transport::Doorbell => {
+                // The registers have 32 bits.
+                self.mov(eax, ebx)?;
+                self.ring(control::CONVERT_FRAME)?;
+                self.mov(eax, pages as u32)?;
+                self.ring(control::CONVERT_PAGES)?;
+                self.mov(eax, to as u32)?;
+                self.ring(control::CONVERT)?;
+                self.listen(control::CONVERT)
+            }
+            Transport::Hypercall => {
+                self.shl(rbx, 12)?;
+                self.map_gpa_range(pages, if to == Side::Private { ENCRYPTED } else { 0 })
+            }
+            Transport::PageState => self.page_state_by_ghcb(pages, to),
+        }
+    }
+
+    /// Makes the hypercall for conversions, for the address in RBX. The answer is in RAX.
+    pub fn map_gpa_range(&mut self, pages: u64, attributes: u64) -> Result<(), IcedError> {
+        self.mov(eax, MAP_GPA_RANGE)?;
+        self.mov(rcx, pages)?;
+        self.mov(rdx, attributes)?;
+        if self.is_by_ghcb() {
+            self.hypercall_by_ghcb()
+        } else if self.interface.private_bit.is_some() || ghcb::has_vmmcall() {
+            self.vmmcall()
+        } else {
+            self.vmcall()
+        }
+    }
+
+    /// Has the processor take pages from the page frame in RBX on for valid, or not (AMD64 APM volume 3, PVALIDATE).
+    fn validate(&mut self, pages: u64, valid: bool) -> Result<(), IcedError> {
+        let mut again = self.create_label();
+        self.mov(r14, rbx)?;
+        self.shl(r14, 12)?;
+        self.mov(r15d, pages as u32)?;
+        self.set_label(&mut again)?;
+        self.mov(rax, r14)?;
+        self.xor(ecx, ecx)?;
+        self.mov(edx, u32::from(valid))?;
+        self.db(&[0xf2, 0x0f, 0x01, 0xff])?;
+        self.add(r14, PAGE_SIZE as i32)?;
+        self.dec(r15d)?;
+        self.jne(again)
+    }
+}

@@ -1,0 +1,152 @@
+//! The main of a backend's conformance test.
+
+use crate::clause::{Clause, Verdict};
+use crate::clauses;
+use crate::subject::{Bench, Departure, Subject};
+use cvm_core::BoxError;
+use libtest_mimic::{Arguments, Failed, Trial};
+use serde::{Deserialize, Serialize};
+use std::io::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+/// What became of a clause with one subject.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "outcome", content = "reason")]
+pub enum Outcome {
+    /// It is met.
+    Met,
+    /// It is not met, as the backend has declared for this reason.
+    Departed(String),
+    /// It is not met, or was declared without need.
+    Failed(String),
+}
+
+/// A line of the report.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Line {
+    /// What protects the subject's guests.
+    pub subject: String,
+    /// The clause's number.
+    pub clause: String,
+    /// Its name.
+    pub name: String,
+    /// What became of it.
+    #[serde(flatten)]
+    pub outcome: Outcome,
+}
+
+/// What lines of the report begin with, which `$CVM_CONFORMANCE_REPORT` asks for: the rest of the line is a [`Line`] in JSON.
+pub const REPORT_PREFIX: &str = "conformance: ";
+
+/// Clauses that need the process for themselves wait for all others.
+static ALONE: RwLock<()> = RwLock::new(());
+
+/// All subjects' trials, and what becomes of them.
+#[derive(Default)]
+pub struct Suite {
+    trials: Vec<Trial>,
+    lines: Arc<Mutex<Vec<Line>>>,
+}
+
+impl std::fmt::Debug for Suite {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Suite of {} trials", self.trials.len())
+    }
+}
+
+fn judge(declared: Option<&Departure>, found: std::thread::Result<Verdict>) -> Outcome {
+    match (declared, found) {
+        (None, Ok(Verdict::Met)) => Outcome::Met,
+        (None, Ok(Verdict::NotOffered(why))) => Outcome::Failed(format!("it is not offered, and not declared: {why}")),
+        (None, Err(panic)) => {
+            let said = panic.downcast_ref::<String>().map(String::as_str);
+            let said = said.or_else(|| panic.downcast_ref::<&str>().copied());
+            Outcome::Failed(said.unwrap_or("it panicked").to_owned())
+        }
+        (Some(departure), Ok(Verdict::Met)) => {
+            Outcome::Failed(format!("it is met: there is nothing to declare ({})", departure.reason))
+        }
+        (Some(departure), _) => Outcome::Departed(departure.reason.clone()),
+    }
+}
+
+impl Suite {
+    /// A suite of nothing.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds every clause for `subject`, if this host has it.
+    ///
+    /// # Errors
+    /// That the host lacks it, where it is [required](Subject::required); declarations about clauses that do not exist.
+    pub fn add<S: Subject>(&mut self, subject: S) -> Result<(), BoxError> {
+        let name = subject.protection().to_string();
+        let platform = match subject.open() {
+            Ok(platform) => platform,
+            Err(why) if subject.required() => return Err(format!("{name} is required: {why}").into()),
+            Err(why) => {
+                writeln!(std::io::stderr(), "SKIPPED: {name}: {why}")?;
+                return Ok(());
+            }
+        };
+        let departures = subject.departures(&platform);
+        let clauses = clauses::<S::Platform>();
+        if let Some(stray) = departures.iter().find(|it| clauses.iter().all(|clause| clause.number != it.clause)) {
+            return Err(format!("{name} departs from a clause {} that does not exist", stray.clause).into());
+        }
+        let shared = Arc::new((subject, platform));
+        for clause in clauses {
+            let declared = departures.iter().find(|departure| departure.clause == clause.number).cloned();
+            let (shared, lines, subject) = (Arc::clone(&shared), Arc::clone(&self.lines), name.clone());
+            let trial = format!("{name} {} {}", clause.number, clause.name.replace(' ', "_"));
+            let kind = if declared.is_some() { "departs" } else { "" };
+            let run = move || {
+                let outcome = judge(declared.as_ref(), check(&shared.0, &shared.1, &clause));
+                let failed = match &outcome {
+                    Outcome::Failed(why) => Err(Failed::from(why)),
+                    _ => Ok(()),
+                };
+                let line = Line { subject, clause: clause.number.into(), name: clause.name.into(), outcome };
+                lines.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+                failed
+            };
+            self.trials.push(Trial::test(trial, run).with_kind(kind));
+        }
+        Ok(())
+    }
+
+    /// Runs it as the command line says, which is that of any test.
+    pub fn run(self) -> ExitCode {
+        let mut arguments = Arguments::from_args();
+        // As many guests as processors, each with a thread of its own, would only wait for each other.
+        arguments.test_threads.get_or_insert(1);
+        let conclusion = libtest_mimic::run(&arguments, self.trials);
+        if std::env::var_os("CVM_CONFORMANCE_REPORT").is_some() {
+            let lines = std::mem::take(&mut *self.lines.lock().unwrap_or_else(PoisonError::into_inner));
+            for line in lines {
+                println!("{REPORT_PREFIX}{}", serde_json::to_string(&line).expect("names and texts"));
+            }
+        }
+        conclusion.exit_code()
+    }
+}
+
+fn check<S: Subject>(
+    subject: &S,
+    platform: &S::Platform,
+    clause: &Clause<S::Platform>,
+) -> std::thread::Result<Verdict> {
+    let held = || subject.held();
+    let bench = Bench::new(platform, subject.protection(), subject.is_emulated()).with_held(&held);
+    let check = AssertUnwindSafe(|| (clause.check)(&bench));
+    if clause.alone {
+        let _alone = ALONE.write().unwrap_or_else(PoisonError::into_inner);
+        catch_unwind(check)
+    } else {
+        let _shared = ALONE.read().unwrap_or_else(PoisonError::into_inner);
+        catch_unwind(check)
+    }
+}

@@ -1,0 +1,148 @@
+//! What the suite has to know of a backend.
+
+use crate::guest::{self, Assembler};
+use crate::quality;
+use crate::vmm::Guest;
+use cvm_core::launch::Loader;
+use cvm_core::{BoxError, Error, Gpa, Launch, PageKind, Platform, Protection, VmConfig};
+use iced_x86::IcedError;
+
+/// The VMs of a platform.
+pub type VmOf<P> = <<P as Platform>::Loader as Loader>::Vm;
+
+/// A clause that a backend does not meet on this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Departure {
+    /// The clause's number.
+    pub clause: &'static str,
+    /// Why: a sentence for users.
+    pub reason: String,
+}
+
+impl Departure {
+    /// That `clause` is not met, because of `reason`.
+    pub fn new(clause: &'static str, reason: impl Into<String>) -> Self {
+        Self { clause, reason: reason.into() }
+    }
+}
+
+/// A backend with one kind of protection, to be tested.
+pub trait Subject: Send + Sync + 'static {
+    /// Its platform.
+    type Platform: Platform + Send + Sync + 'static;
+
+    /// What protects its guests.
+    fn protection(&self) -> Protection;
+
+    /// The platform on this host.
+    ///
+    /// # Errors
+    /// What the host lacks. Nothing is tested then, which is said, or fails if it is [required](Subject::required).
+    fn open(&self) -> Result<Self::Platform, BoxError>;
+
+    /// Whether a host without this is a failure.
+    fn required(&self) -> bool {
+        false
+    }
+
+    /// The clauses that are not met here, with the reasons.
+    fn departures(&self, platform: &Self::Platform) -> Vec<Departure> {
+        let _ = platform;
+        Vec::new()
+    }
+
+    /// Whether the processor only passes for one with this protection, and lacks `pvalidate`: guests leave the instruction out.
+    fn is_emulated(&self) -> bool {
+        false
+    }
+
+    /// What this backend's VMs take up outside the process, by name, such as identifiers of address spaces: all of it has to
+    /// come back. What the process itself has (open files, threads, children, memory) the suite counts.
+    fn held(&self) -> Vec<(String, u64)> {
+        Vec::new()
+    }
+}
+
+/// A subject on this host, for the check of a clause.
+pub struct Bench<'a, P> {
+    /// The platform.
+    pub platform: &'a P,
+    /// What protects its guests.
+    pub protection: Protection,
+    is_emulated: bool,
+    held: &'a (dyn Fn() -> Vec<(String, u64)> + Sync),
+}
+
+impl<'a, P: Platform> Bench<'a, P> {
+    /// A platform whose guests have this protection, for tests of a backend's own that want guests as the suite has them. For
+    /// the last argument see [`Subject::is_emulated`].
+    pub fn new(platform: &'a P, protection: Protection, is_emulated: bool) -> Self {
+        Self { platform, protection, is_emulated, held: &Vec::new }
+    }
+
+    /// The same with a way to [count](Subject::held) what VMs take up outside the process.
+    pub(crate) fn with_held(self, held: &'a (dyn Fn() -> Vec<(String, u64)> + Sync)) -> Self {
+        Self { held, ..self }
+    }
+
+    /// What the backend's VMs take up outside the process.
+    pub fn held(&self) -> Vec<(String, u64)> {
+        (self.held)()
+    }
+
+    /// A VM with [`guest::MEMORY`], and the defaults for the rest.
+    pub fn config(&self, vcpus: u32) -> VmConfig {
+        VmConfig::new(guest::MEMORY, vcpus).expect("a sound configuration")
+    }
+
+    /// The machine code for `gpa` of a guest in the VM of this launch.
+    pub fn assemble(
+        &self,
+        launch: &Launch<P::Loader>,
+        gpa: u64,
+        write: impl FnOnce(&mut Assembler) -> Result<(), IcedError>,
+    ) -> Vec<u8> {
+        let mut assembler = Assembler::new(launch.config().doorbell, *launch.interface(), !self.is_emulated);
+        write(&mut assembler).and_then(|()| assembler.assemble(gpa)).expect("sound code")
+    }
+
+    /// Loads all that a guest needs, after what `first` has loaded: each vCPU starts at the code that `write` has written.
+    ///
+    /// # Errors
+    /// What the launch failed with.
+    pub fn load_after(
+        &self,
+        config: VmConfig,
+        first: impl FnOnce(&Self, &mut Launch<P::Loader>) -> Result<(), Error>,
+        write: impl FnOnce(&mut Assembler) -> Result<(), IcedError>,
+    ) -> Result<Launch<P::Loader>, Error> {
+        let mut launch = self.platform.launch(config)?;
+        first(self, &mut launch)?;
+        let code = self.assemble(&launch, guest::CODE, |a| a.begin().and_then(|()| write(a)));
+        launch.load(Gpa(guest::CODE), &code, PageKind::Measured)?;
+        launch.start_in_long_mode(Gpa(guest::CODE), Gpa(guest::TABLES), Gpa(guest::BOOT_PAGE))?;
+        launch.load_boot_page(Gpa(guest::BOOT_PAGE), [0; 4])?;
+        Ok(launch)
+    }
+
+    /// Loads all that a guest needs: each vCPU starts at the code that `write` has written.
+    ///
+    /// # Errors
+    /// What the launch failed with.
+    pub fn load(
+        &self,
+        config: VmConfig,
+        write: impl FnOnce(&mut Assembler) -> Result<(), IcedError>,
+    ) -> Result<Launch<P::Loader>, Error> {
+        self.load_after(config, |_, _| Ok(()), write)
+    }
+
+    /// A guest that is ready to run.
+    pub fn guest(
+        &self,
+        config: VmConfig,
+        write: impl FnOnce(&mut Assembler) -> Result<(), IcedError>,
+    ) -> Guest<VmOf<P>> {
+        Guest::from_launch(self.load(config, write).unwrap_or_else(|error| panic!("{}", quality::told(&error))))
+    }
+}
