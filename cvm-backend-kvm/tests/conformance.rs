@@ -1,4 +1,4 @@
-//! The conformance suite with each kind of isolation that this host's KVM has, or with `$CVM_ISOLATION` alone.
+//! The conformance suite with each kind of isolation that this host's KVM has.
 
 use cvm_backend_kvm::{KvmPlatform, vault};
 use cvm_conformance::{Departure, Subject, Suite};
@@ -7,24 +7,22 @@ use std::path::Path;
 use std::process::ExitCode;
 
 /// Plain KVM with one kind of isolation.
-struct Plain {
-    isolation: Protection,
-    required: bool,
-}
+struct Plain(Protection);
 
 impl Subject for Plain {
     type Platform = KvmPlatform;
 
     fn protection(&self) -> Protection {
-        self.isolation
+        self.0
     }
 
     fn open(&self) -> Result<KvmPlatform, BoxError> {
-        Ok(KvmPlatform::open(Path::new("/dev/kvm"), Some(self.isolation))?)
+        Ok(KvmPlatform::open(Path::new("/dev/kvm"), Some(self.0))?)
     }
 
     fn required(&self) -> bool {
-        self.required
+        // A machine for tests has some KVM, but not each has guest_memfd.
+        self.0 != Protection::GuestMemfd && std::env::var_os("CVM_REQUIRE_KVM").is_some()
     }
 
     fn departures(&self, _platform: &KvmPlatform) -> Vec<Departure> {
@@ -34,15 +32,9 @@ impl Subject for Plain {
 
 fn main() -> Result<ExitCode, BoxError> {
     vault::use_program(env!("CARGO_BIN_EXE_cvm-vault"));
-    let only = std::env::var("CVM_ISOLATION").ok();
     let mut suite = Suite::new();
     for isolation in [Protection::None, Protection::GuestMemfd, Protection::Vault] {
-        if only.as_ref().is_none_or(|only| *only == isolation.to_string()) {
-            // A machine for tests has some KVM, but not each has guest_memfd.
-            let asked = only.is_some() || isolation != Protection::GuestMemfd;
-            let required = asked && std::env::var_os("CVM_REQUIRE_KVM").is_some();
-            suite.add(Plain { isolation, required })?;
-        }
+        suite.add(Plain(isolation))?;
     }
     Ok(suite.run())
 }

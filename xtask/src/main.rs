@@ -1,5 +1,6 @@
 //! Maintenance of the workspace, run as `cargo xtask`.
 //!
+//! - [`conformance`]: the contract's clauses with every backend, and the report
 //! - [`fuzz`]: random bytes for what takes bytes from others
 //! - [`guest`]: the committed images of the guests, the same bytes on every machine
 //! - [`l1`]: a command in a small VM whose KVM has the whole confidential-VM interface
@@ -8,6 +9,7 @@
 //! - [`memcheck`]: the tests of the guest's library under valgrind
 //! - [`ratios`]: the results of the benchmarks against their targets
 
+mod conformance;
 mod cpio;
 mod debian;
 mod error;
@@ -36,6 +38,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
+    Conformance(conformance::Conformance),
     Fuzz(fuzz::Fuzz),
     Guest(guest::Guest),
     L1(l1::L1),
@@ -47,6 +50,7 @@ enum Task {
 
 fn main() -> ExitCode {
     let done = guest::run_as_rustc().unwrap_or_else(|| match Cli::parse().task {
+        Task::Conformance(task) => task.run(),
         Task::Fuzz(task) => task.run(),
         Task::Guest(task) => task.run(),
         Task::L1(task) => task.run(),
