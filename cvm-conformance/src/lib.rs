@@ -12,7 +12,7 @@
 
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
-pub mod clause;
+mod clause;
 mod clauses;
 pub mod guest;
 mod harness;
@@ -20,6 +20,7 @@ mod quality;
 mod subject;
 mod vmm;
 
+pub use clause::{Clause, Verdict};
 pub use clauses::clauses;
 pub use harness::{Line, Outcome, REPORT_PREFIX, Suite};
 pub use subject::{Bench, Departure, Subject, VmOf};
