@@ -23,6 +23,7 @@
 //! Limits:
 //!
 //! - Calls of several threads are counted as they come, so that the same number need not mean the same call twice.
+//! - A thread that has ended may be listed by the kernel for a moment longer: who counts threads afterwards looks again.
 //! - What runs under it cannot be run under it again: the kernel has one listener for all filters of a thread.
 //! - A signal that arrives before the kernel has asked interrupts the call, which then begins again, or fails with
 //!   `EINTR` if the signal's handler does not restart calls. Before Linux 5.19 so does one that arrives before the

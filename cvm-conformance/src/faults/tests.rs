@@ -244,7 +244,9 @@ fn supervising_leaves_no_descriptor_and_no_thread() {
         let before = held();
         for nth in 0..4 {
             with_fault(fail(nth), three).unwrap();
-            assert_eq!(held(), before, "open files, threads");
+            // The kernel lists a thread that has ended for a moment longer.
+            let settled = (0..1000).any(|_| held() == before || (thread::sleep(Duration::from_millis(10)), false).1);
+            assert!(settled, "open files, threads: {:?}, not {before:?}", held());
         }
     }
 }
