@@ -5,8 +5,8 @@ use crate::local::{apic_lacks, is_amd};
 use crate::policy::Facts;
 use cvm_core::launch::VmConfig;
 use cvm_core::{Error as CoreError, InterruptController, Policy};
-use kvm_bindings::{CpuId, KVM_CAP_VM_TYPES, KVM_MAX_CPUID_ENTRIES};
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_bindings::{CpuId, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_VM_TYPES, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::{Kvm, VmFd};
 use std::ffi::CString;
 use std::fs::{self, OpenOptions};
 use std::io::{self, ErrorKind};
@@ -66,6 +66,7 @@ impl Host {
         match kvm.get_api_version() {
             // The only version that there is (Linux Documentation/virt/kvm/api.rst, section 4.1).
             12 => Ok(Self { facts: Facts::of(&kvm), kvm, most_runs: most_runs() }),
+            ..0 => Err(Error::Kvm { step: "tell the version of its api", source: io::Error::last_os_error() }),
             version => Err(Error::ApiVersion { path: path.to_owned(), version }),
         }
     }
@@ -88,9 +89,15 @@ impl Host {
         self.supported_cpuid().is_ok_and(|cpuid| is_amd(&cpuid))
     }
 
+    /// What KVM says of a capability (Linux include/uapi/linux/kvm.h); 0 if it has none of it, or does not say.
+    pub(crate) fn capability(&self, capability: u32) -> u32 {
+        // A call that fails gives -1, in which every bit is set.
+        self.kvm.check_extension_raw(capability.into()).try_into().unwrap_or(0)
+    }
+
     /// Whether KVM has VMs of this type (`KVM_CAP_VM_TYPES`).
     pub fn has_vm_type(&self, vm_type: u32) -> bool {
-        self.kvm.check_extension_raw(KVM_CAP_VM_TYPES.into()) >> vm_type & 1 == 1
+        self.capability(KVM_CAP_VM_TYPES) >> vm_type & 1 == 1
     }
 
     /// A VM of this type, `KVM_X86_DEFAULT_VM` or another one.
@@ -131,6 +138,6 @@ impl Host {
 
     /// Whether the kernel says that a hypercall for conversions can be handed to user space.
     pub(crate) fn offers_hypercall(&self) -> bool {
-        self.kvm.check_extension_int(Cap::ExitHypercall) >> HC_MAP_GPA_RANGE & 1 == 1
+        self.capability(KVM_CAP_EXIT_HYPERCALL) >> HC_MAP_GPA_RANGE & 1 == 1
     }
 }

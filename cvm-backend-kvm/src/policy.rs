@@ -69,8 +69,8 @@ impl Facts {
 }
 
 /// Makes `vm`, which has no vCPU yet, as `policy` demands, which this host was found to be able to.
-pub(crate) fn enforce(kvm: &Kvm, vm: &VmFd, policy: Policy) -> Result<(), Error> {
-    if policy.contains(Policy::NO_PERFORMANCE_COUNTERS) && can_disable_counters(kvm) {
+pub(crate) fn enforce(facts: &Facts, vm: &VmFd, policy: Policy) -> Result<(), Error> {
+    if policy.contains(Policy::NO_PERFORMANCE_COUNTERS) && facts.can_disable_counters {
         let mut counters = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
         counters.args[0] = KVM_PMU_CAP_DISABLE.into();
         vm.enable_cap(&counters).map_err(Error::kvm("leave out performance counters"))?;

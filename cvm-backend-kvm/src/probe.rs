@@ -4,18 +4,10 @@ use crate::host::{Host, setting};
 use crate::hypercall;
 use crate::vault::Program;
 use cvm_core::platform::{Missing, Offer, Protection};
+use kvm_bindings::{KVM_CAP_GUEST_MEMFD, KVM_X86_SW_PROTECTED_VM, KVM_X86_TDX_VM};
 use kvm_ioctls::Cap;
 use std::fs;
 use std::path::Path;
-
-/// The bits of `KVM_CAP_VM_TYPES`, and the capabilities that `kvm-ioctls` has no names for
-/// (Linux include/uapi/linux/kvm.h and arch/x86/include/uapi/asm/kvm.h).
-mod uapi {
-    pub const SW_PROTECTED_VM: u32 = 1;
-    pub const TDX_VM: u32 = 5;
-    pub const CAP_GUEST_MEMFD: u64 = 234;
-    pub const CAP_VM_TYPES: u64 = 235;
-}
 
 fn missing(what: impl Into<String>, remedy: impl Into<String>) -> Missing {
     Missing { what: what.into(), remedy: remedy.into() }
@@ -70,10 +62,6 @@ fn none(host: &Host) -> Offer {
     Offer { protection: Protection::None, missing: lacks, notes: vec![hypercalls.into()] }
 }
 
-fn has_vm_type(host: &Host, vm_type: u32) -> bool {
-    host.kvm.check_extension_raw(uapi::CAP_VM_TYPES) >> vm_type & 1 == 1
-}
-
 /// This library's own gap, where a host offers what no backend uses yet.
 fn no_backend() -> Missing {
     missing("this version of cvm has no backend for it", "a later version of cvm")
@@ -81,13 +69,13 @@ fn no_backend() -> Missing {
 
 pub(crate) fn guest_memfd(host: &Host) -> Offer {
     let mut lacks = Vec::new();
-    if !has_vm_type(host, uapi::SW_PROTECTED_VM) {
+    if !host.has_vm_type(KVM_X86_SW_PROTECTED_VM) {
         lacks.push(missing(
             "kvm has no VM type KVM_X86_SW_PROTECTED_VM",
             "Linux 6.8 or later with CONFIG_KVM_SW_PROTECTED_VM=y and kvm.tdp_mmu=1",
         ));
     }
-    if host.kvm.check_extension_raw(uapi::CAP_GUEST_MEMFD) <= 0 {
+    if host.capability(KVM_CAP_GUEST_MEMFD) == 0 {
         lacks.push(missing("kvm has no KVM_CAP_GUEST_MEMFD", "Linux 6.8 or later with CONFIG_KVM_PRIVATE_MEM"));
     }
     offer(Protection::GuestMemfd, lacks)
@@ -139,7 +127,7 @@ fn tdx(host: &Host) -> Offer {
     let mut lacks = Vec::new();
     if !vendor_is(&["GenuineIntel"]) {
         lacks.push(missing("the processor is not Intel's", "an Intel Xeon of the 5th generation or later"));
-    } else if !has_vm_type(host, uapi::TDX_VM) {
+    } else if !host.has_vm_type(KVM_X86_TDX_VM) {
         lacks.push(no_vm_type("kvm_intel", "tdx", "TDX"));
     }
     lacks.push(no_backend());

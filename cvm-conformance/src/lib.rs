@@ -14,6 +14,7 @@
 
 mod clause;
 mod clauses;
+pub mod faults;
 pub mod guest;
 mod harness;
 mod quality;

@@ -29,12 +29,11 @@ const QUIRKS: u32 = KVM_X86_QUIRK_LAPIC_MMIO_HOLE | KVM_X86_QUIRK_LINT0_REENABLE
 /// What this host's KVM lacks for local APICs; nothing if it lacks nothing.
 pub(crate) fn lacks(host: &Host) -> Option<&'static str> {
     let has = |cap| host.kvm.check_extension(cap);
-    let quirks = host.kvm.check_extension_raw(KVM_CAP_DISABLE_QUIRKS2.into());
     let ids = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
     let needs = [
         (has(Cap::SplitIrqchip), "local apics alone (KVM_CAP_SPLIT_IRQCHIP)"),
-        (host.kvm.check_extension_int(Cap::X2ApicApi) as u32 & ids == ids, "32-bit apic ids (KVM_CAP_X2APIC_API)"),
-        (quirks as u32 & QUIRKS == QUIRKS, "apics without quirks (KVM_CAP_DISABLE_QUIRKS2)"),
+        (host.capability(KVM_CAP_X2APIC_API) & ids == ids, "32-bit apic ids (KVM_CAP_X2APIC_API)"),
+        (host.capability(KVM_CAP_DISABLE_QUIRKS2) & QUIRKS == QUIRKS, "apics without quirks (KVM_CAP_DISABLE_QUIRKS2)"),
         (has(Cap::X86MsrFilter), "protected msrs (KVM_CAP_X86_MSR_FILTER)"),
         (has(Cap::SignalMsi), "interrupt messages (KVM_CAP_SIGNAL_MSI)"),
         (has(Cap::IrqRouting) && has(Cap::Irqfd), "interrupts by eventfd (KVM_CAP_IRQFD, KVM_CAP_IRQ_ROUTING)"),

@@ -116,7 +116,11 @@ pub(crate) fn call_off(vcpu: &mut VcpuFd) -> Result<(), Error> {
             },
             _ => Err(failed(io::Error::last_os_error())),
         };
-        ioctl_with_ptr(vcpu, KVM_SET_SIGNAL_MASK(), null::<SignalMask>());
+        // With that mask it would be deaf to all other signals whenever it runs.
+        let called_off = match ioctl_with_ptr(vcpu, KVM_SET_SIGNAL_MASK(), null::<SignalMask>()) {
+            0 => called_off,
+            _ => called_off.and(Err(failed(io::Error::last_os_error()))),
+        };
         let at_once = libc::timespec { tv_sec: 0, tv_nsec: 0 };
         libc::sigtimedwait(&ours, null_mut(), &at_once);
         libc::pthread_sigmask(libc::SIG_SETMASK, &before, null_mut());

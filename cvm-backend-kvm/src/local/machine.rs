@@ -52,7 +52,7 @@ impl Machine {
         if transport != Transport::Doorbell {
             hypercall::enable(&vm)?;
         }
-        policy::enforce(host.kvm(), &vm, config.policy)?;
+        policy::enforce(&host.facts, &vm, config.policy)?;
         if config.interrupt_controller == InterruptController::Apic {
             apic::enable(&vm)?;
         }

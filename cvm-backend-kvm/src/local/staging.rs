@@ -65,9 +65,12 @@ impl Staging {
         let window = Window::new(range).map_err(Error::memory("reserve address space for", range))?;
         window.show(range, &backing, 0).map_err(Error::memory("map", range))?;
         let stub = Image::from_elf(STUB)?;
-        backing.file().write_all_at(&tables(base, top.0)?, 0)?;
+        let write = |contents: &[u8], at| {
+            backing.file().write_all_at(contents, at).map_err(Error::memory("write the loader stub to", range))
+        };
+        write(&tables(base, top.0)?, 0)?;
         for (range, contents) in stub.pages() {
-            backing.file().write_all_at(contents.as_deref().unwrap_or_default(), range.start().0)?;
+            write(contents.as_deref().unwrap_or_default(), range.start().0)?;
         }
         let staging = Self { backing, window, range, slot, entry: stub.entry().0 };
         staging.register(vm, LEN)?;
@@ -91,12 +94,14 @@ impl Staging {
         for (part, contents) in (0..).zip(contents.chunks(chunk)) {
             let to = range.start().0 + part * chunk as u64;
             let pages = contents.len() as u64 / PAGE_SIZE;
-            self.backing.file().write_all_at(contents, DATA)?;
-            vcpu_fd::pre_fault(vcpu, GpaRange::from_pages(to, pages)?)?;
+            let part = GpaRange::from_pages(to, pages)?;
+            self.backing.file().write_all_at(contents, DATA).map_err(Error::memory("stage", part))?;
+            vcpu_fd::pre_fault(vcpu, part)?;
             self.run(vcpu, to, pages)?;
             for (page, contents) in (0..).zip(contents.chunks(PAGE_SIZE as usize)) {
                 let mut found = [0; 48];
-                self.backing.file().read_exact_at(&mut found, DIGESTS + page * size_of::<[u8; 48]>() as u64)?;
+                let at = DIGESTS + page * size_of::<[u8; 48]>() as u64;
+                self.backing.file().read_exact_at(&mut found, at).map_err(Error::memory("check", part))?;
                 if found != digest(contents) {
                     let gpa = Gpa(to + page * PAGE_SIZE);
                     return Err(format!("private memory at {gpa} does not hold what was loaded").into());
@@ -113,7 +118,8 @@ impl Staging {
         (regs.rdx, regs.rcx) = (pages, DIGESTS);
         vcpu.set_regs(&regs).map_err(Error::kvm("set the registers"))?;
         let kicker = Kicker::new(vcpu)?;
-        let watchdog = Watchdog::new(PATIENCE, vec![Arc::clone(&kicker) as Arc<dyn Kick>])?;
+        let watchdog = Watchdog::new(PATIENCE, vec![Arc::clone(&kicker) as Arc<dyn Kick>])
+            .map_err(|source| Error::Kvm { step: "watch the loader stub", source })?;
         loop {
             let _entered = kicker.enter();
             match vcpu.run() {
@@ -130,7 +136,8 @@ impl Staging {
         vcpu.set_kvm_immediate_exit(0);
         match completed {
             Err(error) if error.errno() == libc::EINTR => Ok(()),
-            _ => Err("the loader stub did not stop at its end".into()),
+            Err(error) => Err(Error::kvm("stop the loader stub")(error).into()),
+            Ok(()) => Err("the loader stub did not stop at its end".into()),
         }
     }
 }

@@ -8,9 +8,9 @@ use crate::local::Backing;
 use crate::{Error, lock};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::RecvFlags;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
 use std::io::{self, ErrorKind};
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -61,7 +61,8 @@ impl Vault {
         let (mut child, socket) = start(program, device)?;
         let process = Pid::from_raw(child.id() as i32).ok_or(io::Error::from(ErrorKind::NotFound));
         let process = process.and_then(|pid| Ok(pidfd_open(pid, PidfdFlags::empty())?));
-        let process = process.inspect_err(|_| drop(child.kill())).map_err(Error::vault("get hold of its process"))?;
+        let process = process.inspect_err(|_| drop(child.kill().and_then(|()| child.wait())));
+        let process = process.map_err(Error::vault("get hold of its process"))?;
         let end = Arc::<OnceLock<String>>::default();
         let watcher = {
             let (end, pages) = (Arc::clone(&end), Arc::clone(&pages));
@@ -79,7 +80,6 @@ impl Vault {
             asking: (0..vcpus).map(|_| Mutex::default()).collect(),
             pages,
         };
-        // Without its watcher the process is killed and not waited for: there is no thread to be had to do so.
         vault.watcher = Some(watcher.map_err(Error::vault("start a thread that watches it"))?);
         vault.await_greeting()?;
         Ok(vault)
@@ -182,9 +182,11 @@ impl Vault {
 impl Drop for Vault {
     fn drop(&mut self) {
         self.kill();
-        if let Some(watcher) = self.watcher.take() {
+        match self.watcher.take() {
             // It has panicked at worst, and then the process is dead all the same.
-            let _ = watcher.join();
+            Some(watcher) => drop(watcher.join()),
+            // There was no thread to be had: nobody else waits for the process.
+            None => drop(waitid(WaitId::PidFd(self.process.as_fd()), WaitIdOptions::EXITED)),
         }
     }
 }

@@ -261,11 +261,14 @@ impl Server {
         let layout = Layout::new(&config.memory)?;
         let shared = Backing::adopt(shared, layout.bytes())?;
         let pages = Pages::map(&Backing::adopt(pages, Pages::bytes(config.vcpus))?, config.vcpus)?;
-        let kicks = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let launch = self.platform.launch_in_vault(config, shared.try_clone()?)?;
-        self.handed_over = Some(kicks.try_clone()?);
+        let kicks =
+            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Error::vault("make an eventfd"))?;
+        let theirs = kicks.try_clone().map_err(Error::vault("copy an eventfd"))?;
+        let kept = shared.try_clone().map_err(Error::vault("copy the descriptor of shared memory"))?;
+        let launch = self.platform.launch_in_vault(config, shared)?;
+        self.handed_over = Some(theirs);
         self.kicks = Some(kicks);
-        self.stage = Stage::Loading { launch: Box::new(launch), pages: Arc::new(pages), shared, layout };
+        self.stage = Stage::Loading { launch: Box::new(launch), pages: Arc::new(pages), shared: kept, layout };
         Ok(())
     }
 
@@ -278,7 +281,8 @@ impl Server {
             let attendant = Attendant { vcpu, kickers: Arc::clone(&kickers), patience: Arc::clone(&self.patience) };
             let pages = Arc::clone(&pages);
             let name = format!("vcpu-{}", attendant.vcpu.index());
-            std::thread::Builder::new().name(name).spawn(move || attendant.attend(&pages))?;
+            let thread = std::thread::Builder::new().name(name).spawn(move || attendant.attend(&pages));
+            thread.map_err(Error::vault("start a thread for a vcpu"))?;
         }
         self.stage = Stage::Running { vm, pages, kickers };
         Ok(Report::Sealed(measurement))
@@ -301,9 +305,9 @@ fn load(
     }
     let offset = layout.offset(range).ok_or("these pages are in no slot")?;
     let mut contents = vec![0; range.len() as usize];
-    shared.file().read_exact_at(&mut contents, offset)?;
+    shared.file().read_exact_at(&mut contents, offset).map_err(Error::memory("read", range))?;
     launch.load(range.start(), &contents, kind)?;
-    Ok(shared.free(offset, range.len())?)
+    Ok(shared.free(offset, range.len()).map_err(Error::memory("free", range))?)
 }
 
 /// Looks after one vCPU, on its thread.

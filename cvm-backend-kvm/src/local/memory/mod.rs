@@ -95,11 +95,11 @@ impl GuestMemory {
 /// The view of `backing`, in which the slots lie as `layout` says.
 pub(crate) fn shared_view(backing: &Backing, layout: &Layout) -> Result<SharedMemory, BoxError> {
     let regions = layout.iter().map(|(range, offset)| {
-        let file = FileOffset::new(backing.file().try_clone()?, offset);
-        let len = usize::try_from(range.len()).map_err(io::Error::other)?;
-        Ok((GuestAddress(range.start().0), len, Some(file)))
+        let file = backing.file().try_clone().map_err(Error::memory("copy the descriptor behind", range))?;
+        let len = usize::try_from(range.len())?;
+        Ok((GuestAddress(range.start().0), len, Some(FileOffset::new(file, offset))))
     });
-    let mapped = GuestMemoryMmap::from_ranges_with_files(regions.collect::<io::Result<Vec<_>>>()?)?;
+    let mapped = GuestMemoryMmap::from_ranges_with_files(regions.collect::<Result<Vec<_>, BoxError>>()?)?;
     Ok(SharedMemory::new(mapped, Arc::new(PageStateMap::new(layout.slots().clone())?))?)
 }
 
