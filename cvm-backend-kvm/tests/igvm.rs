@@ -5,7 +5,7 @@ mod common;
 use common::{CODE, DATA, Guest, MEMORY, TABLES, assemble, config, kvm};
 use cvm_core::igvm::{IgvmError, IgvmImage, native_page};
 use cvm_core::x86::{VcpuState, identity_map};
-use cvm_core::{Error, Gpa, PAGE_SIZE, PageState, Platform, Vm, VmConfig};
+use cvm_core::{Error, Gpa, PAGE_SIZE, PageState, Platform, Side, Vm, VmConfig};
 use iced_x86::code_asm::{rax, rsi};
 use igvm::{Arch, IgvmDirectiveHeader, IgvmFile, IgvmPlatformHeader, IgvmRevision};
 use igvm_defs::{
@@ -27,7 +27,7 @@ fn code(config: &VmConfig) -> Vec<u8> {
     assemble(config, CODE, |a| {
         let map = PARAMETERS + u64::from(MEMORY_MAP);
         for place in [PARAMETERS, map, map + 8, PARAMETERS + u64::from(COMMAND_LINE), UNMEASURED] {
-            a.load(place)?;
+            a.load(place, Side::Private)?;
             a.report()?;
         }
         // The state: what the file has in RSI, and a stack.

@@ -398,13 +398,13 @@ const HEARD: u16 = device_base(1);
 
 /// A guest that keeps a secret on a page, says forever whether it is still there, and converts others.
 fn witness(a: &mut Assembler) -> Result<(), IcedError> {
-    a.store(DATA, SECRET)?;
-    a.store(DATA + PAGE_SIZE - 4, SECRET)?;
+    a.store(DATA, Side::Private, SECRET)?;
+    a.store(DATA + PAGE_SIZE - 4, Side::Private, SECRET)?;
     let mut again = a.create_label();
     a.set_label(&mut again)?;
-    a.load(DATA)?;
+    a.load(DATA, Side::Private)?;
     a.report()?;
-    a.load(DATA + PAGE_SIZE - 4)?;
+    a.load(DATA + PAGE_SIZE - 4, Side::Private)?;
     a.report()?;
     a.listen(HEARD)?;
     a.ring(HEARD)?;
@@ -1141,7 +1141,7 @@ fn every_vcpu_hears_that_the_vault_dies_while_they_spin() {
             vcpus.into_iter().for_each(|vcpu| assert_dead(vcpu.join().unwrap(), "run"));
         });
     });
-    assert!(!guest.overdue());
+    assert!(!guest.is_overdue());
     assert_all_dead(&mut guest);
     for vcpu in &mut guest.vcpus {
         assert!(matches!(vcpu.run(), Err(Error::Protocol { .. })), "it has failed");

@@ -36,7 +36,7 @@ impl DerefMut for Assembler {
 
 impl Assembler {
     /// For a guest with this doorbell and interface, whose processor has `pvalidate`, if it needs it.
-    pub(crate) fn new(doorbell: Doorbell, interface: Interface, has_pvalidate: bool) -> Self {
+    pub fn new(doorbell: Doorbell, interface: Interface, has_pvalidate: bool) -> Self {
         let code = CodeAssembler::new(64).expect("64 is a number of bits");
         Self { code, doorbell, interface, validates: has_pvalidate && interface.acceptance }
     }
