@@ -633,11 +633,10 @@ fn what_is_refused_while_loading_is_neither_loaded_nor_measured() {
         assert!(!reason.is_empty(), "{what}");
     }
     // As the honest launch goes on.
-    let boot_page = honest_boot_page();
-    loading.load(BOOT_PAGE, &boot_page);
     loading.load(TABLES, &identity_map(Gpa(TABLES), MEMORY, None).unwrap());
     loading.vault.done(&Loading::state(0));
     loading.vault.refused(&Loading::state(0));
+    loading.load(BOOT_PAGE, &honest_boot_page());
     let (mut guest, measurement) = loading.seal();
     assert_eq!(measurement, honest);
     assert_eq!(guest.run(Given::Nothing), SAYS_SECRET);
