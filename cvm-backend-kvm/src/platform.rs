@@ -48,9 +48,11 @@ impl KvmPlatform {
             None => Ok(Self { vault: Program::find().ok(), ..local }),
             Some(Protection::Vault) => Ok(Self { vault: Some(Program::find()?), ..local }),
             Some(Protection::None) => Ok(Self { isolation: Isolation::None, ..local }),
-            Some(Protection::GuestMemfd) if local.isolation == Isolation::GuestMemfd => Ok(local),
             Some(Protection::GuestMemfd) => {
                 let lacks = probe::guest_memfd(&local.host).missing;
+                if lacks.is_empty() {
+                    return Ok(Self { isolation: Isolation::GuestMemfd, ..local });
+                }
                 let what = lacks.into_iter().map(|missing| missing.what).collect::<Vec<_>>().join("; ");
                 Err(Error::NotOffered { protection: Protection::GuestMemfd, what })
             }
