@@ -123,7 +123,11 @@ impl<V: Vm> Guest<V> {
     pub fn convert(&mut self) -> Converted {
         let request = self.request();
         let conversion = self.vm.convert(&request);
-        let cause = conversion.cause().map(|cause| quality::told(cause)).unwrap_or_default();
+        let cause = conversion.cause().map(|cause| {
+            quality::assert_good(cause);
+            quality::told(cause)
+        });
+        let cause = cause.unwrap_or_default();
         let converted = Converted { request, answer: conversion.answer(), pages: conversion.pages(), cause };
         self.vcpus[0].answer_conversion(conversion).expect("an answer to what was asked");
         converted

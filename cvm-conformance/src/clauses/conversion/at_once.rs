@@ -72,20 +72,23 @@ fn contended<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
     const PAGES: u64 = 8;
     // Ranges that overlap: each vCPU's begins a page behind that of the one before. Nobody touches them.
     let mut guest = bench.guest(bench.config(VCPUS), |a| {
-        let (mut again, mut refused) = (a.create_label(), a.create_label());
+        let mut round = a.create_label();
         a.mov(r8d, ROUNDS)?;
-        a.set_label(&mut again)?;
+        a.set_label(&mut round)?;
+        // Where the next label is must be an instruction of its own.
+        a.nop()?;
         for side in [Side::Shared, Side::Private, Side::Shared] {
+            // It may have to ask again when another one has taken pages back.
+            let mut again = a.create_label();
+            a.set_label(&mut again)?;
             a.lea(ebx, edi + (DATA / PAGE_SIZE) as u32)?;
             a.ask_frame(PAGES, side)?;
             a.test(eax, eax)?;
-            a.jne(refused)?;
+            a.jne(again)?;
         }
         a.dec(r8d)?;
-        a.jne(again)?;
-        a.end(0)?;
-        a.set_label(&mut refused)?;
-        a.end(1)
+        a.jne(round)?;
+        a.end(0)
     });
     let ear = Ear::new("ear", guest.vm.memory());
     guest.vm.add_listener(Arc::clone(&ear) as _);
