@@ -27,7 +27,39 @@ mod subject {
         }
 
         fn departures(&self, _platform: &SevPlatform) -> Vec<Departure> {
-            Vec::new()
+            let mut departures = Vec::new();
+            if self.0 == Protection::SevSnp {
+                let by_page_state = "guests of SEV-SNP ask for conversions by page state changes alone";
+                departures.extend([
+                    Departure::new("3.8", "the kernel does not count what is behind a guest_memfd"),
+                    Departure::new("4.25", by_page_state),
+                    Departure::new("4.26", by_page_state),
+                ]);
+                if !self.is_emulated() {
+                    let reason = "the host's zeros are not encrypted, so the guest decrypts them to something else: it \
+                                  has to write to a page before it reads there";
+                    departures.push(Departure::new("4.2", reason));
+                }
+                return departures;
+            }
+            let by_tables = "the guest's page tables decide, access by access, which side it touches, and the \
+                             processor stops neither";
+            departures.extend([
+                Departure::new(
+                    "4.2",
+                    "both sides of a page are one page, which is left as it is: the guest decrypts what was never \
+                     encrypted, and has to write to the page before it reads there",
+                ),
+                Departure::new("4.27", "page state changes are SEV-SNP's"),
+                Departure::new("4.28", by_tables),
+                Departure::new("4.29", by_tables),
+            ]);
+            if self.is_emulated() {
+                let reason = "both sides of a page are one page, and the processor that stands in for AMD's does not \
+                              encrypt it";
+                departures.push(Departure::new("3.6", reason));
+            }
+            departures
         }
 
         fn is_emulated(&self) -> bool {

@@ -3,10 +3,13 @@
 use crate::guest::{GHCB, MAX_GHCBS, REPORT};
 use crate::quality;
 use cvm_core::launch::Loader;
-use cvm_core::memory::ConversionTotals;
+use cvm_core::memory::{Allocated, ConversionTotals};
 use cvm_core::{
     Answer, ConversionRequest, Error, Exit, Gpa, GpaRange, Launch, PAGE_SIZE, PageState, Vcpu, Vm, Watchdog,
 };
+use std::panic::resume_unwind;
+use std::sync::Barrier;
+use std::thread;
 use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryError};
 
@@ -18,9 +21,14 @@ pub(crate) fn range(start: u64, pages: u64) -> GpaRange {
     GpaRange::from_pages(start, pages).expect("a sound range")
 }
 
+/// Whether it is one page from `gpa` on by which a vCPU talks to its host.
+pub(crate) fn is_ghcb(gpa: Gpa, pages: u64) -> bool {
+    pages == 1 && (GHCB..GHCB + MAX_GHCBS * PAGE_SIZE).contains(&gpa.0)
+}
+
 /// Whether a vCPU asks for the page by which it talks to its host, as its code begins.
 fn is_of_ghcb(request: &ConversionRequest) -> bool {
-    request.pages() == 1 && (GHCB..GHCB + MAX_GHCBS * PAGE_SIZE).contains(&request.gpa().0)
+    is_ghcb(request.gpa(), request.pages())
 }
 
 /// Runs a vCPU up to its next exit. What it has to have converted before it can talk at all is done without a word.
@@ -115,7 +123,11 @@ impl<V: Vm> Guest<V> {
     pub fn convert(&mut self) -> Converted {
         let request = self.request();
         let conversion = self.vm.convert(&request);
-        let cause = conversion.cause().map(|cause| quality::told(cause)).unwrap_or_default();
+        let cause = conversion.cause().map(|cause| {
+            quality::assert_good(cause);
+            quality::told(cause)
+        });
+        let cause = cause.unwrap_or_default();
         let converted = Converted { request, answer: conversion.answer(), pages: conversion.pages(), cause };
         self.vcpus[0].answer_conversion(conversion).expect("an answer to what was asked");
         converted
@@ -175,6 +187,29 @@ impl<V: Vm> Guest<V> {
         let totals = self.vm.conversions();
         let ghcbs = self.ghcbs();
         ConversionTotals { requests: totals.requests - ghcbs, to_shared: totals.to_shared - ghcbs, ..totals }
+    }
+
+    /// How much memory it takes up, but for those pages.
+    pub fn allocated(&self) -> Allocated {
+        let allocated = self.vm.allocated().unwrap_or_else(|error| panic!("{}", quality::told(&error)));
+        Allocated { shared: allocated.shared.saturating_sub(self.ghcbs() * PAGE_SIZE), ..allocated }
+    }
+
+    /// Runs each vCPU on a thread of its own as `each` says, all from the same moment on.
+    pub fn run_all(&mut self, each: impl Fn(&V, &mut V::Vcpu) + Sync) {
+        let (vm, each, start) = (&self.vm, &each, &Barrier::new(self.vcpus.len()));
+        thread::scope(|scope| {
+            let run = |vcpu| {
+                scope.spawn(move || {
+                    start.wait();
+                    each(vm, vcpu);
+                })
+            };
+            let threads: Vec<_> = self.vcpus.iter_mut().map(run).collect();
+            for thread in threads {
+                thread.join().unwrap_or_else(|panic| resume_unwind(panic));
+            }
+        });
     }
 
     fn ghcbs(&self) -> u64 {

@@ -60,8 +60,15 @@ impl VaultVcpu {
                 return Ok(Exit::Kicked);
             }
             let given = std::mem::replace(&mut self.given, Given::Nothing);
-            let reply = self.ask("run a vcpu", &Request::Run(given));
+            let was_done = matches!(given, Given::Answer(Answer::Done));
+            let mut reply = self.shared.held.vault.ask(self.index, &Request::Run(given));
+            if was_done && matches!(reply, Err(Error::VaultRefused { .. })) {
+                // Another vCPU has taken pages back since, so that it is not true any more: this one may ask again.
+                let retry = Request::Run(Given::Answer(Answer::Retry));
+                reply = self.shared.held.vault.ask(self.index, &retry);
+            }
             self.kicks()?.leave();
+            let reply = reply.map_err(failed("run a vcpu"));
             let vcpu = self.index;
             match reply? {
                 // A kick that was noticed here already.

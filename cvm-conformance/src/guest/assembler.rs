@@ -46,6 +46,11 @@ impl Assembler {
         self.interface.exits == Exits::Ghcb
     }
 
+    /// How conversions are asked for.
+    pub fn transport(&self) -> Transport {
+        self.interface.transport
+    }
+
     /// Whether the doorbell is a port, so that it has no upper half.
     pub fn is_by_port(&self) -> bool {
         self.doorbell == Doorbell::Port
@@ -164,24 +169,47 @@ impl Assembler {
     /// Asks for a conversion of `pages` pages from the page frame in RBX on. EAX is 0 if it was done.
     pub fn convert_frame(&mut self, pages: u64, to: Side) -> Result<(), IcedError> {
         if !self.validates {
-            return self.ask(pages, to);
+            return self.ask_frame(pages, to);
         }
         // A page is not valid while it is shared, and guests have no stack before a clause gives them one.
         self.mov(r13, rbx)?;
         if to == Side::Shared {
             self.validate(pages, false)?;
-            return self.ask(pages, to);
         }
-        let mut refused = self.create_label();
-        self.ask(pages, to)?;
+        self.ask_frame(pages, to)?;
+        // What is private now, or has stayed so because it was refused, is to be used as such.
+        let mut out = self.create_label();
         self.test(eax, eax)?;
-        self.jne(refused)?;
+        if to == Side::Shared {
+            self.je(out)?;
+        } else {
+            self.jne(out)?;
+        }
         self.mov(rbx, r13)?;
         self.validate(pages, true)?;
-        self.xor(eax, eax)?;
-        self.set_label(&mut refused)?;
+        self.mov(eax, u32::from(to == Side::Shared))?;
+        self.set_label(&mut out)?;
         // A label needs an instruction.
         self.nop()
+    }
+
+    /// Asks for a conversion, and does nothing else: the guest gives up no page beforehand and accepts none afterwards, so it
+    /// touches those pages only if it sees to that. EAX is 0 if it was done.
+    pub fn ask(&mut self, gpa: u64, pages: u64, to: Side) -> Result<(), IcedError> {
+        self.mov(rbx, gpa / PAGE_SIZE)?;
+        self.ask_frame(pages, to)
+    }
+
+    /// Gives up `pages` pages from `gpa` on before they are [asked](Assembler::ask) to be shared.
+    pub fn rescind(&mut self, gpa: u64, pages: u64) -> Result<(), IcedError> {
+        self.mov(rbx, gpa / PAGE_SIZE)?;
+        if self.validates { self.validate(pages, false) } else { Ok(()) }
+    }
+
+    /// Accepts `pages` pages from `gpa` on, as [`Assembler::accept_frame`].
+    pub fn accept(&mut self, gpa: u64, pages: u64) -> Result<(), IcedError> {
+        self.mov(rbx, gpa / PAGE_SIZE)?;
+        self.accept_frame(pages)
     }
 
     /// Accepts `pages` pages from the page frame in RBX on: no launch has loaded anything in the large pages that they are in.
@@ -194,7 +222,8 @@ impl Assembler {
         if self.validates { self.validate(1, false) } else { Ok(()) }
     }
 
-    fn ask(&mut self, pages: u64, to: Side) -> Result<(), IcedError> {
+    /// The same as [`Assembler::ask`] for the page frame in RBX.
+    pub fn ask_frame(&mut self, pages: u64, to: Side) -> Result<(), IcedError> {
         match self.interface.transport {
             Transport::Doorbell => {
                 // The registers have 32 bits.
