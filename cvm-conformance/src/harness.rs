@@ -88,6 +88,7 @@ impl Suite {
             Ok(platform) => platform,
             Err(why) if subject.required() => return Err(format!("{name} is required: {why}").into()),
             Err(why) => {
+                clauses::is_refused_as_probed::<S::Platform>(subject.protection(), &*why)?;
                 writeln!(std::io::stderr(), "SKIPPED: {name}: {why}")?;
                 return Ok(());
             }

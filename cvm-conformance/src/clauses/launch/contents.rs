@@ -1,0 +1,166 @@
+//! Chapter 2: what the guest finds in its memory.
+
+use super::{BORDER, UPPER, guest_of};
+use crate::Bench;
+use crate::clause::{Clause, Verdict};
+use crate::guest::{Assembler, BOOT_PAGE, CODE, EXTRA, GHCB, MEMORY, TABLES};
+use crate::vmm::range;
+use cvm_core::{Error, Gpa, GpaRange, Launch, PAGE_SIZE, PageKind, Platform, Vm, VmConfig, boot};
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+use std::collections::BTreeMap;
+
+pub(super) fn clauses<P: Platform>() -> Vec<Clause<P>> {
+    vec![Clause::new("2.6", "the guest finds what was loaded and zeros everywhere else", found)]
+}
+
+/// By what a page's words are made into one number, that of zeros is zero.
+const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// What a clause leaves out: the boot page and the two behind it, page tables, in which the processor writes, and the page of
+/// the way to the host.
+const LEFT_OUT: [(u64, u64); 3] = [(BOOT_PAGE, 3), (TABLES, 16), (GHCB, 1)];
+
+/// More than 2 MiB: more than backends load at once.
+const LARGE: u64 = 514;
+
+fn number(page: &[u8]) -> u64 {
+    let words = page.chunks(8).map(|word| {
+        let mut bytes = [0; 8];
+        bytes[..word.len()].copy_from_slice(word);
+        u64::from_le_bytes(bytes)
+    });
+    let (number, missing) =
+        words.fold((0u64, 512), |(number, left), word| (number.wrapping_mul(FACTOR).wrapping_add(word), left - 1));
+    (0..missing).fold(number, |number, _| number.wrapping_mul(FACTOR))
+}
+
+/// Bytes that no two pages have in common.
+fn pattern(seed: u64, len: usize) -> Vec<u8> {
+    let words = (1..).map(|index: u64| (index ^ seed << 32).wrapping_mul(FACTOR));
+    words.flat_map(u64::to_le_bytes).take(len).collect()
+}
+
+/// As many slots as there can be, in no order: two adjoin, and there are small ones.
+fn slots() -> Vec<GpaRange> {
+    let small = (0..boot::MAX_RANGES as u64 - 3).map(|slot| range((16 << 20) + 2 * slot * PAGE_SIZE, 1));
+    let large = [range(BORDER, (MEMORY - BORDER) / PAGE_SIZE), range(UPPER, 700), range(0, BORDER / PAGE_SIZE)];
+    small.rev().chain(large).collect()
+}
+
+/// The parts of memory that the guest looks at.
+fn looked_at() -> Vec<GpaRange> {
+    let mut slots = slots();
+    slots.sort();
+    let mut parts = Vec::new();
+    for slot in slots {
+        let mut next = slot.start().0;
+        for (start, pages) in LEFT_OUT {
+            let out = range(start, pages);
+            if slot.contains_range(&out) {
+                parts.extend(GpaRange::new(next, out.start().0 - next));
+                next = out.end().0;
+            }
+        }
+        parts.extend(GpaRange::new(next, slot.end().0 - next));
+    }
+    parts
+}
+
+/// What is loaded besides the guest: the last page of each is not full.
+fn loads() -> Vec<(u64, Vec<u8>, PageKind)> {
+    vec![
+        (EXTRA, pattern(1, 0x1801), PageKind::Measured),
+        // Across the border of two slots, once so and once so.
+        (BORDER - PAGE_SIZE, pattern(2, 0x2000), PageKind::Measured),
+        (BORDER + 2 * PAGE_SIZE, pattern(3, 0x1007), PageKind::Unmeasured),
+        // Only the last page is not zero, and only its last byte.
+        (BORDER + 8 * PAGE_SIZE, [vec![0; 0x1fff], vec![1]].concat(), PageKind::Measured),
+        (UPPER + PAGE_SIZE, pattern(4, (LARGE * PAGE_SIZE) as usize - 5), PageKind::Measured),
+        ((16 << 20) + 4 * PAGE_SIZE, pattern(5, 0x1000), PageKind::Measured),
+        ((16 << 20) + 8 * PAGE_SIZE, pattern(6, 1), PageKind::Unmeasured),
+    ]
+}
+
+/// Tells of each page that is not zero where it is and what it comes to.
+fn look(a: &mut Assembler) -> Result<(), IcedError> {
+    a.mov(rbp, FACTOR)?;
+    for part in looked_at() {
+        let (mut page, mut word, mut next) = (a.create_label(), a.create_label(), a.create_label());
+        a.mov(r8, part.start().0)?;
+        a.set_label(&mut page)?;
+        a.xor(r10d, r10d)?;
+        a.mov(r11, r8)?;
+        a.mov(ecx, 512u32)?;
+        a.set_label(&mut word)?;
+        a.imul_2(r10, rbp)?;
+        a.add(r10, qword_ptr(r11))?;
+        a.add(r11, 8)?;
+        a.dec(ecx)?;
+        a.jne(word)?;
+        a.test(r10, r10)?;
+        a.je(next)?;
+        a.mov(rax, r8)?;
+        a.shr(rax, 12)?;
+        a.report()?;
+        a.mov(eax, r10d)?;
+        a.report()?;
+        a.mov(rax, r10)?;
+        a.shr(rax, 32)?;
+        a.report()?;
+        a.set_label(&mut next)?;
+        a.add(r8, PAGE_SIZE as i32)?;
+        a.mov(rax, part.end().0)?;
+        a.cmp(r8, rax)?;
+        a.jne(page)?;
+    }
+    // No page is there.
+    a.mov(eax, u32::MAX)?;
+    a.report()?;
+    a.end(0)
+}
+
+fn submit<P: Platform>(launch: &mut Launch<P::Loader>) -> Result<(), Error> {
+    for (gpa, contents, kind) in loads() {
+        launch.load(Gpa(gpa), &contents, kind)?;
+    }
+    launch.zero(range(BORDER + 16 * PAGE_SIZE, 3))?;
+    // Across a border too.
+    launch.zero(range(BORDER - 4 * PAGE_SIZE, 2))
+}
+
+fn found<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
+    let config = VmConfig { memory: slots(), ..bench.config(1) };
+    let launch = bench.load_after(config, |_, launch| submit::<P>(launch), look).map(|launch| {
+        let code = bench.assemble(&launch, CODE, |a| a.begin().and_then(|()| look(a)));
+        (launch, code)
+    });
+    let (launch, code) = match launch {
+        Ok((launch, code)) => (Ok(launch), code),
+        Err(error) => (Err(error), Vec::new()),
+    };
+    let mut expected = BTreeMap::new();
+    for (gpa, contents, _) in loads().into_iter().chain([(CODE, code, PageKind::Measured)]) {
+        for (page, contents) in (gpa / PAGE_SIZE..).zip(contents.chunks(PAGE_SIZE as usize)) {
+            expected.insert(page as u32, number(contents));
+        }
+    }
+    expected.retain(|_, number| *number != 0);
+
+    let mut guest = guest_of::<P>(launch);
+    let mut found = BTreeMap::new();
+    loop {
+        let page = guest.report();
+        if page == u32::MAX {
+            break;
+        }
+        let number = u64::from(guest.report()) | u64::from(guest.report()) << 32;
+        found.insert(page, number);
+    }
+    guest.end();
+    for page in expected.keys().chain(found.keys()) {
+        assert_eq!(found.get(page), expected.get(page), "page {page:#x}: what is found, and what was loaded");
+    }
+    assert_eq!(guest.vm.memory().map().slots().ranges().len(), boot::MAX_RANGES);
+    Verdict::Met
+}
