@@ -28,7 +28,12 @@ impl Subject for Plain {
     }
 
     fn departures(&self, _platform: &KvmPlatform) -> Vec<Departure> {
-        Vec::new()
+        let mut departures = Vec::new();
+        if self.isolation != Protection::Vault {
+            let reason = "whoever holds the vcpus can debug them, and without a vault that is the vmm";
+            departures.push(Departure::new("8.6", reason));
+        }
+        departures
     }
 }
 

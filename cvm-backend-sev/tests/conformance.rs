@@ -27,7 +27,16 @@ mod subject {
         }
 
         fn departures(&self, _platform: &SevPlatform) -> Vec<Departure> {
-            Vec::new()
+            let mut departures = Vec::new();
+            if self.0 == Protection::Sev {
+                let reason = "sev leaves registers to the host, so whoever holds the vcpus can debug them";
+                departures.push(Departure::new("8.6", reason));
+            }
+            if self.0 != Protection::SevSnp && self.is_emulated() {
+                let reason = "this processor only passes for one of amd's, and encrypts nothing";
+                departures.push(Departure::new("1.5", reason));
+            }
+            departures
         }
 
         fn is_emulated(&self) -> bool {

@@ -11,9 +11,9 @@ use cvm_core::{Platform, RegisterRead, Side, Vcpu, Vm};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use std::fs::{self, File};
-use std::hint::black_box;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 const ASSETS: [Asset; 3] = [Asset::PrivateMemory, Asset::Registers, Asset::Interrupts];
 
@@ -85,9 +85,12 @@ fn registers<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
     Verdict::Met
 }
 
-/// By how much each word is more than the one before, in what guests fill their pages with. Nobody but guests makes such words.
-const PRIVATE_STEP: u64 = 0x9e37_79b9_7f4a_7c15;
-const SHARED_STEP: u64 = 0xc2b2_ae3d_27d4_eb4f;
+/// By how much each word is to be more than the one before, in pages that guests fill: another number each time, so that nothing
+/// of an earlier guest is taken for this one's. Nobody but guests makes such words.
+fn new_step() -> u64 {
+    static MADE: AtomicU64 = AtomicU64::new(0);
+    0x9e37_79b9_7f4a_7c15u64.wrapping_mul(2 * MADE.fetch_add(1, Ordering::Relaxed) + 1)
+}
 
 /// How many words in a row are no coincidence.
 const RUN: usize = 8;
@@ -141,24 +144,22 @@ fn has_words(step: u64) -> io::Result<bool> {
 
 fn memory<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
     const PAGES: u64 = 16;
+    let (private, shared) = (new_step(), new_step());
     let mut guest = bench.guest(bench.config(1), |a| {
         for page in 0..PAGES {
-            fill(a, DATA + page * 0x1000, Side::Private, PRIVATE_STEP)?;
+            fill(a, DATA + page * 0x1000, Side::Private, private)?;
         }
         a.convert(DATA + PAGES * 0x1000, 1, Side::Shared)?;
-        fill(a, DATA + PAGES * 0x1000, Side::Shared, SHARED_STEP)?;
+        fill(a, DATA + PAGES * 0x1000, Side::Shared, shared)?;
         a.report()?;
         a.end(0)
     });
     const { assert!(DATA + (PAGES + 1) * 0x1000 <= MEMORY) };
     assert_eq!(guest.convert().pages, 1);
     guest.report();
-    assert!(
-        has_words(black_box(SHARED_STEP)).unwrap(),
-        "what is shared is not in the process, or the search finds nothing"
-    );
+    assert!(has_words(shared).unwrap(), "what is shared is not in the process, or the search finds nothing");
     if !of_vmm(bench, Asset::PrivateMemory).contains(Powers::READ) {
-        assert!(!has_words(black_box(PRIVATE_STEP)).unwrap(), "private memory is in the process that cannot read it");
+        assert!(!has_words(private).unwrap(), "private memory is in the process that cannot read it");
     }
     guest.end();
     Verdict::Met
