@@ -31,7 +31,7 @@ impl Subject for Plain {
         let mut departures = Vec::new();
         if self.isolation != Protection::Vault {
             let reason = "whoever holds the vcpus can debug them, and without a vault that is the vmm";
-            departures.push(Departure::new("8.6", reason));
+            departures.push(Departure::new("8.5", reason));
         }
         departures
     }

@@ -30,11 +30,19 @@ mod subject {
             let mut departures = Vec::new();
             if self.0 == Protection::Sev {
                 let reason = "sev leaves registers to the host, so whoever holds the vcpus can debug them";
-                departures.push(Departure::new("8.6", reason));
+                departures.push(Departure::new("8.5", reason));
             }
             if self.0 != Protection::SevSnp && self.is_emulated() {
                 let reason = "this processor only passes for one of amd's, and encrypts nothing";
                 departures.push(Departure::new("1.5", reason));
+            }
+            if self.0 != Protection::SevSnp {
+                let reason = "sev and sev-es measure the contents of every page that is loaded";
+                departures.push(Departure::new("2.7", reason));
+            }
+            if self.0 == Protection::Sev && self.is_emulated() {
+                let reason = "this secure processor only passes for one, and takes any keys for those of a target";
+                departures.push(Departure::new("9.4", reason));
             }
             departures
         }

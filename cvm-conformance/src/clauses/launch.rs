@@ -131,7 +131,7 @@ fn twice<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
             is_twice(launch.load_boot_page(Gpa(DATA), [0; 4]), range(DATA, 1));
             // What was refused is as it was: all of it can be loaded, once.
             launch.zero(range(EXTRA - PAGE_SIZE, 1))?;
-            launch.load(Gpa(EXTRA + 2 * PAGE_SIZE), &[0x66; 4], PageKind::Unmeasured)
+            launch.load(Gpa(EXTRA + 2 * PAGE_SIZE), &[0x66; 4], PageKind::Measured)
         },
         |a| {
             for gpa in [DATA, DATA + PAGE_SIZE, EXTRA, EXTRA + 2 * PAGE_SIZE] {

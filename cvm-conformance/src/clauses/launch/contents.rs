@@ -1,17 +1,21 @@
 //! Chapter 2: what the guest finds in its memory.
 
-use super::{BORDER, UPPER, guest_of};
-use crate::Bench;
+use super::{BORDER, UPPER, guest_of, with_slots};
 use crate::clause::{Clause, Verdict};
 use crate::guest::{Assembler, BOOT_PAGE, CODE, EXTRA, GHCB, MEMORY, TABLES};
 use crate::vmm::range;
-use cvm_core::{Error, Gpa, GpaRange, Launch, PAGE_SIZE, PageKind, Platform, Vm, VmConfig, boot};
+use crate::{Bench, quality};
+use cvm_core::x86::VcpuState;
+use cvm_core::{Error, Gpa, GpaRange, Launch, PAGE_SIZE, PageKind, Platform, Side, Vm, VmConfig, boot};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use std::collections::BTreeMap;
 
 pub(super) fn clauses<P: Platform>() -> Vec<Clause<P>> {
-    vec![Clause::new("2.6", "the guest finds what was loaded and zeros everywhere else", found)]
+    vec![
+        Clause::new("2.6", "the guest finds what was loaded and zeros everywhere else", found),
+        Clause::new("2.7", "contents that are not measured are loaded or refused and then nothing goes on", unmeasured),
+    ]
 }
 
 /// By what a page's words are made into one number, that of zeros is zero.
@@ -68,17 +72,17 @@ fn looked_at() -> Vec<GpaRange> {
 }
 
 /// What is loaded besides the guest: the last page of each is not full.
-fn loads() -> Vec<(u64, Vec<u8>, PageKind)> {
+fn loads() -> Vec<(u64, Vec<u8>)> {
     vec![
-        (EXTRA, pattern(1, 0x1801), PageKind::Measured),
+        (EXTRA, pattern(1, 0x1801)),
         // Across the border of two slots, once so and once so.
-        (BORDER - PAGE_SIZE, pattern(2, 0x2000), PageKind::Measured),
-        (BORDER + 2 * PAGE_SIZE, pattern(3, 0x1007), PageKind::Unmeasured),
-        // Only the last page is not zero, and only its last byte.
-        (BORDER + 8 * PAGE_SIZE, [vec![0; 0x1fff], vec![1]].concat(), PageKind::Measured),
-        (UPPER + PAGE_SIZE, pattern(4, (LARGE * PAGE_SIZE) as usize - 5), PageKind::Measured),
-        ((16 << 20) + 4 * PAGE_SIZE, pattern(5, 0x1000), PageKind::Measured),
-        ((16 << 20) + 8 * PAGE_SIZE, pattern(6, 1), PageKind::Unmeasured),
+        (BORDER - PAGE_SIZE, pattern(2, 0x2000)),
+        (BORDER + 2 * PAGE_SIZE, pattern(3, 0x1007)),
+        // Only the last page is not zero, and only its last byte, which alone makes the number that is told.
+        (BORDER + 8 * PAGE_SIZE, [vec![0; 0x1fff], vec![0x80]].concat()),
+        (UPPER + PAGE_SIZE, pattern(4, (LARGE * PAGE_SIZE) as usize - 5)),
+        ((16 << 20) + 4 * PAGE_SIZE, pattern(5, 0x1000)),
+        ((16 << 20) + 8 * PAGE_SIZE, pattern(6, 1)),
     ]
 }
 
@@ -103,8 +107,6 @@ fn look(a: &mut Assembler) -> Result<(), IcedError> {
         a.mov(rax, r8)?;
         a.shr(rax, 12)?;
         a.report()?;
-        a.mov(eax, r10d)?;
-        a.report()?;
         a.mov(rax, r10)?;
         a.shr(rax, 32)?;
         a.report()?;
@@ -121,8 +123,8 @@ fn look(a: &mut Assembler) -> Result<(), IcedError> {
 }
 
 fn submit<P: Platform>(launch: &mut Launch<P::Loader>) -> Result<(), Error> {
-    for (gpa, contents, kind) in loads() {
-        launch.load(Gpa(gpa), &contents, kind)?;
+    for (gpa, contents) in loads() {
+        launch.load(Gpa(gpa), &contents, PageKind::Measured)?;
     }
     launch.zero(range(BORDER + 16 * PAGE_SIZE, 3))?;
     // Across a border too.
@@ -140,9 +142,9 @@ fn found<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
         Err(error) => (Err(error), Vec::new()),
     };
     let mut expected = BTreeMap::new();
-    for (gpa, contents, _) in loads().into_iter().chain([(CODE, code, PageKind::Measured)]) {
+    for (gpa, contents) in loads().into_iter().chain([(CODE, code)]) {
         for (page, contents) in (gpa / PAGE_SIZE..).zip(contents.chunks(PAGE_SIZE as usize)) {
-            expected.insert(page as u32, number(contents));
+            expected.insert(page as u32, (number(contents) >> 32) as u32);
         }
     }
     expected.retain(|_, number| *number != 0);
@@ -154,13 +156,53 @@ fn found<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
         if page == u32::MAX {
             break;
         }
-        let number = u64::from(guest.report()) | u64::from(guest.report()) << 32;
-        found.insert(page, number);
+        found.insert(page, guest.report());
     }
     guest.end();
     for page in expected.keys().chain(found.keys()) {
         assert_eq!(found.get(page), expected.get(page), "page {page:#x}: what is found, and what was loaded");
     }
     assert_eq!(guest.vm.memory().map().slots().ranges().len(), boot::MAX_RANGES);
+    Verdict::Met
+}
+
+fn unmeasured<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
+    const SEEN: [u64; 4] = [EXTRA, EXTRA + PAGE_SIZE, BORDER - PAGE_SIZE, BORDER];
+    let mut refusal = None;
+    let launch = bench.load_after(
+        with_slots(bench, 1),
+        |_, launch| {
+            let loaded = launch.load(Gpa(EXTRA), &[0x11; 0x1001], PageKind::Unmeasured);
+            if let Err(error) = loaded {
+                let after = [
+                    launch.load(Gpa(CODE), &[1], PageKind::Measured),
+                    launch.zero(range(BORDER, 1)),
+                    launch.load_boot_page(Gpa(BOOT_PAGE), [0; 4]),
+                    launch.set_vcpu(0, &VcpuState::long_mode(Gpa(CODE), Gpa(TABLES), 0, Gpa(BOOT_PAGE))),
+                ];
+                refusal = Some((quality::told(&error), after));
+                return Err(error);
+            }
+            launch.load(Gpa(BORDER - PAGE_SIZE), &[0x22; 0x2000], PageKind::Unmeasured)
+        },
+        |a| {
+            for gpa in SEEN {
+                a.load(gpa, Side::Private)?;
+                a.report()?;
+            }
+            a.end(0)
+        },
+    );
+    if let Some((told, after)) = refusal {
+        // It is the backend that cannot, and after that no step works.
+        assert!(matches!(launch, Err(Error::Backend { step: "load pages", .. })), "{told}");
+        for step in after {
+            assert!(matches!(step, Err(Error::LaunchFailed)), "after a step that failed: {step:?}");
+        }
+        return Verdict::NotOffered(told);
+    }
+    let mut guest = guest_of::<P>(launch);
+    assert_eq!(SEEN.map(|_| guest.report()), [0x1111_1111, 0x11, 0x2222_2222, 0x2222_2222]);
+    guest.end();
     Verdict::Met
 }
