@@ -117,6 +117,7 @@ fn outside<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
 }
 
 fn twice<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
+    const SECOND: u64 = EXTRA + 4 * PAGE_SIZE;
     let is_twice = |result: Result<(), Error>, twice: GpaRange| {
         assert!(matches!(result, Err(Error::LoadedTwice { range }) if range == twice), "{twice}: {result:?}");
     };
@@ -124,17 +125,17 @@ fn twice<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
         bench.config(1),
         |_, launch| {
             launch.load(Gpa(DATA), &[1; 3 * PAGE_SIZE as usize], PageKind::Measured)?;
-            launch.zero(range(EXTRA, 2))?;
+            launch.zero(range(SECOND, 2))?;
             is_twice(launch.load(Gpa(DATA + PAGE_SIZE), &[2], PageKind::Measured), range(DATA + PAGE_SIZE, 1));
-            is_twice(launch.load(Gpa(EXTRA), &[2], PageKind::Unmeasured), range(EXTRA, 1));
-            is_twice(launch.zero(range(EXTRA - PAGE_SIZE, 4)), range(EXTRA, 2));
+            is_twice(launch.load(Gpa(SECOND), &[2], PageKind::Unmeasured), range(SECOND, 1));
+            is_twice(launch.zero(range(SECOND - PAGE_SIZE, 4)), range(SECOND, 2));
             is_twice(launch.load_boot_page(Gpa(DATA), [0; 4]), range(DATA, 1));
             // What was refused is as it was: all of it can be loaded, once.
-            launch.zero(range(EXTRA - PAGE_SIZE, 1))?;
-            launch.load(Gpa(EXTRA + 2 * PAGE_SIZE), &[0x66; 4], PageKind::Measured)
+            launch.zero(range(SECOND - PAGE_SIZE, 1))?;
+            launch.load(Gpa(SECOND + 2 * PAGE_SIZE), &[0x66; 4], PageKind::Measured)
         },
         |a| {
-            for gpa in [DATA, DATA + PAGE_SIZE, EXTRA, EXTRA + 2 * PAGE_SIZE] {
+            for gpa in [DATA, DATA + PAGE_SIZE, SECOND, SECOND + 2 * PAGE_SIZE] {
                 a.load(gpa, Side::Private)?;
                 a.report()?;
             }

@@ -2,7 +2,7 @@
 
 use super::{BORDER, UPPER, guest_of, with_slots};
 use crate::clause::{Clause, Verdict};
-use crate::guest::{Assembler, BOOT_PAGE, CODE, EXTRA, GHCB, MEMORY, TABLES};
+use crate::guest::{Assembler, BOOT_PAGE, CODE, EXTRA, GHCB, TABLES};
 use crate::vmm::range;
 use crate::{Bench, quality};
 use cvm_core::x86::VcpuState;
@@ -25,31 +25,47 @@ const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
 /// the way to the host.
 const LEFT_OUT: [(u64, u64); 3] = [(BOOT_PAGE, 3), (TABLES, 16), (GHCB, 1)];
 
+/// A slot of one page.
+const TOP: u64 = 16 << 20;
+
 /// More than 2 MiB: more than backends load at once.
 const LARGE: u64 = 514;
 
+/// What `page` comes to, whose end is zeros.
 fn number(page: &[u8]) -> u64 {
-    let words = page.chunks(8).map(|word| {
+    let mut words = page.chunks(8).map(|word| {
         let mut bytes = [0; 8];
         bytes[..word.len()].copy_from_slice(word);
         u64::from_le_bytes(bytes)
     });
-    let (number, missing) =
-        words.fold((0u64, 512), |(number, left), word| (number.wrapping_mul(FACTOR).wrapping_add(word), left - 1));
-    (0..missing).fold(number, |number, _| number.wrapping_mul(FACTOR))
+    (0..PAGE_SIZE / 8).fold(0u64, |sum, _| sum.wrapping_mul(FACTOR).wrapping_add(words.next().unwrap_or_default()))
 }
 
-/// Bytes that no two pages have in common.
+/// Bytes that no two pages have in common: some at the start of each page, and the last ones.
 fn pattern(seed: u64, len: usize) -> Vec<u8> {
-    let words = (1..).map(|index: u64| (index ^ seed << 32).wrapping_mul(FACTOR));
-    words.flat_map(u64::to_le_bytes).take(len).collect()
+    let mut bytes = vec![0; len];
+    for (page, bytes) in (1..).zip(bytes.chunks_mut(PAGE_SIZE as usize)) {
+        let word = (page ^ seed << 32).wrapping_mul(FACTOR).to_le_bytes();
+        let last = bytes.len().saturating_sub(word.len());
+        for at in [0, last] {
+            bytes[at..].iter_mut().zip(word).for_each(|(byte, from)| *byte = from);
+        }
+    }
+    bytes
 }
 
-/// As many slots as there can be, in no order: two adjoin, and there are small ones.
+/// As many slots as there can be, in no order: two adjoin. There is not much in them, since each page is hashed.
 fn slots() -> Vec<GpaRange> {
-    let small = (0..boot::MAX_RANGES as u64 - 3).map(|slot| range((16 << 20) + 2 * slot * PAGE_SIZE, 1));
-    let large = [range(BORDER, (MEMORY - BORDER) / PAGE_SIZE), range(UPPER, 700), range(0, BORDER / PAGE_SIZE)];
-    small.rev().chain(large).collect()
+    vec![
+        range(TOP, 1),
+        range(BORDER, 24),
+        range(CODE, 16),
+        range(UPPER, LARGE + 8),
+        range(0, 16),
+        range(GHCB, 1),
+        range(BORDER - 8 * PAGE_SIZE, 8),
+        range(TABLES, 16),
+    ]
 }
 
 /// The parts of memory that the guest looks at.
@@ -62,6 +78,7 @@ fn looked_at() -> Vec<GpaRange> {
         for (start, pages) in LEFT_OUT {
             let out = range(start, pages);
             if slot.contains_range(&out) {
+                // Nothing if one ends where the other begins.
                 parts.extend(GpaRange::new(next, out.start().0 - next));
                 next = out.end().0;
             }
@@ -81,8 +98,7 @@ fn loads() -> Vec<(u64, Vec<u8>)> {
         // Only the last page is not zero, and only its last byte, which alone makes the number that is told.
         (BORDER + 8 * PAGE_SIZE, [vec![0; 0x1fff], vec![0x80]].concat()),
         (UPPER + PAGE_SIZE, pattern(4, (LARGE * PAGE_SIZE) as usize - 5)),
-        ((16 << 20) + 4 * PAGE_SIZE, pattern(5, 0x1000)),
-        ((16 << 20) + 8 * PAGE_SIZE, pattern(6, 1)),
+        (TOP, pattern(5, 0x1000)),
     ]
 }
 
