@@ -37,12 +37,16 @@ impl Subject for Plain {
         let offers = KvmPlatform::probe();
         let has_gmem =
             offers.iter().any(|offer| offer.protection == Protection::GuestMemfd && offer.missing.is_empty());
-        if self.isolation != Protection::None && has_gmem {
+        if self.0 != Protection::None && has_gmem {
             departures.push(Departure::new("3.8", "the kernel does not count what is behind a guest_memfd"));
         }
         if !platform.hypercalls_work() {
             let reason = "a guest's hypercall does not arrive on this host's KVM: guests ask by doorbell";
             departures.push(Departure::new("4.26", reason));
+        }
+        if self.0 != Protection::Vault {
+            let reason = "whoever holds the vCPUs can debug them, and without a vault that is the VMM";
+            departures.push(Departure::new("8.5", reason));
         }
         departures
     }

@@ -28,6 +28,22 @@ mod subject {
 
         fn departures(&self, _platform: &SevPlatform) -> Vec<Departure> {
             let mut departures = Vec::new();
+            if self.0 == Protection::Sev {
+                let reason = "SEV leaves registers to the host, so whoever holds the vCPUs can debug them";
+                departures.push(Departure::new("8.5", reason));
+            }
+            if self.0 != Protection::SevSnp && self.is_emulated() {
+                let reason = "this processor only passes for one of AMD's, and encrypts nothing";
+                departures.push(Departure::new("1.5", reason));
+            }
+            if self.0 != Protection::SevSnp {
+                let reason = "SEV and SEV-ES measure the contents of every page that is loaded";
+                departures.push(Departure::new("2.7", reason));
+            }
+            if self.0 == Protection::Sev && self.is_emulated() {
+                let reason = "this secure processor only passes for one, and takes any keys for those of a target";
+                departures.push(Departure::new("9.4", reason));
+            }
             if self.0 == Protection::SevSnp {
                 let by_page_state = "guests of SEV-SNP ask for conversions by page state changes alone";
                 departures.extend([

@@ -93,6 +93,7 @@ impl Suite {
             Ok(platform) => platform,
             Err(why) if only.is_some() || subject.required() => return Err(format!("{name} is required: {why}").into()),
             Err(why) => {
+                clauses::is_refused_as_probed::<S::Platform>(subject.protection(), &*why)?;
                 writeln!(std::io::stderr(), "SKIPPED: {name}: {why}")?;
                 return Ok(());
             }

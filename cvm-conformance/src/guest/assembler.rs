@@ -1,6 +1,7 @@
 use super::{REPORT, ghcb};
 use cvm_core::boot::{Exits, Interface};
 use cvm_core::doorbell::{Doorbell, MSR_BASE, PORT_BASE, Transport, control};
+use cvm_core::x86::Register;
 use cvm_core::{PAGE_SIZE, Side, x86};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -49,6 +50,11 @@ impl Assembler {
     /// How conversions are asked for.
     pub fn transport(&self) -> Transport {
         self.interface.transport
+    }
+
+    /// Whether the guest has to accept memory that was not loaded.
+    pub fn accepts(&self) -> bool {
+        self.interface.acceptance
     }
 
     /// Whether the doorbell is a port, so that it has no upper half.
@@ -255,6 +261,31 @@ impl Assembler {
         } else {
             self.vmcall()
         }
+    }
+
+    /// Has in EAX what the processor says of itself in this register, one of RAX, RBX, RCX and RDX, of subleaf 0 of a leaf.
+    pub fn cpuid_of(&mut self, leaf: u32, register: Register) -> Result<(), IcedError> {
+        if self.is_by_ghcb() {
+            return self.cpuid_by_msr(leaf, register);
+        }
+        self.mov(eax, leaf)?;
+        self.xor(ecx, ecx)?;
+        self.cpuid()?;
+        match register {
+            Register::Rbx => self.mov(eax, ebx),
+            Register::Rcx => self.mov(eax, ecx),
+            Register::Rdx => self.mov(eax, edx),
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads a performance counter into EDX and EAX.
+    pub fn read_counter(&mut self, index: u32) -> Result<(), IcedError> {
+        if self.is_by_ghcb() {
+            return self.counter_by_ghcb(index);
+        }
+        self.mov(ecx, index)?;
+        self.rdpmc()
     }
 
     /// Has the processor take pages from the page frame in RBX on for valid, or not (AMD64 APM volume 3, PVALIDATE).

@@ -3,6 +3,7 @@
 
 use super::Assembler;
 use super::GHCB;
+use cvm_core::x86::Register;
 use cvm_core::{PAGE_SIZE, Side, x86};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -13,6 +14,7 @@ const MSR: u32 = 0xc001_0130;
 const PAGE_STATE: u32 = 0x14;
 const REGISTER: u32 = 0x12;
 const TERMINATE: u32 = 0x100;
+const CPUID: u64 = 4;
 
 /// Fields (section 2.6).
 const CPL: i32 = 0xcb;
@@ -29,6 +31,7 @@ const BUFFER: i32 = 0x800;
 const VERSION: i32 = 0xffa;
 
 /// What an exit is for (section 4.1).
+const RDPMC: u64 = 0x6f;
 const IOIO: u64 = 0x7b;
 const MSR_ACCESS: u64 = 0x7c;
 const VMMCALL: u64 = 0x81;
@@ -162,6 +165,30 @@ impl Assembler {
             self.mov(edx, dword_ptr(r15 + RDX))?;
         }
         Ok(())
+    }
+
+    /// Asks by the MSR what the processor says of itself in this register of a leaf, for EAX.
+    pub(super) fn cpuid_by_msr(&mut self, leaf: u32, register: Register) -> Result<(), IcedError> {
+        let register = match register {
+            Register::Rbx => 1,
+            Register::Rcx => 2,
+            Register::Rdx => 3,
+            _ => 0,
+        };
+        self.mov(rax, u64::from(leaf) << 32 | register << 30 | CPUID)?;
+        self.ask_by_msr()?;
+        self.mov(ecx, MSR)?;
+        self.rdmsr()?;
+        self.mov(eax, edx)
+    }
+
+    pub(super) fn counter_by_ghcb(&mut self, index: u32) -> Result<(), IcedError> {
+        self.page()?;
+        self.mov(r14d, index)?;
+        self.mov(qword_ptr(r15 + RCX), r14)?;
+        self.exit(RDPMC, 0, bit(RCX))?;
+        self.mov(eax, dword_ptr(r15 + RAX))?;
+        self.mov(edx, dword_ptr(r15 + RDX))
     }
 
     /// A hypercall with what is in RAX, RBX, RCX and RDX; the answer is in RAX.
