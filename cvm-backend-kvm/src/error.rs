@@ -6,7 +6,7 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The KVM device cannot be opened.
+    /// The KVM device cannot be opened, or is not KVM.
     #[error("failed to open {}: {remedy}", path.display())]
     Open {
         /// The device.
@@ -16,7 +16,7 @@ pub enum Error {
         /// Why not.
         source: io::Error,
     },
-    /// The KVM device is not KVM, or one from another time.
+    /// The KVM device is one from another time.
     #[error("{} speaks version {version} of the kvm api, not 12", path.display())]
     ApiVersion {
         /// The device.

@@ -66,7 +66,7 @@ impl Host {
         match kvm.get_api_version() {
             // The only version that there is (Linux Documentation/virt/kvm/api.rst, section 4.1).
             12 => Ok(Self { facts: Facts::of(&kvm), kvm, most_runs: most_runs() }),
-            ..0 => Err(Error::Kvm { step: "tell the version of its api", source: io::Error::last_os_error() }),
+            ..0 => Err(fail(io::Error::last_os_error())),
             version => Err(Error::ApiVersion { path: path.to_owned(), version }),
         }
     }

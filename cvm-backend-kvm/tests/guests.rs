@@ -85,7 +85,7 @@ fn a_device_that_is_not_kvm_is_refused_with_a_remedy() {
         "{missing}"
     );
     let null = KvmPlatform::open(Path::new("/dev/null"), None).unwrap_err();
-    assert!(matches!(&null, KvmError::ApiVersion { path, .. } if path == Path::new("/dev/null")), "{null}");
+    assert!(matches!(&null, KvmError::Open { path, .. } if path == Path::new("/dev/null")), "{null}");
 
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::set_permissions(file.path(), Permissions::from_mode(0o000)).unwrap();
