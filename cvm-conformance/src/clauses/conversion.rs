@@ -12,7 +12,7 @@ use crate::guest::{DATA, EXTRA, MEMORY};
 use crate::vmm::{Guest, range};
 use cvm_core::doorbell::Doorbell;
 use cvm_core::memory::ConversionTotals;
-use cvm_core::{Answer, Gpa, PAGE_SIZE, PageKind, PageState, Platform, Side, Vm, VmConfig};
+use cvm_core::{Answer, Gpa, Launch, PAGE_SIZE, PageKind, PageState, Platform, Side, Vm, VmConfig};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 pub(super) fn clauses<P: Platform>() -> Vec<Clause<P>> {
@@ -109,7 +109,7 @@ fn zero<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
 
 fn loaded<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
     const PAGES: u64 = 3;
-    let load = |_: &Bench<'_, P>, launch: &mut cvm_core::Launch<P::Loader>| {
+    let load = |_: &Bench<'_, P>, launch: &mut Launch<P::Loader>| {
         launch.load(Gpa(EXTRA), &[0x5e; (PAGES * PAGE_SIZE) as usize], PageKind::Measured)
     };
     let launch = bench.load_after(bench.config(1), load, |a| {

@@ -2,10 +2,10 @@
 
 use crate::Bench;
 use crate::clause::{Clause, Verdict};
-use crate::guest::{CODE, DATA, EXTRA, GHCB, MEMORY};
+use crate::guest::{Assembler, CODE, DATA, EXTRA, GHCB, MEMORY};
 use crate::vmm::{Guest, range};
 use cvm_core::memory::{Allocated, ConversionTotals};
-use cvm_core::{Gpa, PAGE_SIZE, PageKind, PageState, Platform, Side, Vm, VmConfig};
+use cvm_core::{Gpa, Launch, PAGE_SIZE, PageKind, PageState, Platform, Side, Vm, VmConfig};
 use iced_x86::code_asm::*;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -238,10 +238,10 @@ fn slots<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
 
 fn backing<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
     const MARK: u64 = 0x5ec2_e7e7_5ec2_e7e7;
-    let load = |_: &Bench<'_, P>, launch: &mut cvm_core::Launch<P::Loader>| {
+    let load = |_: &Bench<'_, P>, launch: &mut Launch<P::Loader>| {
         launch.load(Gpa(EXTRA), &MARK.to_le_bytes().repeat(512), PageKind::Measured)
     };
-    let write = |a: &mut crate::guest::Assembler| {
+    let write = |a: &mut Assembler| {
         for _ in 0..2 {
             for word in [0, 4] {
                 a.store(DATA + word, Side::Private, MARK as u32)?;
@@ -281,11 +281,7 @@ const PAGES: u64 = 16;
 fn allocations<P: Platform>(bench: &Bench<'_, P>) -> [Allocated; 3] {
     let mut guest = bench.guest(bench.config(1), |a| {
         for side in [Side::Private, Side::Shared, Side::Private] {
-            if side == Side::Shared {
-                a.convert(DATA, PAGES, Side::Shared)?;
-            } else {
-                a.convert(DATA, PAGES, Side::Private)?;
-            }
+            a.convert(DATA, PAGES, side)?;
             for page in 0..PAGES {
                 a.store(DATA + page * PAGE_SIZE, side, 1)?;
             }

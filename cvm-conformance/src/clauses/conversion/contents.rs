@@ -167,7 +167,7 @@ fn one_vcpu<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
 }
 
 fn several_vcpus<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
-    run(bench, 3, &[(0, 3 * STRIDE)])
+    run(bench, 2, &[(0, 2 * STRIDE)])
 }
 
 fn several_slots<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
