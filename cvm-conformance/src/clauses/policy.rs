@@ -137,7 +137,7 @@ fn counters<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
 
 fn debugging<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
     let guest = guest(bench, Policy::NO_DEBUG, 1, |a| {
-        a.mov(r9, 0x5ec2_e7u64)?;
+        a.mov(r9, 0x005e_c2e7u64)?;
         a.report()?;
         a.end(0)
     });
