@@ -99,7 +99,7 @@ fn unevictable() -> u64 {
 }
 
 fn swap<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
-    const BYTES: u64 = 48 << 20;
+    const BYTES: u64 = 32 << 20;
     const FROM: u64 = 8 << 20;
     let config = || {
         let memory = crate::vmm::range(0, (FROM + BYTES) / PAGE_SIZE);
