@@ -27,7 +27,27 @@ mod subject {
         }
 
         fn departures(&self, _platform: &SevPlatform) -> Vec<Departure> {
-            Vec::new()
+            let mut departures = Vec::new();
+            if self.0 == Protection::Sev {
+                let reason = "an exit of a guest of sev is the instruction itself, so there is no call to give up by before \
+                              exits work";
+                departures.push(Departure::new("5.18", reason));
+            }
+            // A processor that only passes for one encrypts nothing, and raises no exception for the guest to exit by.
+            match self.0 {
+                Protection::Sev if !self.is_emulated() => departures.push(Departure::new(
+                    "5.14",
+                    "kvm cannot read an instruction that is in encrypted memory, which it would have to emulate: the guest \
+                     shuts down instead",
+                )),
+                Protection::SevEs if !self.is_emulated() => departures.push(Departure::new(
+                    "5.16",
+                    "the processor tells the guest of the access by an exception, and not its host: a guest that does not \
+                     pass it on shuts down",
+                )),
+                _ => {}
+            }
+            departures
         }
 
         fn is_emulated(&self) -> bool {
