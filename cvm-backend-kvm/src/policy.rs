@@ -63,7 +63,7 @@ impl Facts {
                 (_, None) => Some("the kernel does not say whether the l1d cache needs to be flushed".into()),
             },
             Policy::NO_DEBUG => Some("whoever holds the vcpus can debug them, and that is the vmm".into()),
-            unknown => Some(format!("{unknown:?} is not known here")),
+            unknown => Some(format!("the demand {:#x} is not known here", unknown.bits())),
         }
     }
 }

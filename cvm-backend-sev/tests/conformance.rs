@@ -27,53 +27,58 @@ mod subject {
         }
 
         fn departures(&self, _platform: &SevPlatform) -> Vec<Departure> {
+            let (sev, es, snp) = (Protection::Sev, Protection::SevEs, Protection::SevSnp);
+            let emulated = self.is_emulated();
             let mut departures = Vec::new();
-            if self.0 == Protection::Sev {
-                let reason = "SEV leaves registers to the host, so whoever holds the vCPUs can debug them";
-                departures.push(Departure::new("8.5", reason));
-            }
-            if self.0 != Protection::SevSnp && self.is_emulated() {
-                let reason = "this processor only passes for one of AMD's, and encrypts nothing";
-                departures.push(Departure::new("1.5", reason));
-            }
-            if self.0 != Protection::SevSnp {
-                let reason = "SEV and SEV-ES measure the contents of every page that is loaded";
-                departures.push(Departure::new("2.7", reason));
-            }
-            if self.0 == Protection::Sev && self.is_emulated() {
-                let reason = "this secure processor only passes for one, and takes any keys for those of a target";
-                departures.push(Departure::new("9.4", reason));
-            }
-            if self.0 == Protection::SevSnp {
-                let by_page_state = "guests of SEV-SNP ask for conversions by page state changes alone";
-                departures.extend([
-                    Departure::new("3.8", "the kernel does not count what is behind a guest_memfd"),
-                    Departure::new("4.25", by_page_state),
-                    Departure::new("4.26", by_page_state),
-                ]);
-                if !self.is_emulated() {
-                    let reason = "the host's zeros are not encrypted, so the guest decrypts them to something else: it \
-                                  has to write to a page before it reads there";
-                    departures.push(Departure::new("4.2", reason));
-                }
-                return departures;
-            }
-            let by_tables = "the guest's page tables decide, access by access, which side it touches, and the \
-                             processor stops neither";
-            departures.extend([
-                Departure::new(
-                    "4.2",
-                    "both sides of a page are one page, which is left as it is: the guest decrypts what was never \
-                     encrypted, and has to write to the page before it reads there",
-                ),
-                Departure::new("4.27", "page state changes are SEV-SNP's"),
-                Departure::new("4.28", by_tables),
-                Departure::new("4.29", by_tables),
-            ]);
-            if self.is_emulated() {
-                let reason = "both sides of a page are one page, and the processor that stands in for AMD's does not \
-                              encrypt it";
-                departures.push(Departure::new("3.6", reason));
+            let mut depart = |who: &[Protection], clauses: &[&'static str], reason: &str| {
+                let clauses = clauses.iter().filter(|_| who.contains(&self.0));
+                departures.extend(clauses.map(|clause| Departure::new(clause, reason)));
+            };
+            depart(&[sev, es], &["2.7"], "SEV and SEV-ES measure the contents of every page that is loaded");
+            depart(&[snp], &["3.8"], "the kernel does not count what is behind a guest_memfd");
+            depart(
+                &[sev, es],
+                &["4.2"],
+                "both sides of a page are one page, which is left as it is: the guest decrypts what was never encrypted, \
+                 and has to write to the page before it reads there",
+            );
+            depart(&[snp], &["4.25", "4.26"], "guests of SEV-SNP ask for conversions by page state changes alone");
+            depart(&[sev, es], &["4.27"], "page state changes are SEV-SNP's");
+            depart(
+                &[sev, es],
+                &["4.28", "4.29"],
+                "the guest's page tables decide, access by access, which side it touches, and the processor stops neither",
+            );
+            depart(
+                &[sev],
+                &["5.18"],
+                "an exit of a guest of SEV is the instruction itself, so there is no call to give up by before exits work",
+            );
+            depart(&[sev], &["8.5"], "SEV leaves registers to the host, so whoever holds the vCPUs can debug them");
+            if emulated {
+                let encrypts_nothing = "the processor that stands in for AMD's encrypts nothing";
+                depart(&[sev, es], &["1.5", "3.6"], encrypts_nothing);
+                let takes_any = "the secure processor that stands in for AMD's takes any keys for those of a target";
+                depart(&[sev], &["9.4"], takes_any);
+            } else {
+                depart(
+                    &[snp],
+                    &["4.2"],
+                    "the host's zeros are not encrypted, so the guest decrypts them to something else: it has to write \
+                     to a page before it reads there",
+                );
+                depart(
+                    &[sev],
+                    &["5.14"],
+                    "KVM cannot read an instruction that is in encrypted memory, which it would have to emulate: the \
+                     guest shuts down instead",
+                );
+                depart(
+                    &[es],
+                    &["5.16"],
+                    "the processor tells the guest of the access by an exception, and not its host: a guest that does \
+                     not pass it on shuts down",
+                );
             }
             departures
         }

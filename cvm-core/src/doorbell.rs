@@ -104,6 +104,16 @@ pub enum Access {
     Write(u32),
 }
 
+#[cfg(feature = "std")]
+impl std::fmt::Display for Access {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Read => f.write_str("read"),
+            Self::Write(value) => write!(f, "write {value:#x} to"),
+        }
+    }
+}
+
 /// What an access to the register space asks of a backend.
 #[cfg(feature = "std")]
 #[derive(Debug, PartialEq, Eq)]

@@ -147,7 +147,7 @@ pub enum Error {
         gpa: Gpa,
     },
     /// A guest rang a doorbell that is not there.
-    #[error("vcpu {vcpu} used doorbell register {register:#x} in an unknown way: {access:x?}")]
+    #[error("vcpu {vcpu} cannot {access} doorbell register {register:#x}")]
     UnknownDoorbell {
         /// The vCPU.
         vcpu: u32,

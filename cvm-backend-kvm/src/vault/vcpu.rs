@@ -25,13 +25,15 @@ pub(crate) struct VaultVcpu {
     question: Question,
     /// What the next run hands to the guest.
     given: Given,
+    /// Whether what it stopped for last was an exit in the vault, and no kick that was noticed here.
+    exited: bool,
     /// Whether it failed, so that it cannot go on.
     failed: bool,
 }
 
 impl VaultVcpu {
     pub(super) fn new(index: u32, shared: Arc<Shared>) -> Self {
-        Self { index, shared, question: Question::None, given: Given::Nothing, failed: false }
+        Self { index, shared, question: Question::None, given: Given::Nothing, exited: false, failed: false }
     }
 
     fn protocol<T>(&self, problem: &'static str) -> Result<T, CoreError> {
@@ -53,6 +55,7 @@ impl VaultVcpu {
 
     fn run_on(&mut self) -> Result<Exit, CoreError> {
         loop {
+            self.exited = false;
             if self.shared.engine.is_lost() {
                 return Err(CoreError::Lost);
             }
@@ -69,6 +72,7 @@ impl VaultVcpu {
             }
             self.kicks()?.leave();
             let reply = reply.map_err(failed("run a vcpu"));
+            self.exited = true;
             let vcpu = self.index;
             match reply? {
                 // A kick that was noticed here already.
@@ -152,8 +156,9 @@ impl Vcpu for VaultVcpu {
 
     fn register(&self, register: Register) -> Result<RegisterRead, CoreError> {
         match self.ask("read a register", &Request::Register(register))? {
-            Reply::Register(Some(value)) => Ok(RegisterRead::Exposed(value)),
-            Reply::Register(None) => Ok(RegisterRead::Hidden),
+            // What the vault knows of is the last exit that it had.
+            Reply::Register(Some(value)) if self.exited => Ok(RegisterRead::Exposed(value)),
+            Reply::Register(_) => Ok(RegisterRead::Hidden),
             _ => self.no_fit("read a register"),
         }
     }

@@ -303,4 +303,17 @@ impl Assembler {
         self.dec(r15d)?;
         self.jne(again)
     }
+
+    /// Moves `count` bytes between a port and memory by an instruction for strings: to `gpa` on the private side if it reads.
+    /// Where exits go by the page between guest and host, it is moved to there or from there.
+    pub fn string(&mut self, port: u16, count: u32, gpa: u64, read: bool) -> Result<(), IcedError> {
+        if self.is_by_ghcb() {
+            return self.string_by_ghcb(port, count, read);
+        }
+        self.mov(edx, u32::from(port))?;
+        self.mov(ecx, count)?;
+        self.mov(rsi, gpa)?;
+        self.mov(rdi, gpa)?;
+        if read { self.rep().insb() } else { self.rep().outsb() }
+    }
 }

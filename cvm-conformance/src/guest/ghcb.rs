@@ -36,6 +36,7 @@ const IOIO: u64 = 0x7b;
 const MSR_ACCESS: u64 = 0x7c;
 const VMMCALL: u64 = 0x81;
 const PAGE_STATE_CHANGE: u64 = 0x8000_0010;
+const TERMINATION_REQUEST: u64 = 0x8000_fffe;
 
 /// Version 2 of the protocol, which has page state changes.
 const VERSION_2: u32 = 2;
@@ -106,11 +107,16 @@ impl Assembler {
 
     /// Exits for `code`; of the fields `valid` the guest has taken care before. R15 is the page's address afterwards.
     fn exit(&mut self, code: u64, info: u64, valid: u128) -> Result<(), IcedError> {
+        self.exit_with(code, [info, 0], valid)
+    }
+
+    /// The same with a second number that says what for.
+    fn exit_with(&mut self, code: u64, infos: [u64; 2], valid: u128) -> Result<(), IcedError> {
         let valid = valid | bit(EXIT_CODE) | bit(EXIT_INFO_1) | bit(EXIT_INFO_2);
         let values = [
             (EXIT_CODE, code),
-            (EXIT_INFO_1, info),
-            (EXIT_INFO_2, 0),
+            (EXIT_INFO_1, infos[0]),
+            (EXIT_INFO_2, infos[1]),
             (VALID, valid as u64),
             (VALID + 8, (valid >> 64) as u64),
         ];
@@ -244,5 +250,22 @@ impl Assembler {
         self.test(rax, rax)?;
         self.setne(al)?;
         self.movzx(eax, al)
+    }
+
+    /// Asks by the page to end this guest for a reason of a set of reasons (section 4.1).
+    pub fn terminate_by_page(&mut self, set: u8, reason: u8) -> Result<(), IcedError> {
+        self.page()?;
+        self.exit(TERMINATION_REQUEST, u64::from(reason) << 4 | u64::from(set), 0)
+    }
+
+    /// Moves a string of bytes between a port and the page's buffer.
+    pub(super) fn string_by_ghcb(&mut self, port: u16, count: u32, read: bool) -> Result<(), IcedError> {
+        // A string, repeated, of bytes, by a 64-bit address (AMD64 APM volume 2, section 15.10.2).
+        let info = u64::from(port) << 16 | 1 << 9 | 1 << 4 | 1 << 3 | 1 << 2 | u64::from(read);
+        self.page()?;
+        self.mov(r14d, r15d)?;
+        self.add(r14d, BUFFER)?;
+        self.mov(qword_ptr(r15 + SCRATCH), r14)?;
+        self.exit_with(IOIO, [info, count.into()], bit(SCRATCH))
     }
 }
