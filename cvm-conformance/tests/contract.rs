@@ -28,9 +28,13 @@ impl Platform for Nowhere {
     }
 }
 
-/// "4.1" and "a name" of each clause in the suite.
+/// "4.1" and "A name" of each clause in the suite, as a sentence begins.
 fn in_suite() -> Vec<(String, String)> {
-    clauses::<Nowhere>().iter().map(|clause| (clause.number.to_owned(), clause.name.to_owned())).collect()
+    let capital = |name: &str| {
+        let first = name.chars().next().map(|first| first.to_ascii_uppercase());
+        first.into_iter().chain(name.chars().skip(1)).collect()
+    };
+    clauses::<Nowhere>().iter().map(|clause| (clause.number.to_owned(), capital(clause.name))).collect()
 }
 
 /// Those of each bold beginning of a line in the prose: `**4.1 A name.** Words.`
@@ -42,8 +46,7 @@ fn in_prose() -> Vec<(String, String)> {
     let bold = text.split('\0').filter_map(|paragraph| Some(paragraph.strip_prefix("**")?.split_once(".**")?.0));
     bold.map(|bold| {
         let (number, name) = bold.split_once(' ').expect("a number and a name");
-        let first = name.chars().next().map(|first| first.to_ascii_lowercase());
-        (number.to_owned(), first.into_iter().chain(name.chars().skip(1)).collect())
+        (number.to_owned(), name.to_owned())
     })
     .collect()
 }
