@@ -142,7 +142,9 @@ impl Platform for KvmPlatform {
         let loader = match &self.vault {
             Some(program) => {
                 self.host.check(&config, Policy::NO_DEBUG)?;
-                LoaderOf::Vault(vault::launch(program, &self.device, &config, transport).map_err(create)?)
+                LoaderOf::Vault(
+                    vault::launch(program, &self.device, &config, transport, self.isolation).map_err(create)?,
+                )
             }
             None => {
                 self.host.check(&config, Policy::empty())?;

@@ -1,5 +1,5 @@
 use super::machine::Machine;
-use super::memory::{Backing, FilesMemory, GmemMemory, GuestMemory, Kind, Layout};
+use super::memory::{Backing, FilesMemory, GmemMemory, GuestMemory, Isolation, Kind, Layout};
 use super::staging::Staging;
 use super::traits::Plain;
 use super::vm::LocalVm;
@@ -10,13 +10,6 @@ use cvm_core::x86::VcpuState;
 use cvm_core::{BoxError, Gpa, GpaRange, PageKind};
 use kvm_bindings::{KVM_X86_DEFAULT_VM, KVM_X86_SW_PROTECTED_VM};
 use std::sync::Arc;
-
-/// How private memory is kept private from this process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Isolation {
-    None,
-    GuestMemfd,
-}
 
 /// Loads the pages of a VM on plain KVM.
 #[derive(Debug)]

@@ -1,6 +1,6 @@
 use super::interrupts::{self, Interrupts};
 use super::memory::GuestMemory;
-use super::traits::Traits;
+use super::traits::{self, Traits};
 use super::vcpu::LocalVcpu;
 use super::{failed, vm_fd};
 use cvm_core::doorbell::{self, Doorbell, Transport};
@@ -100,7 +100,8 @@ impl Vm for LocalVm {
     }
 
     fn lifecycle(&self, what: Lifecycle) -> LifecycleAnswer {
-        self.shared.traits.lifecycle(what)
+        let particular = self.shared.traits.lifecycle(what);
+        particular.unwrap_or_else(|| traits::lifecycle(what, self.shared.engine.converter().swap()))
     }
 
     fn export(&self) -> Option<&dyn Export<LocalVcpu>> {

@@ -6,7 +6,7 @@ use super::protocol::{Order, Reply, Report, Request};
 use super::vcpu::{Kicker, VaultVcpu};
 use super::{MOST_LOADED, Program};
 use crate::Error;
-use crate::local::{Backing, Layout, failed, shared_view};
+use crate::local::{Backing, Isolation, Layout, failed, lifecycle, shared_view};
 use cvm_core::doorbell::Transport;
 use cvm_core::interrupt::{Guarding, Refusal};
 use cvm_core::launch::{Loader, Transcript, VmConfig};
@@ -21,12 +21,14 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Starts a vault, and in it the launch of a VM that uses `transport`.
+/// Starts a vault, and in it the launch of a VM that uses `transport`. The vault finds out by itself that KVM has
+/// `isolation` for private memory.
 pub(crate) fn launch(
     program: &Program,
     device: &Path,
     config: &VmConfig,
     transport: Transport,
+    isolation: Isolation,
 ) -> Result<VaultLoader, BoxError> {
     let layout = Layout::new(&config.memory)?;
     let shared = Backing::new("cvm-shared", layout.bytes())?;
@@ -47,7 +49,7 @@ pub(crate) fn launch(
     let Ok([kicks]) = <[OwnedFd; 1]>::try_from(descriptors) else {
         return Err(vault.disown("it gave no way to kick").into());
     };
-    Ok(VaultLoader { vault, kicks, shared, layout })
+    Ok(VaultLoader { vault, kicks, shared, layout, isolation })
 }
 
 /// Loads the pages of a VM that a vault holds.
@@ -57,6 +59,7 @@ pub(crate) struct VaultLoader {
     kicks: OwnedFd,
     shared: Backing,
     layout: Layout,
+    isolation: Isolation,
 }
 
 impl Loader for VaultLoader {
@@ -92,7 +95,7 @@ impl Loader for VaultLoader {
         let engine = ConversionEngine::new(ByVault(Arc::clone(&held)), view);
         let shared = Arc::new(Shared { engine, held, kickers });
         let vcpus = (0..vcpus).map(|index| VaultVcpu::new(index, Arc::clone(&shared)));
-        Ok(VaultVm { vcpus: vcpus.collect(), shared, transcript })
+        Ok(VaultVm { vcpus: vcpus.collect(), shared, isolation: self.isolation, transcript })
     }
 }
 
@@ -144,6 +147,7 @@ pub(super) struct Shared {
 pub(crate) struct VaultVm {
     shared: Arc<Shared>,
     vcpus: Vec<VaultVcpu>,
+    isolation: Isolation,
     transcript: Transcript,
 }
 
@@ -209,7 +213,7 @@ impl Vm for VaultVm {
     }
 
     fn lifecycle(&self, what: Lifecycle) -> LifecycleAnswer {
-        crate::local::lifecycle(what)
+        lifecycle(what, self.isolation.swap())
     }
 
     fn guarding(&self) -> Guarding {

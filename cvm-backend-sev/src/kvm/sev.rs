@@ -339,8 +339,8 @@ impl Traits for SevTraits {
         self.es
     }
 
-    fn lifecycle(&self, what: Lifecycle) -> LifecycleAnswer {
-        match what {
+    fn lifecycle(&self, what: Lifecycle) -> Option<LifecycleAnswer> {
+        Some(match what {
             Lifecycle::Migrate | Lifecycle::Snapshot if self.es => {
                 LifecycleAnswer::No("kvm cannot export the vcpus of sev-es: it has no SEND_UPDATE_VMSA")
             }
@@ -348,11 +348,8 @@ impl Traits for SevTraits {
             Lifecycle::Migrate => LifecycleAnswer::No("the guest policy forbids to send it"),
             Lifecycle::Snapshot => LifecycleAnswer::No("an export is for one target, which has to be there: migrate"),
             Lifecycle::Dump => LifecycleAnswer::No("private memory is encrypted, also for its host"),
-            Lifecycle::Swap => LifecycleAnswer::No("what is encrypted depends on where it lies, so it is pinned"),
-            Lifecycle::Reset => LifecycleAnswer::No("the launch is measured once: launch a new vm"),
-            Lifecycle::Hotplug => LifecycleAnswer::No("memory and vcpus are part of the measured launch"),
-            Lifecycle::AssignDevice => LifecycleAnswer::No("no iommu mapping follows the conversions"),
-        }
+            Lifecycle::Swap | Lifecycle::Reset | Lifecycle::Hotplug | Lifecycle::AssignDevice => return None,
+        })
     }
 
     fn export(&self) -> Option<&dyn Export<LocalVcpu>> {
