@@ -1,7 +1,7 @@
 //! The host's KVM and what it can do.
 
 use crate::Error;
-use crate::local::{apic_lacks, is_amd};
+use crate::local::apic_lacks;
 use crate::policy::Facts;
 use cvm_core::launch::VmConfig;
 use cvm_core::{Error as CoreError, InterruptController, Policy};
@@ -37,6 +37,7 @@ pub(crate) fn most_runs() -> u64 {
 #[derive(Debug)]
 pub struct Host {
     pub(crate) kvm: Kvm,
+    cpuid: CpuId,
     /// What decides about policies.
     pub(crate) facts: Facts,
     /// How many runs of pages on one side a VM may have.
@@ -47,7 +48,7 @@ impl Host {
     /// Opens `path`, which is usually `/dev/kvm`.
     ///
     /// # Errors
-    /// [`Error::Open`], [`Error::ApiVersion`].
+    /// [`Error::Open`], [`Error::ApiVersion`], [`Error::Kvm`].
     pub fn open(path: &Path) -> Result<Self, Error> {
         let fail = |source: io::Error| {
             let remedy = match source.kind() {
@@ -65,9 +66,11 @@ impl Host {
         let kvm = Kvm::new_with_path(name).map_err(|error| fail(error.into()))?;
         match kvm.get_api_version() {
             // The only version that there is (Linux Documentation/virt/kvm/api.rst, section 4.1).
-            12 => Ok(Self { facts: Facts::of(&kvm), kvm, most_runs: most_runs() }),
-            version => Err(Error::ApiVersion { path: path.to_owned(), version }),
+            12 => {}
+            version => return Err(Error::ApiVersion { path: path.to_owned(), version }),
         }
+        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(Error::kvm("list cpuid leaves"))?;
+        Ok(Self { facts: Facts::of(&kvm), kvm, cpuid, most_runs: most_runs() })
     }
 
     /// The KVM device.
@@ -75,17 +78,17 @@ impl Host {
         &self.kvm
     }
 
-    /// The processor that KVM can show to guests.
-    ///
-    /// # Errors
-    /// [`Error::Kvm`].
-    pub fn supported_cpuid(&self) -> Result<CpuId, Error> {
-        self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(Error::kvm("list cpuid leaves"))
+    /// The processor that KVM could show to guests when it was opened. What is in it by permission of the kernel's, as AMX is
+    /// (`ARCH_REQ_XCOMP_GUEST_PERM`), is there if this process had asked for it before.
+    pub fn supported_cpuid(&self) -> &CpuId {
+        &self.cpuid
     }
 
-    /// Whether the processor is AMD's, or of that kind.
+    /// Whether the processor is AMD's, or of that kind, and so has AMD's hypercall instruction.
     pub fn is_amd(&self) -> bool {
-        self.supported_cpuid().is_ok_and(|cpuid| is_amd(&cpuid))
+        // EBX holds the first four letters of the vendor's name: of "AuthenticAMD" or "HygonGenuine".
+        let vendor = self.cpuid.as_slice().iter().find(|entry| entry.function == 0);
+        vendor.is_some_and(|entry| [*b"Auth", *b"Hygo"].contains(&entry.ebx.to_le_bytes()))
     }
 
     /// Whether KVM has VMs of this type (`KVM_CAP_VM_TYPES`).

@@ -27,6 +27,7 @@ mod local;
 mod platform;
 mod policy;
 mod probe;
+mod questions;
 pub mod vault;
 
 pub use error::Error;

@@ -32,19 +32,19 @@ impl LocalLoader {
         let shared = shared.map_or_else(|| Backing::new("cvm-shared", layout.bytes()), Ok)?;
         let top = config.memory.iter().map(|range| range.end()).max().unwrap_or(Gpa(0));
         let slots = config.memory.len() as u32;
-        let cpuid = host.supported_cpuid()?;
+        let cpuid = host.supported_cpuid();
         match isolation {
             Isolation::None => {
                 let memory = FilesMemory::new(layout, shared, host.most_runs)?;
                 let vm = host.create_vm(KVM_X86_DEFAULT_VM)?;
                 memory.attach(&vm)?;
-                let machine = Machine::new(host, vm, GuestMemory(Kind::Files(memory)), config, transport, &cpuid)?;
+                let machine = Machine::new(host, vm, GuestMemory(Kind::Files(memory)), config, transport, cpuid)?;
                 Ok(Self { machine, staging: None })
             }
             Isolation::GuestMemfd => {
                 let vm = host.create_vm(KVM_X86_SW_PROTECTED_VM)?;
                 let memory = GmemMemory::new(Arc::clone(&vm), layout, shared, host.most_runs)?;
-                let machine = Machine::new(host, vm, GuestMemory(Kind::Gmem(memory)), config, transport, &cpuid)?;
+                let machine = Machine::new(host, vm, GuestMemory(Kind::Gmem(memory)), config, transport, cpuid)?;
                 let staging = Some(Staging::new(machine.vm(), top, slots)?);
                 Ok(Self { machine, staging })
             }

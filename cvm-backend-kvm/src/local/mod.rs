@@ -22,7 +22,6 @@ pub(crate) use memory::{Backing, FilesMemory, Isolation, Layout, shared_view};
 pub use memory::{GuestMemory, PinnedMemory};
 pub use traits::Traits;
 pub(crate) use traits::lifecycle;
-pub(crate) use vcpu::is_amd;
 pub use vcpu::{LocalVcpu, VcpuSnapshot};
 pub use vm::LocalVm;
 

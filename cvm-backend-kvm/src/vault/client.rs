@@ -3,7 +3,7 @@
 use super::page::Pages;
 use super::process::Vault;
 use super::protocol::{Order, Reply, Report, Request};
-use super::vcpu::{Kicker, VaultVcpu};
+use super::vcpu::VaultVcpu;
 use super::{MOST_LOADED, Program};
 use crate::Error;
 use crate::local::{Backing, Isolation, Layout, failed, lifecycle, shared_view};
@@ -14,7 +14,7 @@ use cvm_core::memory::{Allocated, ConversionEngine, ConversionTotals, Converter,
 use cvm_core::x86::VcpuState;
 use cvm_core::{
     BoxError, Conversion, ConversionListener, ConversionRequest, Error as CoreError, Event, GpaRange, Kick, Lifecycle,
-    LifecycleAnswer, PageKind, SharedMemory, Side, Trigger, Vm,
+    LifecycleAnswer, PageKind, SharedMemory, Side, Trigger, Vcpu, Vm,
 };
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -91,11 +91,11 @@ impl Loader for VaultLoader {
         let view = shared_view(&self.shared, &self.layout)?;
         let vcpus = self.vault.pages.count();
         let held = Arc::new(Held { vault: self.vault, kicks: self.kicks });
-        let kickers = (0..vcpus).map(|index| Arc::new(Kicker::new(index, Arc::clone(&held)))).collect();
         let engine = ConversionEngine::new(ByVault(Arc::clone(&held)), view);
-        let shared = Arc::new(Shared { engine, held, kickers });
-        let vcpus = (0..vcpus).map(|index| VaultVcpu::new(index, Arc::clone(&shared)));
-        Ok(VaultVm { vcpus: vcpus.collect(), shared, isolation: self.isolation, transcript })
+        let shared = Arc::new(Shared { engine, held });
+        let vcpus: Vec<_> = (0..vcpus).map(|index| VaultVcpu::new(index, Arc::clone(&shared))).collect();
+        let kickers = vcpus.iter().map(Vcpu::kicker).collect();
+        Ok(VaultVm { shared, vcpus, kickers, isolation: self.isolation, transcript })
     }
 }
 
@@ -140,13 +140,13 @@ impl Converter for ByVault {
 pub(super) struct Shared {
     pub(super) engine: ConversionEngine<ByVault>,
     pub(super) held: Arc<Held>,
-    pub(super) kickers: Vec<Arc<Kicker>>,
 }
 
 /// A VM that a vault holds.
 pub(crate) struct VaultVm {
     shared: Arc<Shared>,
     vcpus: Vec<VaultVcpu>,
+    kickers: Vec<Arc<dyn Kick>>,
     isolation: Isolation,
     transcript: Transcript,
 }
@@ -187,7 +187,7 @@ impl Vm for VaultVm {
     fn convert(&self, request: &ConversionRequest) -> Conversion {
         let outcome = self.shared.engine.convert(request);
         if self.shared.engine.is_lost() {
-            self.shared.kickers.iter().for_each(|kicker| kicker.kick());
+            self.kickers.iter().for_each(|kicker| kicker.kick());
         }
         outcome
     }

@@ -70,8 +70,7 @@ impl SevPlatform {
         if !lacks.is_empty() {
             return Err(Error::NotOffered { protection, what: lacks.join("; ") });
         }
-        let cpuid = host.supported_cpuid()?;
-        let leaf = cpuid.as_slice().iter().find(|leaf| leaf.function == ENCRYPTION_LEAF);
+        let leaf = host.supported_cpuid().as_slice().iter().find(|leaf| leaf.function == ENCRYPTION_LEAF);
         let Some(private_bit) = leaf.map(|leaf| leaf.ebx & PRIVATE_BIT).filter(|bit| *bit != 0) else {
             let what = "kvm does not say which bit of a page-table entry makes memory private".into();
             return Err(Error::NotOffered { protection, what });

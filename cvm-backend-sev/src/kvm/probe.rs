@@ -73,10 +73,8 @@ fn offer_of(host: &Host, firmware: &Path, protection: Protection, vm_type: u32, 
 fn is_coherent(host: &Host) -> bool {
     const ENCRYPTION_LEAF: u32 = 0x8000_001f;
     const COHERENT: u32 = 1 << 10;
-    let cpuid = host.supported_cpuid();
-    cpuid.is_ok_and(|cpuid| {
-        cpuid.as_slice().iter().any(|leaf| leaf.function == ENCRYPTION_LEAF && leaf.eax & COHERENT != 0)
-    })
+    let leaves = host.supported_cpuid().as_slice();
+    leaves.iter().any(|leaf| leaf.function == ENCRYPTION_LEAF && leaf.eax & COHERENT != 0)
 }
 
 /// Why a VM type is not there, as far as the module's parameter tells.

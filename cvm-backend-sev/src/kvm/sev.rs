@@ -151,7 +151,7 @@ impl Encrypted {
         Ok(Self {
             slots,
             vcpus,
-            machine: Machine::new(host, vm, memory, config, transport, &host.supported_cpuid()?)?,
+            machine: Machine::new(host, vm, memory, config, transport, host.supported_cpuid())?,
             commands,
             es,
         })

@@ -66,7 +66,7 @@ impl SnpLoader {
             commands.give(Command::SnpEnableReqCerts)?;
         }
         let memory = GuestMemory::guest_memfd(host, &vm, &config.memory)?;
-        let mut cpuid = cpuid::vouchable(host.supported_cpuid()?);
+        let mut cpuid = cpuid::vouchable(host.supported_cpuid().clone());
         if let Some(change) = &options.cpuid {
             change(&mut cpuid);
         }
