@@ -149,7 +149,7 @@ impl Platform for KvmPlatform {
             None => {
                 self.host.check(&config, Policy::empty())?;
                 let loader = LocalLoader::new(&self.host, self.isolation, config.clone(), transport, None);
-                LoaderOf::Local(loader.map_err(create)?)
+                LoaderOf::Local(Box::new(loader.map_err(create)?))
             }
         };
         Launch::new(KvmLoader(loader), config, transport)

@@ -71,7 +71,7 @@ impl Loader for VaultLoader {
         }
         for (part, contents) in (0..).zip(contents.chunks(MOST_LOADED as usize)) {
             let range = GpaRange::new(range.start().0 + part * MOST_LOADED, contents.len() as u64)?;
-            let offset = self.layout.offset(range).ok_or("these pages are in no slot")?;
+            let offset = self.layout.find(range).ok_or("these pages are in no slot")?.in_file;
             self.shared.file().write_all_at(contents, offset).map_err(Error::memory("stage", range))?;
             self.vault.order_done(&Order::Load { range, kind })?;
         }

@@ -299,7 +299,7 @@ fn load(
     if range.len() > MOST_LOADED {
         return Err("these are too many pages at once".into());
     }
-    let offset = layout.offset(range).ok_or("these pages are in no slot")?;
+    let offset = layout.find(range).ok_or("these pages are in no slot")?.in_file;
     let mut contents = vec![0; range.len() as usize];
     shared.file().read_exact_at(&mut contents, offset)?;
     launch.load(range.start(), &contents, kind)?;
