@@ -8,7 +8,7 @@ use cvm_core::{Error as CoreError, InterruptController, Policy};
 use kvm_bindings::{CpuId, KVM_CAP_VM_TYPES, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use std::ffi::CString;
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -32,6 +32,14 @@ pub(crate) fn most_runs() -> u64 {
     limit.and_then(|text| text.parse().ok()).unwrap_or(DEFAULT_MAX_MAPPINGS) / 2
 }
 
+/// Opens the file of a device, to read and to write.
+///
+/// # Errors
+/// [`Error::Open`], with what `remedy` has for the reason.
+pub fn open_device(path: &Path, remedy: impl Fn(ErrorKind) -> &'static str) -> Result<File, Error> {
+    OpenOptions::new().read(true).write(true).open(path).map_err(Error::open(path, remedy))
+}
+
 /// An opened KVM device, and what the kernel's files say of the host: nothing is opened later, so that a process which
 /// has this can give up the right to open files.
 #[derive(Debug)]
@@ -50,20 +58,18 @@ impl Host {
     /// # Errors
     /// [`Error::Open`], [`Error::ApiVersion`], [`Error::Kvm`].
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let fail = |source: io::Error| {
-            let remedy = match source.kind() {
-                ErrorKind::NotFound => {
-                    "load kvm_intel or kvm_amd, and enable virtualization in the firmware or the outer hypervisor"
-                }
-                ErrorKind::PermissionDenied => "add your user to the group that owns it (usually kvm), or run as root",
-                _ => "it must be a kvm device",
-            };
-            Error::Open { path: path.to_owned(), remedy, source }
+        let remedy = |kind| match kind {
+            ErrorKind::NotFound => {
+                "load kvm_intel or kvm_amd, and enable virtualization in the firmware or the outer hypervisor"
+            }
+            ErrorKind::PermissionDenied => "add your user to the group that owns it (usually kvm), or run as root",
+            _ => "it must be a kvm device",
         };
         // Opened once without kvm-ioctls for an error that tells a missing device from a forbidden one.
-        OpenOptions::new().read(true).write(true).open(path).map_err(fail)?;
-        let name = CString::new(path.as_os_str().as_bytes()).map_err(|error| fail(error.into()))?;
-        let kvm = Kvm::new_with_path(name).map_err(|error| fail(error.into()))?;
+        open_device(path, remedy)?;
+        let opened = CString::new(path.as_os_str().as_bytes()).map_err(io::Error::from);
+        let opened = opened.and_then(|name| Ok(Kvm::new_with_path(name)?));
+        let kvm = opened.map_err(Error::open(path, remedy))?;
         match kvm.get_api_version() {
             // The only version that there is (Linux Documentation/virt/kvm/api.rst, section 4.1).
             12 => {}

@@ -14,7 +14,6 @@ mod vm;
 mod vm_fd;
 
 pub(crate) use apic::lacks as apic_lacks;
-pub(crate) use interrupts::take as take_signal;
 pub(crate) use kick::Kicker;
 pub(crate) use loader::LocalLoader;
 pub use machine::Machine;
@@ -24,10 +23,3 @@ pub use traits::Traits;
 pub(crate) use traits::lifecycle;
 pub use vcpu::{LocalVcpu, VcpuSnapshot};
 pub use vm::LocalVm;
-
-use cvm_core::{BoxError, Error};
-
-/// For `map_err`: `step` was what the host was to do.
-pub(crate) fn failed<E: Into<BoxError>>(step: &'static str) -> impl Fn(E) -> Error {
-    move |error| Error::Backend { step, range: None, source: error.into() }
-}

@@ -10,12 +10,12 @@ mod start;
 pub use snapshot::VcpuSnapshot;
 pub(crate) use start::{set_cpuid, set_state};
 
-use super::failed;
 use super::kick::Kicker;
 use super::memory::GuestMemory;
 use super::vcpu_fd::{self, PortAnswer};
 use super::vm::Shared;
 use crate::Error;
+use crate::error::failed;
 use crate::host::HC_MAP_GPA_RANGE;
 use crate::questions::Questions;
 use cvm_core::doorbell::{self, Access, Registers, Ring, Transport};

@@ -6,7 +6,8 @@ use super::protocol::{Order, Reply, Report, Request};
 use super::vcpu::VaultVcpu;
 use super::{MOST_LOADED, Program};
 use crate::Error;
-use crate::local::{Backing, Isolation, Layout, failed, lifecycle, shared_view};
+use crate::error::failed;
+use crate::local::{Backing, Isolation, Layout, lifecycle, shared_view};
 use cvm_core::doorbell::Transport;
 use cvm_core::interrupt::{Guarding, Refusal};
 use cvm_core::launch::{Loader, Transcript, VmConfig};
@@ -86,7 +87,7 @@ impl Loader for VaultLoader {
         match self.vault.order(&Order::Seal, &[])?.0 {
             Report::Sealed(measurement) if measurement == transcript.measurement() => {}
             Report::Sealed(_) => return Err(self.vault.disown("it has measured something else").into()),
-            _ => return Err(self.vault.disown("its report does not fit the order").into()),
+            _ => return Err(self.vault.unfit_report().into()),
         }
         let view = shared_view(&self.shared, &self.layout)?;
         let vcpus = self.vault.pages.count();
@@ -115,7 +116,7 @@ impl Converter for ByVault {
         match self.0.vault.ask(vcpu, &Request::Convert { range, to }) {
             Ok(Reply::Done) => Ok(()),
             Ok(Reply::NotConverted { left_as, reason }) => not_converted(left_as, reason.into()),
-            Ok(_) => not_converted(LeftAs::Unknown, self.0.vault.disown("its reply does not fit the request").into()),
+            Ok(_) => not_converted(LeftAs::Unknown, self.0.vault.unfit_reply().into()),
             Err(error @ Error::VaultRefused { .. }) => not_converted(LeftAs::Before, error.into()),
             // With the vault, the guest is gone.
             Err(error) => not_converted(LeftAs::Unknown, error.into()),
@@ -126,7 +127,7 @@ impl Converter for ByVault {
         match self.0.vault.ask(vcpu, &Request::Poison(range)) {
             // No guest sees anything without its vault.
             Ok(Reply::Done) | Err(Error::VaultDied { .. } | Error::VaultProtocol { .. }) => Ok(()),
-            Ok(_) => Err(self.0.vault.disown("its reply does not fit the request").into()),
+            Ok(_) => Err(self.0.vault.unfit_reply().into()),
             Err(error) => Err(error.into()),
         }
     }
@@ -160,7 +161,7 @@ impl VaultVm {
         refused: impl FnOnce(Refusal) -> CoreError,
     ) -> Result<OwnedFd, CoreError> {
         let vault = &self.shared.held.vault;
-        let no_fit = || failed(step)(vault.disown("its report does not fit the order"));
+        let no_fit = || failed(step)(vault.unfit_report());
         match vault.order(order, &[]).map_err(failed(step))? {
             (Report::Descriptor, descriptors) => {
                 let [eventfd] = <[OwnedFd; 1]>::try_from(descriptors).map_err(|_| no_fit())?;
@@ -204,7 +205,7 @@ impl Vm for VaultVm {
         let vault = &self.shared.held.vault;
         match vault.order(&Order::Count, &[]).map_err(failed("count the memory"))?.0 {
             Report::Memory { private, shared } => Ok(Allocated { private, shared }),
-            _ => Err(failed("count the memory")(vault.disown("its report does not fit the order"))),
+            _ => Err(failed("count the memory")(vault.unfit_report())),
         }
     }
 
@@ -236,7 +237,7 @@ impl Vm for VaultVm {
         let vault = &self.shared.held.vault;
         match vault.order(&Order::CountDropped, &[]).map_err(failed("count dropped interrupts"))?.0 {
             Report::Dropped(count) => Ok(count),
-            _ => Err(failed("count dropped interrupts")(vault.disown("its report does not fit the order"))),
+            _ => Err(failed("count dropped interrupts")(vault.unfit_report())),
         }
     }
 }

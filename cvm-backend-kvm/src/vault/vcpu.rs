@@ -2,9 +2,9 @@
 
 use super::client::{Held, Shared};
 use super::protocol::{Failure, Given, Reply, Request};
-use crate::Error;
-use crate::local::failed;
+use crate::error::failed;
 use crate::questions::Questions;
+use crate::{Error, eventfd};
 use cvm_core::x86::Register;
 use cvm_core::{Answer, Conversion, Error as CoreError, Event, Exit, Kick, RegisterRead, Vcpu};
 use std::sync::Arc;
@@ -31,7 +31,7 @@ impl VaultVcpu {
     }
 
     fn no_fit<T>(&self, step: &'static str) -> Result<T, CoreError> {
-        Err(failed(step)(self.shared.held.vault.disown("its reply does not fit the request")))
+        Err(failed(step)(self.shared.held.vault.unfit_reply()))
     }
 
     fn run_on(&mut self) -> Result<Exit, CoreError> {
@@ -166,8 +166,7 @@ impl Kick for Kicker {
         self.asked.store(true, Ordering::SeqCst);
         if self.running.load(Ordering::SeqCst) {
             self.held.vault.page(self.index).ask_for_kick();
-            // It fails if the vault is dead, or wakes up already.
-            let _ = rustix::io::write(&self.held.kicks, &1u64.to_ne_bytes());
+            eventfd::signal(&self.held.kicks);
         }
     }
 }

@@ -7,7 +7,7 @@ use super::sev::{Encrypted, MOST_BLOB, blob};
 use super::{Error, device};
 use crate::SevPolicy;
 use crate::owner::HEADER_BYTES;
-use cvm_backend_kvm::backend::{LocalVcpu, LocalVm, PinnedMemory};
+use cvm_backend_kvm::backend::{LocalVcpu, LocalVm, PinnedMemory, failed};
 use cvm_core::export::{Export, Exporting, Origin, SealedPage, Target};
 use cvm_core::{BoxError, Error as CoreError, Gpa, GpaRange, PAGE_SIZE, Transcript};
 use kvm_bindings::{kvm_sev_receive_start, kvm_sev_receive_update_data, kvm_sev_send_start, kvm_sev_send_update_data};
@@ -19,10 +19,6 @@ use std::sync::Arc;
 const SESSION_BYTES: usize = 16 + 32 + 16 + 32 + 32;
 
 const PAGE: usize = PAGE_SIZE as usize;
-
-fn failed<E: Into<BoxError>>(step: &'static str, range: Option<GpaRange>) -> impl Fn(E) -> CoreError {
-    move |error| CoreError::Backend { step, range, source: error.into() }
-}
 
 /// Exports the pages of one VM.
 #[derive(Debug)]
@@ -99,7 +95,7 @@ impl Export<LocalVcpu> for SevExport {
         if vcpus.len() != self.vcpus || !vcpus.iter().all(|vcpu| Arc::ptr_eq(vcpu.vm(), self.commands.vm())) {
             return Err(CoreError::Config(format!("it takes all {} vcpus of this vm", self.vcpus)));
         }
-        let origin = self.start(target).map_err(failed("begin an export", None))?;
+        let origin = self.start(target).map_err(failed("begin an export"))?;
         Ok(Box::new(Sending { export: self, vcpus, origin, over: false }))
     }
 }
@@ -127,11 +123,11 @@ impl Exporting<LocalVcpu> for Sending<'_> {
         let slot = self.export.places.iter().find(|(slot, _)| slot.contains_range(&page));
         let Some((slot, address)) = slot else { return Err(outside) };
         let sealed = self.export.seal(page, address + (gpa.0 - slot.start().0));
-        sealed.map_err(failed("export a page", Some(page)))
+        sealed.map_err(|error| CoreError::Backend { step: "export a page", range: Some(page), source: error.into() })
     }
 
     fn finish(mut self: Box<Self>) -> Result<(), CoreError> {
-        self.export.commands.give(Command::SendFinish).map_err(failed("finish an export", None))?;
+        self.export.commands.give(Command::SendFinish).map_err(failed("finish an export"))?;
         self.over = true;
         self.vcpus.iter_mut().for_each(LocalVcpu::retire);
         Ok(())
@@ -139,7 +135,7 @@ impl Exporting<LocalVcpu> for Sending<'_> {
 
     fn cancel(mut self: Box<Self>) -> Result<(), CoreError> {
         self.over = true;
-        self.export.commands.give(Command::SendCancel).map_err(failed("cancel an export", None))
+        self.export.commands.give(Command::SendCancel).map_err(failed("cancel an export"))
     }
 }
 

@@ -2,7 +2,8 @@ use super::sev::{self, Encrypted, InPlaceLoader};
 use super::snp::SnpLoader;
 use super::{Error, PlatformKeys, Receiving, SevOptions, SnpOptions, device, probe};
 use crate::{SevFeatures, SevFlags, SnpFlags, snp};
-use cvm_backend_kvm::backend::{Host, LocalVm};
+use cvm_backend_kvm::Error as KvmError;
+use cvm_backend_kvm::backend::{Host, LocalVm, failed, open_device};
 use cvm_core::boot::Interface;
 use cvm_core::doorbell::Transport;
 use cvm_core::export::Origin;
@@ -10,7 +11,7 @@ use cvm_core::launch::{Loader, PageKind, Transcript, VmConfig};
 use cvm_core::platform::{Asset, Offer, Party, Platform, Powers, TrustModel};
 use cvm_core::x86::VcpuState;
 use cvm_core::{BoxError, Error as CoreError, GpaRange, Launch, Policy, Protection};
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
@@ -43,8 +44,7 @@ impl SevPlatform {
     /// The platform behind `/dev/kvm` and `/dev/sev`, whose guests have this protection.
     ///
     /// # Errors
-    /// [`Error::Kvm`] or [`Error::Open`] for a device that cannot be opened, [`Error::NotOffered`] for a protection that
-    /// the host does not offer.
+    /// [`Error::Kvm`] for a device that cannot be opened, and for a protection that the host does not offer.
     pub fn open(protection: Protection) -> Result<Self, Error> {
         Self::open_at(Path::new(KVM), Path::new(FIRMWARE), protection)
     }
@@ -59,24 +59,21 @@ impl SevPlatform {
             Some(offer) => offer.missing.into_iter().map(|missing| missing.what).collect(),
             None => vec!["it is none of AMD's".to_owned()],
         };
-        let device = OpenOptions::new().read(true).write(true).open(firmware).map_err(|source| {
-            let remedy = match source.kind() {
-                ErrorKind::NotFound => "load the module ccp, on a host with AMD's secure processor",
-                ErrorKind::PermissionDenied => "run as a user who may use it, such as root",
-                _ => "it must be the device of AMD's secure processor",
-            };
-            Error::Open { path: firmware.to_owned(), remedy, source }
-        });
+        let not_offered = |what| Error::Kvm(KvmError::NotOffered { protection, what });
         if !lacks.is_empty() {
-            return Err(Error::NotOffered { protection, what: lacks.join("; ") });
+            return Err(not_offered(lacks.join("; ")));
         }
+        let device = open_device(firmware, |kind| match kind {
+            ErrorKind::NotFound => "load the module ccp, on a host with AMD's secure processor",
+            ErrorKind::PermissionDenied => "run as a user who may use it, such as root",
+            _ => "it must be the device of AMD's secure processor",
+        })?;
         let leaf = host.supported_cpuid().as_slice().iter().find(|leaf| leaf.function == ENCRYPTION_LEAF);
         let Some(private_bit) = leaf.map(|leaf| leaf.ebx & PRIVATE_BIT).filter(|bit| *bit != 0) else {
-            let what = "kvm does not say which bit of a page-table entry makes memory private".into();
-            return Err(Error::NotOffered { protection, what });
+            return Err(not_offered("kvm does not say which bit of a page-table entry makes memory private".into()));
         };
         let (options, sev) = (SnpOptions::default(), SevOptions::default());
-        Ok(Self { host, device: Arc::new(device?), protection, private_bit: private_bit as u8, options, sev })
+        Ok(Self { host, device: Arc::new(device), protection, private_bit: private_bit as u8, options, sev })
     }
 
     /// The same with what is particular to launches of SEV-SNP guests from here.
@@ -121,7 +118,7 @@ impl SevPlatform {
         self.host.check(&config, Policy::empty())?;
         let transport = sev::interface(false, &config, self.private_bit)?.transport;
         let made = Encrypted::new(&self.host, &self.device, false, SevFeatures::empty(), config, transport);
-        made.and_then(|made| Receiving::new(made, origin)).map_err(create)
+        made.and_then(|made| Receiving::new(made, origin)).map_err(failed("create the vm"))
     }
 
     /// Starts the launch of an SEV or SEV-ES guest.
@@ -129,7 +126,7 @@ impl SevPlatform {
         let es = self.protection == Protection::SevEs;
         let interface = sev::interface(es, &config, self.private_bit)?;
         let loader = InPlaceLoader::new(&self.host, &self.device, es, self.sev.clone(), config, interface.transport);
-        Ok((loader.map_err(create)?, interface))
+        Ok((loader.map_err(failed("create the vm"))?, interface))
     }
 
     fn launch_snp(&self, config: VmConfig) -> Result<(SnpLoader, Interface), CoreError> {
@@ -140,12 +137,8 @@ impl SevPlatform {
         let policy = self.options.policy_for(config.policy).map_err(refuse)?;
         self.options.check(self.host.kvm(), policy).map_err(refuse)?;
         let loader = SnpLoader::new(&self.host, &self.device, config, self.options.clone(), policy);
-        Ok((loader.map_err(create)?, snp::interface(self.private_bit)))
+        Ok((loader.map_err(failed("create the vm"))?, snp::interface(self.private_bit)))
     }
-}
-
-fn create(error: Error) -> CoreError {
-    CoreError::Backend { step: "create the vm", range: None, source: error.into() }
 }
 
 /// Nobody but the hardware, its firmware and the guest itself reaches memory and registers. A host injects what it wants to

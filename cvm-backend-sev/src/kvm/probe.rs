@@ -2,7 +2,7 @@
 
 use super::Resources;
 use super::command::{Attribute, attribute};
-use cvm_backend_kvm::backend::{Host, setting};
+use cvm_backend_kvm::backend::{Host, no_vm_type};
 use cvm_core::Protection;
 use cvm_core::platform::{Missing, Offer};
 use kvm_bindings::{KVM_X86_SEV_ES_VM, KVM_X86_SEV_VM, KVM_X86_SNP_VM};
@@ -16,10 +16,6 @@ const KINDS: [(Protection, u32, &str); 3] = [
     (Protection::SevSnp, KVM_X86_SNP_VM, "sev_snp"),
 ];
 
-fn missing(what: impl Into<String>, remedy: impl Into<String>) -> Missing {
-    Missing { what: what.into(), remedy: remedy.into() }
-}
-
 /// What lacks for each kind, as far as both devices and the kernel's files tell.
 pub(super) fn offers(kvm: &Path, firmware: &Path) -> Vec<Offer> {
     let host = Host::open(kvm);
@@ -27,7 +23,7 @@ pub(super) fn offers(kvm: &Path, firmware: &Path) -> Vec<Offer> {
         .map(|(protection, vm_type, parameter)| match &host {
             Ok(host) => offer_of(host, firmware, protection, vm_type, parameter),
             Err(error) => {
-                let lack = missing(error.to_string(), "access to a KVM device");
+                let lack = Missing::new(error.to_string(), "access to a KVM device");
                 Offer { protection, missing: vec![lack], notes: Vec::new() }
             }
         })
@@ -43,12 +39,12 @@ pub(super) fn offer(host: &Host, firmware: &Path, protection: Protection) -> Opt
 fn offer_of(host: &Host, firmware: &Path, protection: Protection, vm_type: u32, parameter: &str) -> Offer {
     let mut lacks = Vec::new();
     if !host.is_amd() {
-        lacks.push(missing("the processor is not AMD's", "an AMD EPYC processor"));
+        lacks.push(Missing::new("the processor is not AMD's", "an AMD EPYC processor"));
     } else if !host.has_vm_type(vm_type) {
-        lacks.push(no_vm_type(parameter));
+        lacks.push(no_vm_type("kvm_amd", parameter, "SME and SEV-SNP", "sev"));
     } else if let Err(error) = OpenOptions::new().read(true).write(true).open(firmware) {
         let what = format!("{} cannot be opened: {error}", firmware.display());
-        lacks.push(missing(what, "load the module ccp, and run with access to it"));
+        lacks.push(Missing::new(what, "load the module ccp, and run with access to it"));
     }
     let mut notes = Vec::new();
     if lacks.is_empty() {
@@ -75,22 +71,4 @@ fn is_coherent(host: &Host) -> bool {
     const COHERENT: u32 = 1 << 10;
     let leaves = host.supported_cpuid().as_slice();
     leaves.iter().any(|leaf| leaf.function == ENCRYPTION_LEAF && leaf.eax & COHERENT != 0)
-}
-
-/// Why a VM type is not there, as far as the module's parameter tells.
-fn no_vm_type(parameter: &str) -> Missing {
-    match setting(&format!("/sys/module/kvm_amd/parameters/{parameter}")).as_deref() {
-        Some("Y" | "1") => missing(
-            format!("kvm has no VM type for it, although kvm_amd.{parameter} is on"),
-            "what the kernel says of it when it starts: `dmesg | grep -i sev`",
-        ),
-        Some(_) => missing(
-            format!("kvm has no VM type for it, and kvm_amd.{parameter} is off"),
-            format!("enable SME and SEV-SNP in the firmware, and load kvm_amd with {parameter}=1"),
-        ),
-        None => missing(
-            format!("kvm has no VM type for it, and no parameter kvm_amd.{parameter}"),
-            "a kernel with support for it, in kvm_amd",
-        ),
-    }
 }

@@ -2,10 +2,10 @@
 
 #![allow(unsafe_code, reason = "KVM reads as much of the floating-point state as features say that there is")]
 
-use super::super::failed;
 use super::LocalVcpu;
 use super::pending::Pending;
 use crate::Error;
+use crate::error::failed;
 use cvm_core::doorbell::Registers;
 use cvm_core::{Error as CoreError, InterruptController, InterruptGuard};
 use kvm_bindings::{Msrs, kvm_debugregs, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave};
