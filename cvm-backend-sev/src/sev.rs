@@ -151,12 +151,17 @@ impl SevDigest {
     }
 
     fn hmac(&self, api: Api, policy: SevPolicy, nonce: &[u8; 16], integrity_key: &[u8; 16]) -> Hmac<Sha256> {
-        // Shorter keys than a block are filled up with zeros, as HMAC has it.
-        let mut block = [0; 64];
-        block[..16].copy_from_slice(integrity_key);
-        let hmac = Hmac::<Sha256>::new(&block.into()).chain_update([4, api.major, api.minor, api.build]);
+        let hmac = hmac(integrity_key).chain_update([4, api.major, api.minor, api.build]);
         hmac.chain_update(policy.bits().to_le_bytes()).chain_update(self.0).chain_update(nonce)
     }
+}
+
+/// An HMAC by a key of the owner's.
+pub(crate) fn hmac(key: &[u8; 16]) -> Hmac<Sha256> {
+    // Shorter keys than a block are filled up with zeros, as HMAC has it.
+    let mut block = [0; 64];
+    block[..16].copy_from_slice(key);
+    Hmac::new(&block.into())
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use super::sev::{Encrypted, MOST_BLOB, blob};
 use super::{Error, device};
 use crate::SevPolicy;
 use crate::owner::HEADER_BYTES;
-use cvm_backend_kvm::backend::{LocalVcpu, LocalVm, PinnedMemory, failed};
+use cvm_backend_kvm::backend::{LocalVcpu, LocalVm, failed};
 use cvm_core::export::{Export, Exporting, Origin, SealedPage, Target};
 use cvm_core::{BoxError, Error as CoreError, Gpa, GpaRange, PAGE_SIZE, Transcript};
 use kvm_bindings::{kvm_sev_receive_start, kvm_sev_receive_update_data, kvm_sev_send_start, kvm_sev_send_update_data};
@@ -31,15 +31,11 @@ pub(super) struct SevExport {
 }
 
 impl SevExport {
-    pub(super) fn new(
-        commands: Commands,
-        policy: SevPolicy,
-        vcpus: usize,
-        memory: &PinnedMemory,
-        slots: &[GpaRange],
-    ) -> Result<Self, Error> {
-        let places = slots.iter().map(|slot| Ok((*slot, memory.address(*slot)?)));
-        Ok(Self { commands, policy, vcpus, places: places.collect::<Result<_, Error>>()? })
+    pub(super) fn new(made: &Encrypted, policy: SevPolicy) -> Result<Self, Error> {
+        let memory = made.memory()?;
+        let places = made.slots().iter().map(|slot| Ok((*slot, memory.address(*slot)?)));
+        let places = places.collect::<Result<_, Error>>()?;
+        Ok(Self { commands: made.commands.clone(), policy, vcpus: made.vcpus(), places })
     }
 
     fn start(&self, target: &Target) -> Result<Origin, Error> {
@@ -180,7 +176,7 @@ impl Receiving {
         let policy = SevPolicy::from_bits(policy).map_err(|_| Error::Origin("its policy has reserved bits"))?;
         // SAFETY: the kernel reads and writes a kvm_sev_receive_start, and reads the bytes of certificate and session.
         unsafe { made.commands.give_with(Command::ReceiveStart, &mut start)? };
-        let pages = made.slots.iter().flat_map(|slot| (slot.start().0..slot.end().0).step_by(PAGE));
+        let pages = made.slots().iter().flat_map(|slot| (slot.start().0..slot.end().0).step_by(PAGE));
         let missing = pages.map(Gpa).collect();
         Ok(Self { made, policy, missing })
     }

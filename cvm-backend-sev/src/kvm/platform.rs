@@ -1,6 +1,6 @@
 use super::sev::{self, Encrypted, InPlaceLoader};
 use super::snp::SnpLoader;
-use super::{Error, PlatformKeys, Receiving, SevOptions, SnpOptions, device, probe};
+use super::{Error, PlatformKeys, Receiving, SevOptions, SnpOptions, cpuid, device, probe};
 use crate::{SevFeatures, SevFlags, SnpFlags, snp};
 use cvm_backend_kvm::Error as KvmError;
 use cvm_backend_kvm::backend::{Host, LocalVm, failed, open_device};
@@ -19,9 +19,7 @@ use std::sync::Arc;
 const KVM: &str = "/dev/kvm";
 const FIRMWARE: &str = "/dev/sev";
 
-/// The leaf of memory encryption: the low six bits of EBX are the bit of page-table entries that makes memory private
-/// (AMD64 APM volume 3, section E.4.17).
-const ENCRYPTION_LEAF: u32 = 0x8000_001f;
+/// In EBX of the leaf of memory encryption: which bit of page-table entries makes memory private.
 const PRIVATE_BIT: u32 = 0x3f;
 
 /// What the hardware sees to whatever the host does: of what a guest demands besides isolation.
@@ -36,7 +34,7 @@ pub struct SevPlatform {
     device: Arc<File>,
     protection: Protection,
     private_bit: u8,
-    options: SnpOptions,
+    snp: SnpOptions,
     sev: SevOptions,
 }
 
@@ -68,22 +66,22 @@ impl SevPlatform {
             ErrorKind::PermissionDenied => "run as a user who may use it, such as root",
             _ => "it must be the device of AMD's secure processor",
         })?;
-        let leaf = host.supported_cpuid().as_slice().iter().find(|leaf| leaf.function == ENCRYPTION_LEAF);
-        let Some(private_bit) = leaf.map(|leaf| leaf.ebx & PRIVATE_BIT).filter(|bit| *bit != 0) else {
+        let Some(private_bit) = cpuid::encryption(&host).map(|leaf| leaf.ebx & PRIVATE_BIT).filter(|bit| *bit != 0)
+        else {
             return Err(not_offered("kvm does not say which bit of a page-table entry makes memory private".into()));
         };
-        let (options, sev) = (SnpOptions::default(), SevOptions::default());
-        Ok(Self { host, device: Arc::new(device), protection, private_bit: private_bit as u8, options, sev })
+        let (snp, sev) = (SnpOptions::default(), SevOptions::default());
+        Ok(Self { host, device: Arc::new(device), protection, private_bit: private_bit as u8, snp, sev })
     }
 
     /// The same with what is particular to launches of SEV-SNP guests from here.
     pub fn with_snp(self, options: SnpOptions) -> Self {
-        Self { options, ..self }
+        Self { snp: options, ..self }
     }
 
     /// The same with what is particular to launches of SEV and SEV-ES guests from here.
-    pub fn with_sev(self, sev: SevOptions) -> Self {
-        Self { sev, ..self }
+    pub fn with_sev(self, options: SevOptions) -> Self {
+        Self { sev: options, ..self }
     }
 
     /// Who this platform is, for owners of SEV and SEV-ES guests, and for who sends such a guest here.
@@ -102,7 +100,7 @@ impl SevPlatform {
     /// What is active in the guests, which enters their measurement: see [`of_transcript`](crate::snp::of_transcript).
     pub fn features(&self) -> SevFeatures {
         match self.protection {
-            Protection::SevSnp => self.options.active_features(),
+            Protection::SevSnp => self.snp.active_features(),
             _ => self.sev.features,
         }
     }
@@ -134,9 +132,9 @@ impl SevPlatform {
             return Err(CoreError::Config("guests of sev-snp ask for conversions by page state changes alone".into()));
         }
         let refuse = |error: Error| CoreError::Config(error.to_string());
-        let policy = self.options.policy_for(config.policy).map_err(refuse)?;
-        self.options.check(self.host.kvm(), policy).map_err(refuse)?;
-        let loader = SnpLoader::new(&self.host, &self.device, config, self.options.clone(), policy);
+        let policy = self.snp.policy_for(config.policy).map_err(refuse)?;
+        self.snp.check(self.host.kvm(), policy).map_err(refuse)?;
+        let loader = SnpLoader::new(&self.host, &self.device, config, self.snp.clone(), policy);
         Ok((loader.map_err(failed("create the vm"))?, snp::interface(self.private_bit)))
     }
 }
@@ -198,7 +196,7 @@ impl Platform for SevPlatform {
             Protection::SevEs => return TrustModel::new(es_trust),
             _ => return TrustModel::new(sev_trust),
         }
-        let policy = self.options.policy_for(Policy::empty());
+        let policy = self.snp.policy_for(Policy::empty());
         match policy {
             Ok(policy) if !policy.flags.contains(SnpFlags::DEBUG) => TrustModel::new(snp_trust),
             _ => TrustModel::new(debugged_trust),

@@ -1,27 +1,24 @@
 //! What this host offers of AMD's protection.
 
 use super::Resources;
-use super::command::{Attribute, attribute};
+use super::command::{Attribute, attribute, vm_type};
+use super::cpuid;
 use cvm_backend_kvm::backend::{Host, no_vm_type};
 use cvm_core::Protection;
 use cvm_core::platform::{Missing, Offer};
-use kvm_bindings::{KVM_X86_SEV_ES_VM, KVM_X86_SEV_VM, KVM_X86_SNP_VM};
 use std::fs::OpenOptions;
 use std::path::Path;
 
-/// The kinds of protection, each with the type of its VMs and the parameter of `kvm_amd` that it is turned off by.
-const KINDS: [(Protection, u32, &str); 3] = [
-    (Protection::Sev, KVM_X86_SEV_VM, "sev"),
-    (Protection::SevEs, KVM_X86_SEV_ES_VM, "sev_es"),
-    (Protection::SevSnp, KVM_X86_SNP_VM, "sev_snp"),
-];
+/// The kinds of protection, each with the parameter of `kvm_amd` that it is turned off by.
+const KINDS: [(Protection, &str); 3] =
+    [(Protection::Sev, "sev"), (Protection::SevEs, "sev_es"), (Protection::SevSnp, "sev_snp")];
 
 /// What lacks for each kind, as far as both devices and the kernel's files tell.
 pub(super) fn offers(kvm: &Path, firmware: &Path) -> Vec<Offer> {
     let host = Host::open(kvm);
     KINDS
-        .map(|(protection, vm_type, parameter)| match &host {
-            Ok(host) => offer_of(host, firmware, protection, vm_type, parameter),
+        .map(|(protection, parameter)| match &host {
+            Ok(host) => offer_of(host, firmware, protection, parameter),
             Err(error) => {
                 let lack = Missing::new(error.to_string(), "access to a KVM device");
                 Offer { protection, missing: vec![lack], notes: Vec::new() }
@@ -32,15 +29,15 @@ pub(super) fn offers(kvm: &Path, firmware: &Path) -> Vec<Offer> {
 
 /// What lacks for this kind on `host`; nothing if it is none of AMD's.
 pub(super) fn offer(host: &Host, firmware: &Path, protection: Protection) -> Option<Offer> {
-    let (_, vm_type, parameter) = KINDS.into_iter().find(|(kind, ..)| *kind == protection)?;
-    Some(offer_of(host, firmware, protection, vm_type, parameter))
+    let (_, parameter) = KINDS.into_iter().find(|(kind, _)| *kind == protection)?;
+    Some(offer_of(host, firmware, protection, parameter))
 }
 
-fn offer_of(host: &Host, firmware: &Path, protection: Protection, vm_type: u32, parameter: &str) -> Offer {
+fn offer_of(host: &Host, firmware: &Path, protection: Protection, parameter: &str) -> Offer {
     let mut lacks = Vec::new();
     if !host.is_amd() {
         lacks.push(Missing::new("the processor is not AMD's", "an AMD EPYC processor"));
-    } else if !host.has_vm_type(vm_type) {
+    } else if !host.has_vm_type(vm_type(protection)) {
         lacks.push(no_vm_type("kvm_amd", parameter, "SME and SEV-SNP", "sev"));
     } else if let Err(error) = OpenOptions::new().read(true).write(true).open(firmware) {
         let what = format!("{} cannot be opened: {error}", firmware.display());
@@ -67,8 +64,6 @@ fn offer_of(host: &Host, firmware: &Path, protection: Protection, vm_type: u32, 
 /// Whether the processor's caches have a line once, whether it was written encrypted or not (AMD64 APM volume 3, section
 /// E.4.17). Where they may have two, what one side writes to a page can be overwritten later by what the other wrote before.
 fn is_coherent(host: &Host) -> bool {
-    const ENCRYPTION_LEAF: u32 = 0x8000_001f;
     const COHERENT: u32 = 1 << 10;
-    let leaves = host.supported_cpuid().as_slice();
-    leaves.iter().any(|leaf| leaf.function == ENCRYPTION_LEAF && leaf.eax & COHERENT != 0)
+    cpuid::encryption(host).is_some_and(|leaf| leaf.eax & COHERENT != 0)
 }
