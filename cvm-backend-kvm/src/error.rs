@@ -1,12 +1,12 @@
-use cvm_core::{GpaRange, Protection};
-use std::io;
-use std::path::PathBuf;
+use cvm_core::{BoxError, Error as CoreError, GpaRange, Protection};
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
 
 /// What can go wrong between this backend and the host.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The KVM device cannot be opened, or is not KVM.
+    /// The file of a device cannot be opened, or is another device's.
     #[error("failed to open {}: {remedy}", path.display())]
     Open {
         /// The device.
@@ -103,6 +103,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// For `map_err`: why a device could not be opened, with what `remedy` has for that.
+    pub(crate) fn open(path: &Path, remedy: impl Fn(ErrorKind) -> &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Open { path: path.to_owned(), remedy: remedy(source.kind()), source }
+    }
+
     /// For `map_err`: `step` was what a KVM call was to do.
     pub fn kvm(step: &'static str) -> impl Fn(kvm_ioctls::Error) -> Self {
         move |error| Self::Kvm { step, source: error.into() }
@@ -117,4 +122,9 @@ impl Error {
     pub(crate) fn memory<E: Into<io::Error>>(step: &'static str, range: GpaRange) -> impl FnOnce(E) -> Self {
         move |error| Self::Memory { step, range, source: error.into() }
     }
+}
+
+/// For `map_err`, where the contract's error is due: `step` was what the host was to do.
+pub fn failed<E: Into<BoxError>>(step: &'static str) -> impl Fn(E) -> CoreError {
+    move |error| CoreError::Backend { step, range: None, source: error.into() }
 }

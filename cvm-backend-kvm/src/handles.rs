@@ -29,7 +29,7 @@ pub struct KvmLoader(pub(crate) LoaderOf);
 
 #[derive(Debug)]
 pub(crate) enum LoaderOf {
-    Local(LocalLoader),
+    Local(Box<LocalLoader>),
     Vault(VaultLoader),
 }
 

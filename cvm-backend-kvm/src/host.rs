@@ -1,14 +1,14 @@
 //! The host's KVM and what it can do.
 
 use crate::Error;
-use crate::local::{apic_lacks, is_amd};
+use crate::local::apic_lacks;
 use crate::policy::Facts;
 use cvm_core::launch::VmConfig;
 use cvm_core::{Error as CoreError, InterruptController, Policy};
 use kvm_bindings::{CpuId, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_VM_TYPES, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Kvm, VmFd};
 use std::ffi::CString;
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -32,11 +32,20 @@ pub(crate) fn most_runs() -> u64 {
     limit.and_then(|text| text.parse().ok()).unwrap_or(DEFAULT_MAX_MAPPINGS) / 2
 }
 
+/// Opens the file of a device, to read and to write.
+///
+/// # Errors
+/// [`Error::Open`], with what `remedy` has for the reason.
+pub fn open_device(path: &Path, remedy: impl Fn(ErrorKind) -> &'static str) -> Result<File, Error> {
+    OpenOptions::new().read(true).write(true).open(path).map_err(Error::open(path, remedy))
+}
+
 /// An opened KVM device, and what the kernel's files say of the host: nothing is opened later, so that a process which
 /// has this can give up the right to open files.
 #[derive(Debug)]
 pub struct Host {
     pub(crate) kvm: Kvm,
+    cpuid: CpuId,
     /// What decides about policies.
     pub(crate) facts: Facts,
     /// How many runs of pages on one side a VM may have.
@@ -47,28 +56,28 @@ impl Host {
     /// Opens `path`, which is usually `/dev/kvm`.
     ///
     /// # Errors
-    /// [`Error::Open`], [`Error::ApiVersion`].
+    /// [`Error::Open`], [`Error::ApiVersion`], [`Error::Kvm`].
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let fail = |source: io::Error| {
-            let remedy = match source.kind() {
-                ErrorKind::NotFound => {
-                    "load kvm_intel or kvm_amd, and enable virtualization in the firmware or the outer hypervisor"
-                }
-                ErrorKind::PermissionDenied => "add your user to the group that owns it (usually kvm), or run as root",
-                _ => "it must be a kvm device",
-            };
-            Error::Open { path: path.to_owned(), remedy, source }
+        let remedy = |kind| match kind {
+            ErrorKind::NotFound => {
+                "load kvm_intel or kvm_amd, and enable virtualization in the firmware or the outer hypervisor"
+            }
+            ErrorKind::PermissionDenied => "add your user to the group that owns it (usually kvm), or run as root",
+            _ => "it must be a kvm device",
         };
         // Opened once without kvm-ioctls for an error that tells a missing device from a forbidden one.
-        OpenOptions::new().read(true).write(true).open(path).map_err(fail)?;
-        let name = CString::new(path.as_os_str().as_bytes()).map_err(|error| fail(error.into()))?;
-        let kvm = Kvm::new_with_path(name).map_err(|error| fail(error.into()))?;
+        open_device(path, remedy)?;
+        let opened = CString::new(path.as_os_str().as_bytes()).map_err(io::Error::from);
+        let opened = opened.and_then(|name| Ok(Kvm::new_with_path(name)?));
+        let kvm = opened.map_err(Error::open(path, remedy))?;
         match kvm.get_api_version() {
             // The only version that there is (Linux Documentation/virt/kvm/api.rst, section 4.1).
-            12 => Ok(Self { facts: Facts::of(&kvm), kvm, most_runs: most_runs() }),
-            ..0 => Err(fail(io::Error::last_os_error())),
-            version => Err(Error::ApiVersion { path: path.to_owned(), version }),
+            12 => {}
+            ..0 => return Err(Error::open(path, remedy)(io::Error::last_os_error())),
+            version => return Err(Error::ApiVersion { path: path.to_owned(), version }),
         }
+        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(Error::kvm("list cpuid leaves"))?;
+        Ok(Self { facts: Facts::of(&kvm), kvm, cpuid, most_runs: most_runs() })
     }
 
     /// The KVM device.
@@ -76,17 +85,17 @@ impl Host {
         &self.kvm
     }
 
-    /// The processor that KVM can show to guests.
-    ///
-    /// # Errors
-    /// [`Error::Kvm`].
-    pub fn supported_cpuid(&self) -> Result<CpuId, Error> {
-        self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(Error::kvm("list cpuid leaves"))
+    /// The processor that KVM could show to guests when it was opened. What is in it by permission of the kernel's, as AMX is
+    /// (`ARCH_REQ_XCOMP_GUEST_PERM`), is there if this process had asked for it before.
+    pub fn supported_cpuid(&self) -> &CpuId {
+        &self.cpuid
     }
 
-    /// Whether the processor is AMD's, or of that kind.
+    /// Whether the processor is AMD's, or of that kind, and so has AMD's hypercall instruction.
     pub fn is_amd(&self) -> bool {
-        self.supported_cpuid().is_ok_and(|cpuid| is_amd(&cpuid))
+        // EBX holds the first four letters of the vendor's name: of "AuthenticAMD" or "HygonGenuine".
+        let vendor = self.cpuid.as_slice().iter().find(|entry| entry.function == 0);
+        vendor.is_some_and(|entry| [*b"Auth", *b"Hygo"].contains(&entry.ebx.to_le_bytes()))
     }
 
     /// What KVM says of a capability (Linux include/uapi/linux/kvm.h); 0 if it has none of it, or does not say.

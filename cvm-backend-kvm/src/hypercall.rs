@@ -2,7 +2,7 @@
 
 use crate::Error;
 use crate::host::{HC_MAP_GPA_RANGE, Host};
-use crate::local::{Backing, FilesMemory, Kicker, Layout, is_amd};
+use crate::local::{Backing, FilesMemory, Kicker, Layout};
 use cvm_core::{GpaRange, Kick, PAGE_SIZE, Watchdog};
 use kvm_bindings::{KVM_CAP_EXIT_HYPERCALL, KVM_X86_DEFAULT_VM, kvm_enable_cap};
 use kvm_ioctls::{VcpuExit, VmFd};
@@ -69,7 +69,7 @@ fn try_one(host: &Host) -> Result<bool, Box<dyn std::error::Error>> {
     let page = GpaRange::new(0, PAGE_SIZE)?;
     let shared = Backing::new("cvm-shared", PAGE_SIZE)?;
     let memory = FilesMemory::new(Layout::new(&[page])?, shared, host.most_runs)?;
-    let code = if is_amd(&host.supported_cpuid()?) { VMMCALL } else { VMCALL };
+    let code = if host.is_amd() { VMMCALL } else { VMCALL };
     memory.write_private(page, &code)?;
     memory.attach(&vm)?;
 

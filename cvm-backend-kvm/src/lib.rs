@@ -20,6 +20,7 @@ compile_error!("cvm-backend-kvm needs Linux on x86-64; build `cvm` with `default
 
 pub mod backend;
 mod error;
+mod eventfd;
 mod handles;
 mod host;
 mod hypercall;
@@ -27,6 +28,7 @@ mod local;
 mod platform;
 mod policy;
 mod probe;
+mod questions;
 pub mod vault;
 
 pub use error::Error;

@@ -1,3 +1,4 @@
+use crate::error::failed;
 use crate::handles::{KvmLoader, LoaderOf};
 use crate::host::Host;
 use crate::local::{Backing, Isolation, LocalLoader};
@@ -101,12 +102,8 @@ impl KvmPlatform {
         // The VMM has found out what works, and nobody but the guest is worse off if that is not true.
         let transport = config.transport.unwrap_or(Transport::Doorbell);
         let loader = LocalLoader::new(&self.host, self.isolation, config.clone(), transport, Some(shared));
-        Launch::new(loader.map_err(create)?, config, transport)
+        Launch::new(loader.map_err(failed("create the vm"))?, config, transport)
     }
-}
-
-fn create(source: cvm_core::BoxError) -> CoreError {
-    CoreError::Backend { step: "create the vm", range: None, source }
 }
 
 impl Platform for KvmPlatform {
@@ -144,12 +141,15 @@ impl Platform for KvmPlatform {
         let loader = match &self.vault {
             Some(program) => {
                 self.host.check(&config, Policy::NO_DEBUG)?;
-                LoaderOf::Vault(vault::launch(program, &self.device, &config, transport).map_err(create)?)
+                LoaderOf::Vault(
+                    vault::launch(program, &self.device, &config, transport, self.isolation)
+                        .map_err(failed("create the vm"))?,
+                )
             }
             None => {
                 self.host.check(&config, Policy::empty())?;
                 let loader = LocalLoader::new(&self.host, self.isolation, config.clone(), transport, None);
-                LoaderOf::Local(loader.map_err(create)?)
+                LoaderOf::Local(Box::new(loader.map_err(failed("create the vm"))?))
             }
         };
         Launch::new(KvmLoader(loader), config, transport)

@@ -9,10 +9,6 @@ use kvm_ioctls::Cap;
 use std::fs;
 use std::path::Path;
 
-fn missing(what: impl Into<String>, remedy: impl Into<String>) -> Missing {
-    Missing { what: what.into(), remedy: remedy.into() }
-}
-
 fn offer(protection: Protection, missing: Vec<Missing>) -> Offer {
     Offer { protection, missing, notes: Vec::new() }
 }
@@ -24,14 +20,15 @@ pub(crate) fn offers(path: &Path) -> Vec<Offer> {
         Err(error) => {
             let lack = match &error {
                 crate::Error::Open { path, remedy, source } => {
-                    missing(format!("{} cannot be opened: {source}", path.display()), *remedy)
+                    Missing::new(format!("{} cannot be opened: {source}", path.display()), *remedy)
                 }
-                _ => missing(error.to_string(), "a kernel whose kvm speaks version 12"),
+                _ => Missing::new(error.to_string(), "a kernel whose kvm speaks version 12"),
             };
             return ALL.map(|protection| offer(protection, vec![lack.clone()])).into();
         }
     };
-    let secure_execution = missing("this is an x86-64 host", "an IBM z15 or LinuxONE III or later, with prot_virt=1");
+    let secure_execution =
+        Missing::new("this is an x86-64 host", "an IBM z15 or LinuxONE III or later, with prot_virt=1");
     vec![
         none(&host),
         guest_memfd(&host),
@@ -51,7 +48,7 @@ fn none(host: &Host) -> Offer {
         (Cap::X86UserSpaceMsr, "KVM_CAP_X86_USER_SPACE_MSR", "Linux 5.10 or later"),
     ];
     let lacks = needs.into_iter().filter(|(cap, ..)| !host.kvm.check_extension(*cap));
-    let lacks = lacks.map(|(_, what, remedy)| missing(format!("kvm has no {what}"), remedy)).collect();
+    let lacks = lacks.map(|(_, what, remedy)| Missing::new(format!("kvm has no {what}"), remedy)).collect();
     let hypercalls = if !host.offers_hypercall() {
         "guests ask for conversions by doorbell: kvm has no KVM_CAP_EXIT_HYPERCALL for KVM_HC_MAP_GPA_RANGE"
     } else if hypercall::works(host) {
@@ -64,19 +61,19 @@ fn none(host: &Host) -> Offer {
 
 /// This library's own gap, where a host offers what no backend uses yet.
 fn no_backend() -> Missing {
-    missing("this version of cvm has no backend for it", "a later version of cvm")
+    Missing::new("this version of cvm has no backend for it", "a later version of cvm")
 }
 
 pub(crate) fn guest_memfd(host: &Host) -> Offer {
     let mut lacks = Vec::new();
     if !host.has_vm_type(KVM_X86_SW_PROTECTED_VM) {
-        lacks.push(missing(
+        lacks.push(Missing::new(
             "kvm has no VM type KVM_X86_SW_PROTECTED_VM",
             "Linux 6.8 or later with CONFIG_KVM_SW_PROTECTED_VM=y and kvm.tdp_mmu=1",
         ));
     }
     if host.capability(KVM_CAP_GUEST_MEMFD) == 0 {
-        lacks.push(missing("kvm has no KVM_CAP_GUEST_MEMFD", "Linux 6.8 or later with CONFIG_KVM_PRIVATE_MEM"));
+        lacks.push(Missing::new("kvm has no KVM_CAP_GUEST_MEMFD", "Linux 6.8 or later with CONFIG_KVM_PRIVATE_MEM"));
     }
     offer(Protection::GuestMemfd, lacks)
 }
@@ -88,7 +85,7 @@ fn vault(host: &Host) -> Offer {
             crate::Error::NotOffered { what, .. } => what,
             error => error.to_string(),
         };
-        lacks.push(missing(what, "a program that can be a vault, or one beside it"));
+        lacks.push(Missing::new(what, "a program that can be a vault, or one beside it"));
     }
     let memory = if guest_memfd(host).missing.is_empty() {
         "its private memory is a guest_memfd, which the vault itself cannot read"
@@ -98,18 +95,19 @@ fn vault(host: &Host) -> Offer {
     Offer { protection: Protection::Vault, missing: lacks, notes: vec![memory.into()] }
 }
 
-/// Why a VM type is not there, as far as the parameter `name` of `module` tells.
-fn no_vm_type(module: &str, name: &str, firmware: &str) -> Missing {
+/// Why KVM has no VM type for a protection that `module` turns on by the parameter `name`, as far as that tells: `firmware`
+/// has to be on too, and the kernel's messages about it have the word `word`.
+pub fn no_vm_type(module: &str, name: &str, firmware: &str, word: &str) -> Missing {
     match setting(&format!("/sys/module/{module}/parameters/{name}")).as_deref() {
-        Some("Y" | "1") => missing(
+        Some("Y" | "1") => Missing::new(
             format!("kvm has no VM type for it, although {module}.{name} is on"),
-            "what the kernel says of it when it starts: `dmesg | grep -i -e sev -e tdx`",
+            format!("what the kernel says of it when it starts: `dmesg | grep -i {word}`"),
         ),
-        Some(_) => missing(
+        Some(_) => Missing::new(
             format!("kvm has no VM type for it, and {module}.{name} is off"),
             format!("enable {firmware} in the firmware, and load {module} with {name}=1"),
         ),
-        None => missing(
+        None => Missing::new(
             format!("kvm has no VM type for it, and no parameter {module}.{name}"),
             format!("a kernel with support for it, in {module}"),
         ),
@@ -126,9 +124,9 @@ fn vendor_is(names: &[&str]) -> bool {
 fn tdx(host: &Host) -> Offer {
     let mut lacks = Vec::new();
     if !vendor_is(&["GenuineIntel"]) {
-        lacks.push(missing("the processor is not Intel's", "an Intel Xeon of the 5th generation or later"));
+        lacks.push(Missing::new("the processor is not Intel's", "an Intel Xeon of the 5th generation or later"));
     } else if !host.has_vm_type(KVM_X86_TDX_VM) {
-        lacks.push(no_vm_type("kvm_intel", "tdx", "TDX"));
+        lacks.push(no_vm_type("kvm_intel", "tdx", "TDX", "tdx"));
     }
     lacks.push(no_backend());
     offer(Protection::Tdx, lacks)

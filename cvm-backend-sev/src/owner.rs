@@ -1,14 +1,13 @@
 //! What a guest's owner does in an SEV or SEV-ES launch: keys that he shares with the firmware, and secrets that only the guest
 //! is given.
 
-use crate::sev::{LaunchMeasurement, SevDigest};
+use crate::sev::{LaunchMeasurement, SevDigest, hmac};
 use crate::{Error, SevPolicy};
 use aes::Aes128;
 use ctr::Ctr128BE;
 use ctr::cipher::{KeyIvInit, StreamCipher};
 use cvm_core::Gpa;
-use hmac::{Hmac, KeyInit, Mac};
-use sha2::Sha256;
+use hmac::Mac;
 use std::fmt;
 
 /// Length of the header of a packet for the firmware: flags, initialisation vector, MAC (Secure Encrypted Virtualization API,
@@ -71,10 +70,7 @@ impl TransportKeys {
     }
 
     fn mac(&self, parts: &[&[u8]]) -> [u8; 32] {
-        // Shorter keys than a block are filled up with zeros, as HMAC has it.
-        let mut block = [0; 64];
-        block[..16].copy_from_slice(&self.integrity);
-        let hmac = parts.iter().fold(Hmac::<Sha256>::new(&block.into()), |hmac, part| hmac.chain_update(part));
+        let hmac = parts.iter().fold(hmac(&self.integrity), |hmac, part| hmac.chain_update(part));
         hmac.finalize().into_bytes().into()
     }
 }

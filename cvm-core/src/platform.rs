@@ -49,6 +49,13 @@ pub struct Missing {
     pub remedy: String,
 }
 
+impl Missing {
+    /// That this lacks, and how to get it.
+    pub fn new(what: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { what: what.into(), remedy: remedy.into() }
+    }
+}
+
 /// What a host offers of one kind of protection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Offer {

@@ -1,29 +1,19 @@
 //! The ways of interrupts into a VM, past its guards: one guard for each vCPU, which its own thread and others share.
 
-use super::{apic, failed, vm_fd};
-use crate::{Error, lock};
+use super::{apic, vm_fd};
+use crate::error::failed;
+use crate::{Error, eventfd, lock};
 use cvm_core::{Error as CoreError, Event, InterruptController, InterruptGuard, InterruptPolicy, Trigger};
 use kvm_bindings::{KVM_MAX_IRQ_ROUTES, KvmIrqRouting};
 use kvm_ioctls::VmFd;
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::io::{Errno, ReadWriteFlags, preadv2};
-use std::io::{self, IoSliceMut};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-
-/// An eventfd that does not block.
-pub(crate) fn new_eventfd() -> io::Result<OwnedFd> {
-    Ok(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)
-}
-
-/// Takes what was written to an eventfd; whether there was anything. It never waits: who else holds the eventfd may have
-/// emptied it, and cleared the flag by which an empty one is not waited for.
-pub(crate) fn take(eventfd: &OwnedFd) -> bool {
-    preadv2(eventfd, &mut [IoSliceMut::new(&mut [0; 8])], u64::MAX, ReadWriteFlags::NOWAIT).is_ok()
-}
 
 /// An eventfd that raises one interrupt. Its place among all of them is its GSI.
 #[derive(Debug)]
@@ -115,9 +105,9 @@ impl Interrupts {
         if sources.len() == KVM_MAX_IRQ_ROUTES {
             return Err(CoreError::NoDescriptor("the kernel has no more interrupt routes".into()));
         }
-        let eventfd = new_eventfd().map_err(failed("make an eventfd"))?;
-        let theirs = eventfd.try_clone().map_err(failed("copy an eventfd"))?;
-        sources.push(Arc::new(Source { vcpu, vector, eventfd }));
+        let ours = eventfd::new().map_err(failed("make an eventfd"))?;
+        let theirs = ours.try_clone().map_err(failed("copy an eventfd"))?;
+        sources.push(Arc::new(Source { vcpu, vector, eventfd: ours }));
         let connected = if self.counted { self.relay() } else { self.gates.connect(&sources) };
         if let Err(error) = connected {
             // A route that is left over leads from nowhere, and the next table is without it.
@@ -200,12 +190,12 @@ impl Gates {
                     continue;
                 }
             }
-            take(wake);
+            eventfd::take(wake);
             let signalled = ready.iter().skip(1).map(|eventfd| eventfd.revents().contains(PollFlags::IN));
             for (source, signalled) in sources.iter().zip(signalled) {
                 let event = Event::Interrupt(source.vector);
                 if signalled
-                    && take(&source.eventfd)
+                    && eventfd::take(&source.eventfd)
                     && self.admit(source.vcpu, event).and_then(|()| self.raise(source.vcpu, source.vector)).is_err()
                 {
                     self.dropped.fetch_add(1, Ordering::Relaxed);
@@ -223,7 +213,7 @@ struct Relay {
 
 impl Relay {
     fn new(gates: &Arc<Gates>) -> io::Result<Self> {
-        let wake = Arc::new(new_eventfd()?);
+        let wake = Arc::new(eventfd::new()?);
         let (theirs, gates) = (Arc::clone(&wake), Arc::clone(gates));
         let thread = thread::Builder::new().name("vm-interrupts".into()).spawn(move || gates.relay(&theirs))?;
         Ok(Self { wake, thread: Some(thread) })
@@ -231,7 +221,6 @@ impl Relay {
 
     /// Makes the thread look at what has changed.
     fn wake(&self) {
-        // It fails only where the thread has more wake-ups before it than it can count.
-        let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
+        eventfd::signal(&self.wake);
     }
 }

@@ -1,5 +1,5 @@
 use super::machine::Machine;
-use super::memory::{Backing, FilesMemory, GmemMemory, GuestMemory, Kind, Layout};
+use super::memory::{Backing, FilesMemory, GmemMemory, GuestMemory, Isolation, Kind, Layout};
 use super::staging::Staging;
 use super::traits::Plain;
 use super::vm::LocalVm;
@@ -10,13 +10,6 @@ use cvm_core::x86::VcpuState;
 use cvm_core::{BoxError, Gpa, GpaRange, PageKind};
 use kvm_bindings::{KVM_X86_DEFAULT_VM, KVM_X86_SW_PROTECTED_VM};
 use std::sync::Arc;
-
-/// How private memory is kept private from this process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Isolation {
-    None,
-    GuestMemfd,
-}
 
 /// Loads the pages of a VM on plain KVM.
 #[derive(Debug)]
@@ -39,19 +32,19 @@ impl LocalLoader {
         let shared = shared.map_or_else(|| Backing::new("cvm-shared", layout.bytes()), Ok)?;
         let top = config.memory.iter().map(|range| range.end()).max().unwrap_or(Gpa(0));
         let slots = config.memory.len() as u32;
-        let cpuid = host.supported_cpuid()?;
+        let cpuid = host.supported_cpuid();
         match isolation {
             Isolation::None => {
                 let memory = FilesMemory::new(layout, shared, host.most_runs)?;
                 let vm = host.create_vm(KVM_X86_DEFAULT_VM)?;
                 memory.attach(&vm)?;
-                let machine = Machine::new(host, vm, GuestMemory(Kind::Files(memory)), config, transport, &cpuid)?;
+                let machine = Machine::new(host, vm, GuestMemory(Kind::Files(memory)), config, transport, cpuid)?;
                 Ok(Self { machine, staging: None })
             }
             Isolation::GuestMemfd => {
                 let vm = host.create_vm(KVM_X86_SW_PROTECTED_VM)?;
                 let memory = GmemMemory::new(Arc::clone(&vm), layout, shared, host.most_runs)?;
-                let machine = Machine::new(host, vm, GuestMemory(Kind::Gmem(memory)), config, transport, &cpuid)?;
+                let machine = Machine::new(host, vm, GuestMemory(Kind::Gmem(memory)), config, transport, cpuid)?;
                 let staging = Some(Staging::new(machine.vm(), top, slots)?);
                 Ok(Self { machine, staging })
             }

@@ -70,6 +70,11 @@ impl Machine {
         &self.vm
     }
 
+    /// What it was configured as.
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
     /// Its memory.
     pub fn memory(&self) -> &GuestMemory {
         &self.memory

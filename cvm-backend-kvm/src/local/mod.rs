@@ -14,21 +14,12 @@ mod vm;
 mod vm_fd;
 
 pub(crate) use apic::lacks as apic_lacks;
-pub(crate) use interrupts::take as take_signal;
 pub(crate) use kick::Kicker;
-pub(crate) use loader::{Isolation, LocalLoader};
+pub(crate) use loader::LocalLoader;
 pub use machine::Machine;
-pub(crate) use memory::{Backing, FilesMemory, Layout, shared_view};
+pub(crate) use memory::{Backing, FilesMemory, Isolation, Layout, shared_view};
 pub use memory::{GuestMemory, PinnedMemory};
 pub use traits::Traits;
 pub(crate) use traits::lifecycle;
-pub(crate) use vcpu::is_amd;
 pub use vcpu::{LocalVcpu, VcpuSnapshot};
 pub use vm::LocalVm;
-
-use cvm_core::{BoxError, Error};
-
-/// For `map_err`: `step` was what the host was to do.
-pub(crate) fn failed<E: Into<BoxError>>(step: &'static str) -> impl Fn(E) -> Error {
-    move |error| Error::Backend { step, range: None, source: error.into() }
-}

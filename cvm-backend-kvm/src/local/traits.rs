@@ -13,8 +13,9 @@ pub trait Traits: Debug + Send + Sync {
     /// into the GHCB for it is exposed.
     fn hides_registers(&self) -> bool;
 
-    /// What can be done with it.
-    fn lifecycle(&self, what: Lifecycle) -> LifecycleAnswer;
+    /// What can be done with it, where that is another answer than VMs on plain KVM have. Whether private memory is swapped
+    /// follows from what it is.
+    fn lifecycle(&self, what: Lifecycle) -> Option<LifecycleAnswer>;
 
     /// How its private pages can leave it; see [`Vm::export`](cvm_core::Vm::export).
     fn export(&self) -> Option<&dyn Export<LocalVcpu>> {
@@ -38,8 +39,8 @@ impl Traits for Plain {
         false
     }
 
-    fn lifecycle(&self, what: Lifecycle) -> LifecycleAnswer {
-        lifecycle(what)
+    fn lifecycle(&self, _what: Lifecycle) -> Option<LifecycleAnswer> {
+        None
     }
 
     fn exit(&self, vcpu: u32, run: &mut kvm_run, _memory: &SharedMemory) -> Result<Option<Box<dyn Any>>, Error> {
@@ -48,11 +49,10 @@ impl Traits for Plain {
     }
 }
 
-/// What can be done with a VM on plain KVM, whoever holds it.
-pub(crate) fn lifecycle(what: Lifecycle) -> LifecycleAnswer {
+/// What can be done with a VM on plain KVM, whoever holds it, whose private memory is swapped or not.
+pub(crate) fn lifecycle(what: Lifecycle, swap: LifecycleAnswer) -> LifecycleAnswer {
     match what {
-        // The kernel swaps the pages of both files as those of any other.
-        Lifecycle::Swap => LifecycleAnswer::Yes,
+        Lifecycle::Swap => swap,
         Lifecycle::Migrate | Lifecycle::Snapshot | Lifecycle::Dump => {
             LifecycleAnswer::No("there is no protected export of private memory and registers")
         }

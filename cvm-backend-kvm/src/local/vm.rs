@@ -1,8 +1,10 @@
-use super::interrupts::{self, Interrupts};
+use super::interrupts::Interrupts;
 use super::memory::GuestMemory;
-use super::traits::Traits;
+use super::traits::{self, Traits};
 use super::vcpu::LocalVcpu;
-use super::{failed, vm_fd};
+use super::vm_fd;
+use crate::error::failed;
+use crate::eventfd;
 use cvm_core::doorbell::{self, Doorbell, Transport};
 use cvm_core::export::Export;
 use cvm_core::interrupt::Guarding;
@@ -100,7 +102,8 @@ impl Vm for LocalVm {
     }
 
     fn lifecycle(&self, what: Lifecycle) -> LifecycleAnswer {
-        self.shared.traits.lifecycle(what)
+        let particular = self.shared.traits.lifecycle(what);
+        particular.unwrap_or_else(|| traits::lifecycle(what, self.shared.engine.converter().swap()))
     }
 
     fn export(&self) -> Option<&dyn Export<LocalVcpu>> {
@@ -120,12 +123,12 @@ impl Vm for LocalVm {
         if doorbell::device_of(register).is_none() || !register.is_multiple_of(4) {
             return Err(Error::NoDescriptor("it is no register of a device".into()));
         }
-        let eventfd = interrupts::new_eventfd().map_err(failed("make an eventfd"))?;
-        match vm_fd::signal_on_write(&self.shared.vm, doorbell::PORT_BASE + register, &eventfd) {
+        let signalled = eventfd::new().map_err(failed("make an eventfd"))?;
+        match vm_fd::signal_on_write(&self.shared.vm, doorbell::PORT_BASE + register, &signalled) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {
                 Err(Error::NoDescriptor("the register has one already".into()))
             }
-            connected => connected.map(|()| eventfd).map_err(failed("connect a doorbell register")),
+            connected => connected.map(|()| signalled).map_err(failed("connect a doorbell register")),
         }
     }
 

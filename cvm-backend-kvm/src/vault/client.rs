@@ -3,10 +3,11 @@
 use super::page::Pages;
 use super::process::Vault;
 use super::protocol::{Order, Reply, Report, Request};
-use super::vcpu::{Kicker, VaultVcpu};
+use super::vcpu::VaultVcpu;
 use super::{MOST_LOADED, Program};
 use crate::Error;
-use crate::local::{Backing, Layout, failed, shared_view};
+use crate::error::failed;
+use crate::local::{Backing, Isolation, Layout, lifecycle, shared_view};
 use cvm_core::doorbell::Transport;
 use cvm_core::interrupt::{Guarding, Refusal};
 use cvm_core::launch::{Loader, Transcript, VmConfig};
@@ -14,19 +15,21 @@ use cvm_core::memory::{Allocated, ConversionEngine, ConversionTotals, Converter,
 use cvm_core::x86::VcpuState;
 use cvm_core::{
     BoxError, Conversion, ConversionListener, ConversionRequest, Error as CoreError, Event, GpaRange, Kick, Lifecycle,
-    LifecycleAnswer, PageKind, SharedMemory, Side, Trigger, Vm,
+    LifecycleAnswer, PageKind, SharedMemory, Side, Trigger, Vcpu, Vm,
 };
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Starts a vault, and in it the launch of a VM that uses `transport`.
+/// Starts a vault, and in it the launch of a VM that uses `transport`. The vault finds out by itself that KVM has
+/// `isolation` for private memory.
 pub(crate) fn launch(
     program: &Program,
     device: &Path,
     config: &VmConfig,
     transport: Transport,
+    isolation: Isolation,
 ) -> Result<VaultLoader, BoxError> {
     let layout = Layout::new(&config.memory)?;
     let shared = Backing::new("cvm-shared", layout.bytes())?;
@@ -47,7 +50,7 @@ pub(crate) fn launch(
     let Ok([kicks]) = <[OwnedFd; 1]>::try_from(descriptors) else {
         return Err(vault.disown("it gave no way to kick").into());
     };
-    Ok(VaultLoader { vault, kicks, shared, layout })
+    Ok(VaultLoader { vault, kicks, shared, layout, isolation })
 }
 
 /// Loads the pages of a VM that a vault holds.
@@ -57,6 +60,7 @@ pub(crate) struct VaultLoader {
     kicks: OwnedFd,
     shared: Backing,
     layout: Layout,
+    isolation: Isolation,
 }
 
 impl Loader for VaultLoader {
@@ -68,7 +72,7 @@ impl Loader for VaultLoader {
         }
         for (part, contents) in (0..).zip(contents.chunks(MOST_LOADED as usize)) {
             let range = GpaRange::new(range.start().0 + part * MOST_LOADED, contents.len() as u64)?;
-            let offset = self.layout.offset(range).ok_or("these pages are in no slot")?;
+            let offset = self.layout.find(range).ok_or("these pages are in no slot")?.in_file;
             self.shared.file().write_all_at(contents, offset).map_err(Error::memory("stage", range))?;
             self.vault.order_done(&Order::Load { range, kind })?;
         }
@@ -83,16 +87,16 @@ impl Loader for VaultLoader {
         match self.vault.order(&Order::Seal, &[])?.0 {
             Report::Sealed(measurement) if measurement == transcript.measurement() => {}
             Report::Sealed(_) => return Err(self.vault.disown("it has measured something else").into()),
-            _ => return Err(self.vault.disown("its report does not fit the order").into()),
+            _ => return Err(self.vault.unfit_report().into()),
         }
         let view = shared_view(&self.shared, &self.layout)?;
         let vcpus = self.vault.pages.count();
         let held = Arc::new(Held { vault: self.vault, kicks: self.kicks });
-        let kickers = (0..vcpus).map(|index| Arc::new(Kicker::new(index, Arc::clone(&held)))).collect();
         let engine = ConversionEngine::new(ByVault(Arc::clone(&held)), view);
-        let shared = Arc::new(Shared { engine, held, kickers });
-        let vcpus = (0..vcpus).map(|index| VaultVcpu::new(index, Arc::clone(&shared)));
-        Ok(VaultVm { vcpus: vcpus.collect(), shared, transcript })
+        let shared = Arc::new(Shared { engine, held });
+        let vcpus: Vec<_> = (0..vcpus).map(|index| VaultVcpu::new(index, Arc::clone(&shared))).collect();
+        let kickers = vcpus.iter().map(Vcpu::kicker).collect();
+        Ok(VaultVm { shared, vcpus, kickers, isolation: self.isolation, transcript })
     }
 }
 
@@ -112,7 +116,7 @@ impl Converter for ByVault {
         match self.0.vault.ask(vcpu, &Request::Convert { range, to }) {
             Ok(Reply::Done) => Ok(()),
             Ok(Reply::NotConverted { left_as, reason }) => not_converted(left_as, reason.into()),
-            Ok(_) => not_converted(LeftAs::Unknown, self.0.vault.disown("its reply does not fit the request").into()),
+            Ok(_) => not_converted(LeftAs::Unknown, self.0.vault.unfit_reply().into()),
             Err(error @ Error::VaultRefused { .. }) => not_converted(LeftAs::Before, error.into()),
             // With the vault, the guest is gone.
             Err(error) => not_converted(LeftAs::Unknown, error.into()),
@@ -123,7 +127,7 @@ impl Converter for ByVault {
         match self.0.vault.ask(vcpu, &Request::Poison(range)) {
             // No guest sees anything without its vault.
             Ok(Reply::Done) | Err(Error::VaultDied { .. } | Error::VaultProtocol { .. }) => Ok(()),
-            Ok(_) => Err(self.0.vault.disown("its reply does not fit the request").into()),
+            Ok(_) => Err(self.0.vault.unfit_reply().into()),
             Err(error) => Err(error.into()),
         }
     }
@@ -137,13 +141,14 @@ impl Converter for ByVault {
 pub(super) struct Shared {
     pub(super) engine: ConversionEngine<ByVault>,
     pub(super) held: Arc<Held>,
-    pub(super) kickers: Vec<Arc<Kicker>>,
 }
 
 /// A VM that a vault holds.
 pub(crate) struct VaultVm {
     shared: Arc<Shared>,
     vcpus: Vec<VaultVcpu>,
+    kickers: Vec<Arc<dyn Kick>>,
+    isolation: Isolation,
     transcript: Transcript,
 }
 
@@ -156,7 +161,7 @@ impl VaultVm {
         refused: impl FnOnce(Refusal) -> CoreError,
     ) -> Result<OwnedFd, CoreError> {
         let vault = &self.shared.held.vault;
-        let no_fit = || failed(step)(vault.disown("its report does not fit the order"));
+        let no_fit = || failed(step)(vault.unfit_report());
         match vault.order(order, &[]).map_err(failed(step))? {
             (Report::Descriptor, descriptors) => {
                 let [eventfd] = <[OwnedFd; 1]>::try_from(descriptors).map_err(|_| no_fit())?;
@@ -183,7 +188,7 @@ impl Vm for VaultVm {
     fn convert(&self, request: &ConversionRequest) -> Conversion {
         let outcome = self.shared.engine.convert(request);
         if self.shared.engine.is_lost() {
-            self.shared.kickers.iter().for_each(|kicker| kicker.kick());
+            self.kickers.iter().for_each(|kicker| kicker.kick());
         }
         outcome
     }
@@ -200,7 +205,7 @@ impl Vm for VaultVm {
         let vault = &self.shared.held.vault;
         match vault.order(&Order::Count, &[]).map_err(failed("count the memory"))?.0 {
             Report::Memory { private, shared } => Ok(Allocated { private, shared }),
-            _ => Err(failed("count the memory")(vault.disown("its report does not fit the order"))),
+            _ => Err(failed("count the memory")(vault.unfit_report())),
         }
     }
 
@@ -209,7 +214,7 @@ impl Vm for VaultVm {
     }
 
     fn lifecycle(&self, what: Lifecycle) -> LifecycleAnswer {
-        crate::local::lifecycle(what)
+        lifecycle(what, self.isolation.swap())
     }
 
     fn guarding(&self) -> Guarding {
@@ -232,7 +237,7 @@ impl Vm for VaultVm {
         let vault = &self.shared.held.vault;
         match vault.order(&Order::CountDropped, &[]).map_err(failed("count dropped interrupts"))?.0 {
             Report::Dropped(count) => Ok(count),
-            _ => Err(failed("count dropped interrupts")(vault.disown("its report does not fit the order"))),
+            _ => Err(failed("count dropped interrupts")(vault.unfit_report())),
         }
     }
 }

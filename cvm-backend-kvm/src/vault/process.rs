@@ -142,7 +142,7 @@ impl Vault {
     pub(super) fn order_done(&self, order: &Order) -> Result<(), Error> {
         match self.order(order, &[])? {
             (Report::Done, _) => Ok(()),
-            _ => Err(self.disown("its report does not fit the order")),
+            _ => Err(self.unfit_report()),
         }
     }
 
@@ -176,6 +176,16 @@ impl Vault {
     pub(super) fn disown(&self, what: &'static str) -> Error {
         self.kill();
         Error::VaultProtocol { what }
+    }
+
+    /// Kills one that reports on another order than it was given.
+    pub(super) fn unfit_report(&self) -> Error {
+        self.disown("its report does not fit the order")
+    }
+
+    /// Kills one that replies to another request than there was.
+    pub(super) fn unfit_reply(&self) -> Error {
+        self.disown("its reply does not fit the request")
     }
 }
 

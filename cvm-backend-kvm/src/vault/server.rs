@@ -4,14 +4,14 @@ use super::page::{self, Answering, Page, Pages};
 use super::protocol::{Failure, Given, Malformed, Order, Reply, Report, Request};
 use super::socket::{self, Received};
 use super::{MOST_LOADED, sandbox};
-use crate::local::{Backing, Layout, LocalLoader, LocalVcpu, LocalVm, take_signal};
-use crate::{Error, KvmPlatform};
+use crate::local::{Backing, Layout, LocalLoader, LocalVcpu, LocalVm};
+use crate::{Error, KvmPlatform, eventfd};
 use cvm_core::launch::VmConfig;
 use cvm_core::memory::LeftAs;
 use cvm_core::{
     BoxError, Error as CoreError, GpaRange, InterruptPolicy, Kick, Launch, PageKind, PageState, Trigger, Vcpu, Vm,
 };
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -139,7 +139,7 @@ impl Server {
 
     fn pass_kicks_on(&self) {
         // First the counter, then the pages: what is asked for meanwhile counts again.
-        self.kicks.as_ref().map(take_signal);
+        self.kicks.as_ref().map(eventfd::take);
         if let Stage::Running { pages, kickers, .. } = &self.stage {
             for (index, kicker) in (0..).zip(&**kickers) {
                 if pages.page(index).take_kick() {
@@ -261,8 +261,7 @@ impl Server {
         let layout = Layout::new(&config.memory)?;
         let shared = Backing::adopt(shared, layout.bytes())?;
         let pages = Pages::map(&Backing::adopt(pages, Pages::bytes(config.vcpus))?, config.vcpus)?;
-        let kicks =
-            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Error::vault("make an eventfd"))?;
+        let kicks = eventfd::new().map_err(Error::vault("make an eventfd"))?;
         let theirs = kicks.try_clone().map_err(Error::vault("copy an eventfd"))?;
         let kept = shared.try_clone().map_err(Error::vault("copy the descriptor of shared memory"))?;
         let launch = self.platform.launch_in_vault(config, shared)?;
@@ -303,7 +302,7 @@ fn load(
     if range.len() > MOST_LOADED {
         return Err("these are too many pages at once".into());
     }
-    let offset = layout.offset(range).ok_or("these pages are in no slot")?;
+    let offset = layout.find(range).ok_or("these pages are in no slot")?.in_file;
     let mut contents = vec![0; range.len() as usize];
     shared.file().read_exact_at(&mut contents, offset).map_err(Error::memory("read", range))?;
     launch.load(range.start(), &contents, kind)?;

@@ -2,47 +2,30 @@
 
 use super::client::{Held, Shared};
 use super::protocol::{Failure, Given, Reply, Request};
-use crate::Error;
-use crate::local::failed;
-use cvm_core::memory::Ticket;
+use crate::error::failed;
+use crate::questions::Questions;
+use crate::{Error, eventfd};
 use cvm_core::x86::Register;
 use cvm_core::{Answer, Conversion, Error as CoreError, Event, Exit, Kick, RegisterRead, Vcpu};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// What the guest waits for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Question {
-    None,
-    Read,
-    Conversion(Ticket),
-}
-
 /// A vCPU that a vault holds.
 pub(crate) struct VaultVcpu {
     index: u32,
     shared: Arc<Shared>,
-    question: Question,
+    kicker: Arc<Kicker>,
+    questions: Questions<(), ()>,
     /// What the next run hands to the guest.
     given: Given,
     /// Whether what it stopped for last was an exit in the vault, and no kick that was noticed here.
     exited: bool,
-    /// Whether it failed, so that it cannot go on.
-    failed: bool,
 }
 
 impl VaultVcpu {
     pub(super) fn new(index: u32, shared: Arc<Shared>) -> Self {
-        Self { index, shared, question: Question::None, given: Given::Nothing, exited: false, failed: false }
-    }
-
-    fn protocol<T>(&self, problem: &'static str) -> Result<T, CoreError> {
-        Err(CoreError::Protocol { vcpu: self.index, problem })
-    }
-
-    fn kicks(&self) -> Result<&Kicker, CoreError> {
-        let kicker = self.shared.kickers.get(self.index as usize);
-        kicker.map(|kicker| &**kicker).ok_or(CoreError::Protocol { vcpu: self.index, problem: "there is no such vcpu" })
+        let kicker = Arc::new(Kicker::new(index, Arc::clone(&shared.held)));
+        Self { index, shared, kicker, questions: Questions::new(index), given: Given::Nothing, exited: false }
     }
 
     fn ask(&self, step: &'static str, request: &Request) -> Result<Reply, CoreError> {
@@ -50,7 +33,7 @@ impl VaultVcpu {
     }
 
     fn no_fit<T>(&self, step: &'static str) -> Result<T, CoreError> {
-        Err(failed(step)(self.shared.held.vault.disown("its reply does not fit the request")))
+        Err(failed(step)(self.shared.held.vault.unfit_reply()))
     }
 
     fn run_on(&mut self) -> Result<Exit, CoreError> {
@@ -59,7 +42,7 @@ impl VaultVcpu {
             if self.shared.engine.is_lost() {
                 return Err(CoreError::Lost);
             }
-            if !self.kicks()?.enter() {
+            if !self.kicker.enter() {
                 return Ok(Exit::Kicked);
             }
             let given = std::mem::replace(&mut self.given, Given::Nothing);
@@ -70,13 +53,13 @@ impl VaultVcpu {
                 let retry = Request::Run(Given::Answer(Answer::Retry));
                 reply = self.shared.held.vault.ask(self.index, &retry);
             }
-            self.kicks()?.leave();
+            self.kicker.leave();
             let reply = reply.map_err(failed("run a vcpu"));
             self.exited = true;
             let vcpu = self.index;
             match reply? {
                 // A kick that was noticed here already.
-                Reply::Exit(Exit::Kicked) if !self.kicks()?.take() => {}
+                Reply::Exit(Exit::Kicked) if !self.kicker.take() => {}
                 Reply::Exit(exit) => return Ok(exit),
                 Reply::Failed(failure) => {
                     return Err(match failure {
@@ -102,56 +85,33 @@ impl Vcpu for VaultVcpu {
     }
 
     fn run(&mut self) -> Result<Exit, CoreError> {
-        if self.question != Question::None {
-            return self.protocol("it cannot run before its last exit is answered");
+        self.questions.check_none()?;
+        let exit = self.run_on().inspect_err(|_| self.questions.fail())?;
+        match &exit {
+            Exit::Conversion(request) => self.questions.conversion(self.shared.engine.ask(*request), ()),
+            Exit::DoorbellRead { .. } | Exit::PortRead { .. } | Exit::MsrRead { .. } => self.questions.read(()),
+            _ => {}
         }
-        if self.failed {
-            return self.protocol("it has failed, and cannot run again");
-        }
-        let exit = self.run_on();
-        self.failed = exit.is_err();
-        self.question = match &exit {
-            Ok(Exit::Conversion(request)) => Question::Conversion(self.shared.engine.ask(*request)),
-            Ok(Exit::DoorbellRead { .. } | Exit::PortRead { .. } | Exit::MsrRead { .. }) => Question::Read,
-            _ => Question::None,
-        };
-        exit
+        Ok(exit)
     }
 
     fn answer_read(&mut self, value: u64) -> Result<(), CoreError> {
-        match self.question {
-            Question::Read => {
-                self.given = Given::Value(value);
-                self.question = Question::None;
-                Ok(())
-            }
-            Question::Conversion(_) => self.protocol("it asked for a conversion, not for a value"),
-            Question::None => self.protocol("there is no read to answer"),
-        }
+        self.questions.close_read()?;
+        self.given = Given::Value(value);
+        Ok(())
     }
 
     fn answer_conversion(&mut self, conversion: Conversion) -> Result<(), CoreError> {
-        match self.question {
-            Question::Conversion(ticket) if conversion.answers(ticket) => {
-                self.given = Given::Answer(conversion.answer());
-                self.question = Question::None;
-                Ok(())
-            }
-            Question::Conversion(_) => self.protocol("it asked for another conversion"),
-            _ => self.protocol("it asked for no conversion"),
-        }
+        self.questions.close_conversion(Some(&conversion))?;
+        self.given = Given::Answer(conversion.answer());
+        Ok(())
     }
 
     fn refuse_conversion(&mut self) -> Result<(), CoreError> {
-        match self.question {
-            Question::Conversion(_) => {
-                self.shared.engine.withdraw(self.index);
-                self.given = Given::Answer(Answer::Invalid);
-                self.question = Question::None;
-                Ok(())
-            }
-            _ => self.protocol("it asked for no conversion"),
-        }
+        self.questions.close_conversion(None)?;
+        self.shared.engine.withdraw(self.index);
+        self.given = Given::Answer(Answer::Invalid);
+        Ok(())
     }
 
     fn register(&self, register: Register) -> Result<RegisterRead, CoreError> {
@@ -173,14 +133,13 @@ impl Vcpu for VaultVcpu {
     }
 
     fn kicker(&self) -> Arc<dyn Kick> {
-        // Every vCPU has one, from the seal on.
-        Arc::clone(&self.shared.kickers[self.index as usize]) as _
+        Arc::clone(&self.kicker) as _
     }
 }
 
 /// Kicks a vCPU.
 #[derive(Debug)]
-pub(super) struct Kicker {
+struct Kicker {
     index: u32,
     held: Arc<Held>,
     /// Whether a kick was asked for and nobody has heard of it yet.
@@ -190,7 +149,7 @@ pub(super) struct Kicker {
 }
 
 impl Kicker {
-    pub(super) fn new(index: u32, held: Arc<Held>) -> Self {
+    fn new(index: u32, held: Arc<Held>) -> Self {
         Self { index, held, asked: AtomicBool::new(false), running: AtomicBool::new(false) }
     }
 
@@ -219,8 +178,7 @@ impl Kick for Kicker {
         self.asked.store(true, Ordering::SeqCst);
         if self.running.load(Ordering::SeqCst) {
             self.held.vault.page(self.index).ask_for_kick();
-            // It fails if the vault is dead, or wakes up already.
-            let _ = rustix::io::write(&self.held.kicks, &1u64.to_ne_bytes());
+            eventfd::signal(&self.held.kicks);
         }
     }
 }

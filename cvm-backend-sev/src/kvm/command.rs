@@ -3,8 +3,12 @@
 #![allow(unsafe_code, reason = "two ioctls, whose arguments are addresses")]
 
 use super::Error;
-use crate::FirmwareError;
-use kvm_bindings::{KVMIO, kvm_device_attr, kvm_sev_cmd};
+use crate::{FirmwareError, SevFeatures};
+use cvm_backend_kvm::backend::Host;
+use cvm_core::Protection;
+use kvm_bindings::{
+    KVM_X86_SEV_ES_VM, KVM_X86_SEV_VM, KVM_X86_SNP_VM, KVMIO, kvm_device_attr, kvm_sev_cmd, kvm_sev_init,
+};
 use kvm_ioctls::{Kvm, VmFd};
 use std::fs::File;
 use std::io;
@@ -21,7 +25,6 @@ ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
 /// What KVM can be told to do (Linux arch/x86/include/uapi/asm/kvm.h, `enum sev_cmd_id`), by its number there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
-#[allow(dead_code, reason = "each generation has its own")]
 pub(super) enum Command {
     LaunchStart = 2,
     LaunchUpdateData = 3,
@@ -35,7 +38,6 @@ pub(super) enum Command {
     ReceiveStart = 12,
     ReceiveUpdateData = 13,
     ReceiveFinish = 15,
-    GuestStatus = 16,
     SendCancel = 21,
     Init2 = 22,
     SnpLaunchStart = 100,
@@ -60,7 +62,6 @@ impl Command {
             Self::ReceiveStart => "start receiving a guest (RECEIVE_START)",
             Self::ReceiveUpdateData => "receive pages (RECEIVE_UPDATE_DATA)",
             Self::ReceiveFinish => "finish receiving a guest (RECEIVE_FINISH)",
-            Self::GuestStatus => "ask for the guest's status (GUEST_STATUS)",
             Self::SendCancel => "cancel sending the guest (SEND_CANCEL)",
             Self::Init2 => "make the vm a protected one (INIT2)",
             Self::SnpLaunchStart => "start the launch (SNP_LAUNCH_START)",
@@ -68,6 +69,19 @@ impl Command {
             Self::SnpLaunchFinish => "finish the launch (SNP_LAUNCH_FINISH)",
             Self::SnpEnableReqCerts => "have the guest's requests for certificates come here (SNP_ENABLE_REQ_CERTS)",
         }
+    }
+}
+
+/// The version of the protocol by which SEV-ES and SEV-SNP guests talk to their host: the one that SEV-SNP has to have (AMD
+/// publication 56421, section 2.3.1).
+const GHCB_VERSION: u16 = 2;
+
+/// The type of the VMs that have this protection, which is one of AMD's.
+pub(super) fn vm_type(protection: Protection) -> u32 {
+    match protection {
+        Protection::SevSnp => KVM_X86_SNP_VM,
+        Protection::SevEs => KVM_X86_SEV_ES_VM,
+        _ => KVM_X86_SEV_VM,
     }
 }
 
@@ -80,8 +94,23 @@ pub(super) struct Commands {
 }
 
 impl Commands {
-    pub(super) fn new(vm: Arc<VmFd>, device: Arc<File>) -> Self {
-        Self { vm, device }
+    /// The way to a new VM of this protection, which has its address space identifier; `features` are active in the guest, if
+    /// its registers are encrypted.
+    pub(super) fn new(
+        host: &Host,
+        device: &Arc<File>,
+        protection: Protection,
+        features: SevFeatures,
+    ) -> Result<Self, Error> {
+        let commands = Self { vm: host.create_vm(vm_type(protection))?, device: Arc::clone(device) };
+        let mut init = kvm_sev_init::default();
+        if protection != Protection::Sev {
+            (init.vmsa_features, init.ghcb_version) = (features.bits(), GHCB_VERSION);
+        }
+        // SAFETY: the kernel reads a kvm_sev_init, in which there is no address.
+        let given = unsafe { commands.give_with(Command::Init2, &mut init) };
+        given.map_err(|error| error.or_exhausted(protection))?;
+        Ok(commands)
     }
 
     /// The VM.
@@ -173,7 +202,6 @@ mod tests {
             (size_of::<kvm_sev_launch_update_data>(), 16),
             (size_of::<kvm_sev_launch_secret>(), 48),
             (size_of::<kvm_sev_launch_measure>(), 16),
-            (size_of::<kvm_sev_guest_status>(), 12),
             (size_of::<kvm_sev_send_start>(), 72),
             (size_of::<kvm_sev_send_update_data>(), 48),
             (size_of::<kvm_sev_receive_start>(), 40),
@@ -222,7 +250,6 @@ mod tests {
             (Command::ReceiveStart, sev_cmd_id_KVM_SEV_RECEIVE_START),
             (Command::ReceiveUpdateData, sev_cmd_id_KVM_SEV_RECEIVE_UPDATE_DATA),
             (Command::ReceiveFinish, sev_cmd_id_KVM_SEV_RECEIVE_FINISH),
-            (Command::GuestStatus, sev_cmd_id_KVM_SEV_GUEST_STATUS),
             (Command::SendCancel, sev_cmd_id_KVM_SEV_SEND_CANCEL),
             (Command::Init2, sev_cmd_id_KVM_SEV_INIT2),
             (Command::SnpLaunchStart, sev_cmd_id_KVM_SEV_SNP_LAUNCH_START),

@@ -1,9 +1,19 @@
-//! The page of CPUID leaves that the firmware vouches for (AMD publication 56860, section 8.17.2.6, "CPUID Page").
+//! CPUID leaves: that of memory encryption, and the page that the firmware vouches for (AMD publication 56860, section 8.17.2.6,
+//! "CPUID Page").
 
 use super::Error;
+use cvm_backend_kvm::backend::Host;
 use cvm_core::PAGE_SIZE;
-use kvm_bindings::CpuId;
+use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use std::fmt;
+
+/// The leaf of memory encryption (AMD64 APM volume 3, section E.4.17).
+pub(super) const ENCRYPTION_LEAF: u32 = 0x8000_001f;
+
+/// What KVM has of that leaf.
+pub(super) fn encryption(host: &Host) -> Option<&kvm_cpuid_entry2> {
+    host.supported_cpuid().as_slice().iter().find(|leaf| leaf.function == ENCRYPTION_LEAF)
+}
 
 /// How many leaves the page has room for, and the bytes before them and of each.
 const MOST: usize = 64;
@@ -80,7 +90,7 @@ pub(super) fn vouchable(mut cpuid: CpuId) -> CpuId {
 
 /// The page for a vCPU that has `cpuid`. Leaves that say nothing are left out: one that is not in the page is zero to a guest.
 pub(super) fn page(cpuid: &CpuId) -> Result<[u8; PAGE_SIZE as usize], Error> {
-    let says = |entry: &&kvm_bindings::kvm_cpuid_entry2| (entry.eax | entry.ebx | entry.ecx | entry.edx) != 0;
+    let says = |entry: &&kvm_cpuid_entry2| (entry.eax | entry.ebx | entry.ecx | entry.edx) != 0;
     let leaves: Vec<_> = cpuid.as_slice().iter().filter(says).collect();
     if leaves.len() > MOST {
         return Err(Error::Options(format!(

@@ -45,8 +45,8 @@ struct PdhCertExport {
     chain_len: u32,
 }
 
-/// Length of one of the platform's certificates (Secure Encrypted Virtualization API, the format of certificates), and how many are in the
-/// chain below the first: PEK, OCA, CEK.
+/// Length of one of the platform's certificates (Secure Encrypted Virtualization API, the format of certificates), and how many
+/// are in the chain below the first: PEK, OCA, CEK.
 const CERTIFICATE_BYTES: usize = 2084;
 const CHAIN: usize = 3;
 

@@ -2,30 +2,11 @@ use super::{Asids, CpuidCorrection, Resources};
 use crate::FirmwareError;
 use cvm_core::{BoxError, GpaRange, Protection};
 use std::io::{self, ErrorKind};
-use std::path::PathBuf;
 
 /// What can go wrong between this backend and the host.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The device by which commands reach the firmware cannot be opened.
-    #[error("failed to open {}: {remedy}", path.display())]
-    Open {
-        /// The device.
-        path: PathBuf,
-        /// What to do about it.
-        remedy: &'static str,
-        /// Why not.
-        source: io::Error,
-    },
-    /// The host does not offer a protection.
-    #[error("{protection} is not offered here: {what}")]
-    NotOffered {
-        /// The protection.
-        protection: Protection,
-        /// What lacks.
-        what: String,
-    },
     /// The options of a launch make no sense, or this host cannot fulfil them.
     #[error("the options are refused: {0}")]
     Options(String),
@@ -72,7 +53,7 @@ pub enum Error {
         /// What it would have instead.
         corrections: Vec<CpuidCorrection>,
     },
-    /// What plain KVM has too failed.
+    /// What plain KVM can say too: a device cannot be opened, a protection is not offered, a call failed.
     #[error(transparent)]
     Kvm(#[from] cvm_backend_kvm::Error),
 }

@@ -7,7 +7,7 @@ use super::sev::{Encrypted, MOST_BLOB, blob};
 use super::{Error, device};
 use crate::SevPolicy;
 use crate::owner::HEADER_BYTES;
-use cvm_backend_kvm::backend::{LocalVcpu, LocalVm, PinnedMemory};
+use cvm_backend_kvm::backend::{LocalVcpu, LocalVm, failed};
 use cvm_core::export::{Export, Exporting, Origin, SealedPage, Target};
 use cvm_core::{BoxError, Error as CoreError, Gpa, GpaRange, PAGE_SIZE, Transcript};
 use kvm_bindings::{kvm_sev_receive_start, kvm_sev_receive_update_data, kvm_sev_send_start, kvm_sev_send_update_data};
@@ -20,10 +20,6 @@ const SESSION_BYTES: usize = 16 + 32 + 16 + 32 + 32;
 
 const PAGE: usize = PAGE_SIZE as usize;
 
-fn failed<E: Into<BoxError>>(step: &'static str, range: Option<GpaRange>) -> impl Fn(E) -> CoreError {
-    move |error| CoreError::Backend { step, range, source: error.into() }
-}
-
 /// Exports the pages of one VM.
 #[derive(Debug)]
 pub(super) struct SevExport {
@@ -35,15 +31,11 @@ pub(super) struct SevExport {
 }
 
 impl SevExport {
-    pub(super) fn new(
-        commands: Commands,
-        policy: SevPolicy,
-        vcpus: usize,
-        memory: &PinnedMemory,
-        slots: &[GpaRange],
-    ) -> Result<Self, Error> {
-        let places = slots.iter().map(|slot| Ok((*slot, memory.address(*slot)?)));
-        Ok(Self { commands, policy, vcpus, places: places.collect::<Result<_, Error>>()? })
+    pub(super) fn new(made: &Encrypted, policy: SevPolicy) -> Result<Self, Error> {
+        let memory = made.memory()?;
+        let places = made.slots().iter().map(|slot| Ok((*slot, memory.address(*slot)?)));
+        let places = places.collect::<Result<_, Error>>()?;
+        Ok(Self { commands: made.commands.clone(), policy, vcpus: made.vcpus(), places })
     }
 
     fn start(&self, target: &Target) -> Result<Origin, Error> {
@@ -99,7 +91,7 @@ impl Export<LocalVcpu> for SevExport {
         if vcpus.len() != self.vcpus || !vcpus.iter().all(|vcpu| Arc::ptr_eq(vcpu.vm(), self.commands.vm())) {
             return Err(CoreError::Config(format!("it takes all {} vcpus of this vm", self.vcpus)));
         }
-        let origin = self.start(target).map_err(failed("begin an export", None))?;
+        let origin = self.start(target).map_err(failed("begin an export"))?;
         Ok(Box::new(Sending { export: self, vcpus, origin, over: false }))
     }
 }
@@ -127,11 +119,11 @@ impl Exporting<LocalVcpu> for Sending<'_> {
         let slot = self.export.places.iter().find(|(slot, _)| slot.contains_range(&page));
         let Some((slot, address)) = slot else { return Err(outside) };
         let sealed = self.export.seal(page, address + (gpa.0 - slot.start().0));
-        sealed.map_err(failed("export a page", Some(page)))
+        sealed.map_err(|error| CoreError::Backend { step: "export a page", range: Some(page), source: error.into() })
     }
 
     fn finish(mut self: Box<Self>) -> Result<(), CoreError> {
-        self.export.commands.give(Command::SendFinish).map_err(failed("finish an export", None))?;
+        self.export.commands.give(Command::SendFinish).map_err(failed("finish an export"))?;
         self.over = true;
         self.vcpus.iter_mut().for_each(LocalVcpu::retire);
         Ok(())
@@ -139,7 +131,7 @@ impl Exporting<LocalVcpu> for Sending<'_> {
 
     fn cancel(mut self: Box<Self>) -> Result<(), CoreError> {
         self.over = true;
-        self.export.commands.give(Command::SendCancel).map_err(failed("cancel an export", None))
+        self.export.commands.give(Command::SendCancel).map_err(failed("cancel an export"))
     }
 }
 
@@ -184,7 +176,7 @@ impl Receiving {
         let policy = SevPolicy::from_bits(policy).map_err(|_| Error::Origin("its policy has reserved bits"))?;
         // SAFETY: the kernel reads and writes a kvm_sev_receive_start, and reads the bytes of certificate and session.
         unsafe { made.commands.give_with(Command::ReceiveStart, &mut start)? };
-        let pages = made.slots.iter().flat_map(|slot| (slot.start().0..slot.end().0).step_by(PAGE));
+        let pages = made.slots().iter().flat_map(|slot| (slot.start().0..slot.end().0).step_by(PAGE));
         let missing = pages.map(Gpa).collect();
         Ok(Self { made, policy, missing })
     }

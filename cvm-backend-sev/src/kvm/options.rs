@@ -21,7 +21,7 @@ pub(super) type Change = Arc<dyn Fn(&mut CpuId) + Send + Sync>;
 pub struct SnpOptions {
     policy: Option<SnpPolicy>,
     features: SevFeatures,
-    gosvw: [u8; 16],
+    pub(super) gosvw: [u8; 16],
     pub(super) id: Option<(IdBlock, IdAuth)>,
     pub(super) host_data: [u8; 32],
     pub(super) no_vcek: bool,
@@ -97,10 +97,6 @@ impl SnpOptions {
     /// The features that KVM is told to activate, which adds SEV-SNP itself.
     pub(super) fn wished_features(&self) -> SevFeatures {
         self.features - SevFeatures::SNP_ACTIVE
-    }
-
-    pub(super) fn gosvw(&self) -> [u8; 16] {
-        self.gosvw
     }
 
     /// The policy for a VM of which `demands` are made.

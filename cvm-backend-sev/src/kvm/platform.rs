@@ -1,8 +1,9 @@
 use super::sev::{self, Encrypted, InPlaceLoader};
 use super::snp::SnpLoader;
-use super::{Error, PlatformKeys, Receiving, SevOptions, SnpOptions, device, probe};
+use super::{Error, PlatformKeys, Receiving, SevOptions, SnpOptions, cpuid, device, probe};
 use crate::{SevFeatures, SevFlags, SnpFlags, snp};
-use cvm_backend_kvm::backend::{Host, LocalVm};
+use cvm_backend_kvm::Error as KvmError;
+use cvm_backend_kvm::backend::{Host, LocalVm, failed, open_device};
 use cvm_core::boot::Interface;
 use cvm_core::doorbell::Transport;
 use cvm_core::export::Origin;
@@ -10,7 +11,7 @@ use cvm_core::launch::{Loader, PageKind, Transcript, VmConfig};
 use cvm_core::platform::{Asset, Offer, Party, Platform, Powers, TrustModel};
 use cvm_core::x86::VcpuState;
 use cvm_core::{BoxError, Error as CoreError, GpaRange, Launch, Policy, Protection};
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
@@ -18,9 +19,7 @@ use std::sync::Arc;
 const KVM: &str = "/dev/kvm";
 const FIRMWARE: &str = "/dev/sev";
 
-/// The leaf of memory encryption: the low six bits of EBX are the bit of page-table entries that makes memory private
-/// (AMD64 APM volume 3, section E.4.17).
-const ENCRYPTION_LEAF: u32 = 0x8000_001f;
+/// In EBX of the leaf of memory encryption: which bit of page-table entries makes memory private.
 const PRIVATE_BIT: u32 = 0x3f;
 
 /// What the hardware sees to whatever the host does: of what a guest demands besides isolation.
@@ -35,7 +34,7 @@ pub struct SevPlatform {
     device: Arc<File>,
     protection: Protection,
     private_bit: u8,
-    options: SnpOptions,
+    snp: SnpOptions,
     sev: SevOptions,
 }
 
@@ -43,8 +42,7 @@ impl SevPlatform {
     /// The platform behind `/dev/kvm` and `/dev/sev`, whose guests have this protection.
     ///
     /// # Errors
-    /// [`Error::Kvm`] or [`Error::Open`] for a device that cannot be opened, [`Error::NotOffered`] for a protection that
-    /// the host does not offer.
+    /// [`Error::Kvm`] for a device that cannot be opened, and for a protection that the host does not offer.
     pub fn open(protection: Protection) -> Result<Self, Error> {
         Self::open_at(Path::new(KVM), Path::new(FIRMWARE), protection)
     }
@@ -59,35 +57,31 @@ impl SevPlatform {
             Some(offer) => offer.missing.into_iter().map(|missing| missing.what).collect(),
             None => vec!["it is none of AMD's".to_owned()],
         };
-        let device = OpenOptions::new().read(true).write(true).open(firmware).map_err(|source| {
-            let remedy = match source.kind() {
-                ErrorKind::NotFound => "load the module ccp, on a host with AMD's secure processor",
-                ErrorKind::PermissionDenied => "run as a user who may use it, such as root",
-                _ => "it must be the device of AMD's secure processor",
-            };
-            Error::Open { path: firmware.to_owned(), remedy, source }
-        });
+        let not_offered = |what| Error::Kvm(KvmError::NotOffered { protection, what });
         if !lacks.is_empty() {
-            return Err(Error::NotOffered { protection, what: lacks.join("; ") });
+            return Err(not_offered(lacks.join("; ")));
         }
-        let cpuid = host.supported_cpuid()?;
-        let leaf = cpuid.as_slice().iter().find(|leaf| leaf.function == ENCRYPTION_LEAF);
-        let Some(private_bit) = leaf.map(|leaf| leaf.ebx & PRIVATE_BIT).filter(|bit| *bit != 0) else {
-            let what = "kvm does not say which bit of a page-table entry makes memory private".into();
-            return Err(Error::NotOffered { protection, what });
+        let device = open_device(firmware, |kind| match kind {
+            ErrorKind::NotFound => "load the module ccp, on a host with AMD's secure processor",
+            ErrorKind::PermissionDenied => "run as a user who may use it, such as root",
+            _ => "it must be the device of AMD's secure processor",
+        })?;
+        let Some(private_bit) = cpuid::encryption(&host).map(|leaf| leaf.ebx & PRIVATE_BIT).filter(|bit| *bit != 0)
+        else {
+            return Err(not_offered("kvm does not say which bit of a page-table entry makes memory private".into()));
         };
-        let (options, sev) = (SnpOptions::default(), SevOptions::default());
-        Ok(Self { host, device: Arc::new(device?), protection, private_bit: private_bit as u8, options, sev })
+        let (snp, sev) = (SnpOptions::default(), SevOptions::default());
+        Ok(Self { host, device: Arc::new(device), protection, private_bit: private_bit as u8, snp, sev })
     }
 
     /// The same with what is particular to launches of SEV-SNP guests from here.
     pub fn with_snp(self, options: SnpOptions) -> Self {
-        Self { options, ..self }
+        Self { snp: options, ..self }
     }
 
     /// The same with what is particular to launches of SEV and SEV-ES guests from here.
-    pub fn with_sev(self, sev: SevOptions) -> Self {
-        Self { sev, ..self }
+    pub fn with_sev(self, options: SevOptions) -> Self {
+        Self { sev: options, ..self }
     }
 
     /// Who this platform is, for owners of SEV and SEV-ES guests, and for who sends such a guest here.
@@ -106,7 +100,7 @@ impl SevPlatform {
     /// What is active in the guests, which enters their measurement: see [`of_transcript`](crate::snp::of_transcript).
     pub fn features(&self) -> SevFeatures {
         match self.protection {
-            Protection::SevSnp => self.options.active_features(),
+            Protection::SevSnp => self.snp.active_features(),
             _ => self.sev.features,
         }
     }
@@ -122,7 +116,7 @@ impl SevPlatform {
         self.host.check(&config, Policy::empty())?;
         let transport = sev::interface(false, &config, self.private_bit)?.transport;
         let made = Encrypted::new(&self.host, &self.device, false, SevFeatures::empty(), config, transport);
-        made.and_then(|made| Receiving::new(made, origin)).map_err(create)
+        made.and_then(|made| Receiving::new(made, origin)).map_err(failed("create the vm"))
     }
 
     /// Starts the launch of an SEV or SEV-ES guest.
@@ -130,7 +124,7 @@ impl SevPlatform {
         let es = self.protection == Protection::SevEs;
         let interface = sev::interface(es, &config, self.private_bit)?;
         let loader = InPlaceLoader::new(&self.host, &self.device, es, self.sev.clone(), config, interface.transport);
-        Ok((loader.map_err(create)?, interface))
+        Ok((loader.map_err(failed("create the vm"))?, interface))
     }
 
     fn launch_snp(&self, config: VmConfig) -> Result<(SnpLoader, Interface), CoreError> {
@@ -138,15 +132,11 @@ impl SevPlatform {
             return Err(CoreError::Config("guests of sev-snp ask for conversions by page state changes alone".into()));
         }
         let refuse = |error: Error| CoreError::Config(error.to_string());
-        let policy = self.options.policy_for(config.policy).map_err(refuse)?;
-        self.options.check(self.host.kvm(), policy).map_err(refuse)?;
-        let loader = SnpLoader::new(&self.host, &self.device, config, self.options.clone(), policy);
-        Ok((loader.map_err(create)?, snp::interface(self.private_bit)))
+        let policy = self.snp.policy_for(config.policy).map_err(refuse)?;
+        self.snp.check(self.host.kvm(), policy).map_err(refuse)?;
+        let loader = SnpLoader::new(&self.host, &self.device, config, self.snp.clone(), policy);
+        Ok((loader.map_err(failed("create the vm"))?, snp::interface(self.private_bit)))
     }
-}
-
-fn create(error: Error) -> CoreError {
-    CoreError::Backend { step: "create the vm", range: None, source: error.into() }
 }
 
 /// Nobody but the hardware, its firmware and the guest itself reaches memory and registers. A host injects what it wants to
@@ -206,7 +196,7 @@ impl Platform for SevPlatform {
             Protection::SevEs => return TrustModel::new(es_trust),
             _ => return TrustModel::new(sev_trust),
         }
-        let policy = self.options.policy_for(Policy::empty());
+        let policy = self.snp.policy_for(Policy::empty());
         match policy {
             Ok(policy) if !policy.flags.contains(SnpFlags::DEBUG) => TrustModel::new(snp_trust),
             _ => TrustModel::new(debugged_trust),

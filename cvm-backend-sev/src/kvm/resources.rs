@@ -1,5 +1,6 @@
 //! How many guests of each kind the host can have: each takes an address space identifier, of which there are few.
 
+use super::cpuid::ENCRYPTION_LEAF;
 use cvm_backend_kvm::backend::setting;
 use cvm_core::Protection;
 use std::arch::x86_64::__cpuid;
@@ -8,10 +9,6 @@ use std::path::Path;
 
 /// Where the kernel counts identifiers (Linux Documentation/admin-guide/cgroup-v2.rst, "Misc").
 const CGROUPS: &str = "/sys/fs/cgroup";
-
-/// The leaf of memory encryption: in ECX the number of identifiers, in EDX the first one for plain SEV (AMD64 APM volume 3,
-/// section E.4.17).
-const ENCRYPTION_LEAF: u32 = 0x8000_001f;
 
 /// The leaf that says in EAX which is the last of its kind.
 const EXTENDED_LEAVES: u32 = 0x8000_0000;
@@ -97,6 +94,7 @@ impl Resources {
         // A processor answers for a leaf that it does not have too.
         let has_leaf = __cpuid(EXTENDED_LEAVES).eax >= ENCRYPTION_LEAF;
         let processor = has_leaf.then(|| __cpuid(ENCRYPTION_LEAF));
+        // In ECX how many identifiers there are, in EDX the first one for plain SEV.
         let numbers = processor.map_or((0, 0), |leaf| (u64::from(leaf.ecx), u64::from(leaf.edx)));
         let own = setting("/proc/self/cgroup").unwrap_or_default();
         let own = own.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or_default();

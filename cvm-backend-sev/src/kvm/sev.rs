@@ -24,17 +24,13 @@ use cvm_core::{
     BoxError, Error as CoreError, GpaRange, Lifecycle, LifecycleAnswer, PAGE_SIZE, PageKind, Protection, SharedMemory,
 };
 use kvm_bindings::{
-    KVM_X86_SEV_ES_VM, KVM_X86_SEV_VM, kvm_run, kvm_sev_init, kvm_sev_launch_measure, kvm_sev_launch_secret,
-    kvm_sev_launch_start, kvm_sev_launch_update_data,
+    kvm_run, kvm_sev_launch_measure, kvm_sev_launch_secret, kvm_sev_launch_start, kvm_sev_launch_update_data,
 };
 use std::any::Any;
 use std::fmt;
 use std::fs::File;
 use std::ptr::from_mut;
 use std::sync::Arc;
-
-/// The version of the protocol by which SEV-ES guests talk to their host (AMD publication 56421).
-const GHCB_VERSION: u16 = 2;
 
 /// How much is encrypted by one call: its pages are pinned once more meanwhile, against the limit of locked memory.
 const MOST_AT_ONCE: u64 = 2 << 20;
@@ -119,12 +115,9 @@ pub(super) fn interface(es: bool, config: &VmConfig, private_bit: u8) -> Result<
 /// A VM whose memory is encrypted in place, made and not started.
 #[derive(Debug)]
 pub(super) struct Encrypted {
-    pub(super) machine: Machine,
+    machine: Machine,
     pub(super) commands: Commands,
-    pub(super) es: bool,
-    /// Where memory is.
-    pub(super) slots: Vec<GpaRange>,
-    vcpus: usize,
+    es: bool,
 }
 
 impl Encrypted {
@@ -136,25 +129,21 @@ impl Encrypted {
         config: VmConfig,
         transport: Transport,
     ) -> Result<Self, Error> {
-        let vm_type = if es { KVM_X86_SEV_ES_VM } else { KVM_X86_SEV_VM };
-        let vm = host.create_vm(vm_type)?;
-        let commands = Commands::new(Arc::clone(&vm), Arc::clone(device));
-        let mut init = kvm_sev_init::default();
-        if es {
-            (init.vmsa_features, init.ghcb_version) = (features.bits(), GHCB_VERSION);
-        }
-        // SAFETY: the kernel reads a kvm_sev_init, in which there is no address.
-        unsafe { commands.give_with(Command::Init2, &mut init) }
-            .map_err(|error| error.or_exhausted(if es { Protection::SevEs } else { Protection::Sev }))?;
+        let protection = if es { Protection::SevEs } else { Protection::Sev };
+        let commands = Commands::new(host, device, protection, features)?;
+        let vm = Arc::clone(commands.vm());
         let memory = GuestMemory::pinned(&vm, &config.memory)?;
-        let (slots, vcpus) = (config.memory.clone(), config.vcpus as usize);
-        Ok(Self {
-            slots,
-            vcpus,
-            machine: Machine::new(host, vm, memory, config, transport, &host.supported_cpuid()?)?,
-            commands,
-            es,
-        })
+        let machine = Machine::new(host, vm, memory, config, transport, host.supported_cpuid())?;
+        Ok(Self { machine, commands, es })
+    }
+
+    /// Where memory is.
+    pub(super) fn slots(&self) -> &[GpaRange] {
+        &self.machine.config().memory
+    }
+
+    pub(super) fn vcpus(&self) -> usize {
+        self.machine.config().vcpus as usize
     }
 
     pub(super) fn memory(&self) -> Result<&PinnedMemory, Error> {
@@ -165,7 +154,7 @@ impl Encrypted {
     pub(super) fn finish(self, policy: SevPolicy, transcript: Transcript) -> Result<LocalVm, BoxError> {
         let may_send = !self.es && !policy.flags.contains(SevFlags::NO_SEND);
         let export = match may_send {
-            true => Some(SevExport::new(self.commands.clone(), policy, self.vcpus, self.memory()?, &self.slots)?),
+            true => Some(SevExport::new(&self, policy)?),
             false => None,
         };
         self.machine.finish(Box::new(SevTraits { es: self.es, export }), transcript)
@@ -181,7 +170,7 @@ struct Answer {
 
 /// Loads an SEV or SEV-ES guest.
 #[derive(Debug)]
-pub struct InPlaceLoader {
+pub(super) struct InPlaceLoader {
     made: Encrypted,
     options: SevOptions,
     policy: SevPolicy,
@@ -339,8 +328,8 @@ impl Traits for SevTraits {
         self.es
     }
 
-    fn lifecycle(&self, what: Lifecycle) -> LifecycleAnswer {
-        match what {
+    fn lifecycle(&self, what: Lifecycle) -> Option<LifecycleAnswer> {
+        Some(match what {
             Lifecycle::Migrate | Lifecycle::Snapshot if self.es => {
                 LifecycleAnswer::No("kvm cannot export the vcpus of sev-es: it has no SEND_UPDATE_VMSA")
             }
@@ -348,11 +337,8 @@ impl Traits for SevTraits {
             Lifecycle::Migrate => LifecycleAnswer::No("the guest policy forbids to send it"),
             Lifecycle::Snapshot => LifecycleAnswer::No("an export is for one target, which has to be there: migrate"),
             Lifecycle::Dump => LifecycleAnswer::No("private memory is encrypted, also for its host"),
-            Lifecycle::Swap => LifecycleAnswer::No("what is encrypted depends on where it lies, so it is pinned"),
-            Lifecycle::Reset => LifecycleAnswer::No("the launch is measured once: launch a new vm"),
-            Lifecycle::Hotplug => LifecycleAnswer::No("memory and vcpus are part of the measured launch"),
-            Lifecycle::AssignDevice => LifecycleAnswer::No("no iommu mapping follows the conversions"),
-        }
+            Lifecycle::Swap | Lifecycle::Reset | Lifecycle::Hotplug | Lifecycle::AssignDevice => return None,
+        })
     }
 
     fn export(&self) -> Option<&dyn Export<LocalVcpu>> {

@@ -13,15 +13,11 @@ use cvm_core::launch::{Loader, PageKind, Transcript, VmConfig};
 use cvm_core::x86::VcpuState;
 use cvm_core::{BoxError, GpaRange, PAGE_SIZE, Protection};
 use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, KVM_X86_SNP_VM, kvm_sev_init, kvm_sev_snp_launch_finish, kvm_sev_snp_launch_start,
-    kvm_sev_snp_launch_update,
+    KVM_MAX_CPUID_ENTRIES, kvm_sev_snp_launch_finish, kvm_sev_snp_launch_start, kvm_sev_snp_launch_update,
 };
 use std::fs::File;
 use std::io::ErrorKind;
 use std::sync::Arc;
-
-/// The version of the protocol between guest and host: the one that SEV-SNP has to have (AMD publication 56421, section 2.3.1).
-const GHCB_VERSION: u16 = 2;
 
 /// How many pages go to the firmware by one command: it copies and hashes them one after the other, whatever there is.
 const PAGES_AT_ONCE: usize = 512;
@@ -52,28 +48,19 @@ impl SnpLoader {
         options: SnpOptions,
         policy: SnpPolicy,
     ) -> Result<Self, Error> {
-        let vm = host.create_vm(KVM_X86_SNP_VM)?;
-        let commands = Commands::new(Arc::clone(&vm), Arc::clone(device));
-        let mut init = kvm_sev_init {
-            vmsa_features: options.wished_features().bits(),
-            ghcb_version: GHCB_VERSION,
-            ..Default::default()
-        };
-        // SAFETY: the data is what the kernel has for the command, and has no address in it.
-        unsafe { commands.give_with(Command::Init2, &mut init) }
-            .map_err(|error| error.or_exhausted(Protection::SevSnp))?;
+        let commands = Commands::new(host, device, Protection::SevSnp, options.wished_features())?;
+        let vm = Arc::clone(commands.vm());
         if options.certificates.is_some() {
             commands.give(Command::SnpEnableReqCerts)?;
         }
         let memory = GuestMemory::guest_memfd(host, &vm, &config.memory)?;
-        let mut cpuid = cpuid::vouchable(host.supported_cpuid()?);
+        let mut cpuid = cpuid::vouchable(host.supported_cpuid().clone());
         if let Some(change) = &options.cpuid {
             change(&mut cpuid);
         }
         let machine = Machine::new(host, vm, memory, config, Transport::PageState, &cpuid)?;
-        let mut start =
-            kvm_sev_snp_launch_start { policy: policy.bits(), gosvw: options.gosvw(), ..Default::default() };
-        // SAFETY: as above.
+        let mut start = kvm_sev_snp_launch_start { policy: policy.bits(), gosvw: options.gosvw, ..Default::default() };
+        // SAFETY: the data is what the kernel has for the command, and has no address in it.
         unsafe { commands.give_with(Command::SnpLaunchStart, &mut start)? };
         Ok(Self { machine, commands, options, staged: vec![Page([0; PAGE]); PAGES_AT_ONCE] })
     }

@@ -28,11 +28,12 @@ fn the_measurement_is_an_hmac_of_firmware_policy_digest_and_nonce() {
     let api = Api { major: 1, minor: 0x33, build: 7 };
     let policy = SevPolicy { least_api: (0, 0), flags: SevFlags::NO_DEBUG | SevFlags::ES };
     let (nonce, key) = (bytes(100), bytes(0));
-    let mut measurement = digest.measurement(api, policy, &nonce, &key);
+    let measurement = digest.measurement(api, policy, &nonce, &key);
     assert_eq!(SevDigest(measurement).to_string(), "40b4be42e93f57ca88671e1812567e5a2c8ca3b2990686da2a7589357facfb32");
-    assert!(digest.is_measured_as(&measurement, (api, policy), &nonce, &key));
-    measurement[31] ^= 1;
-    assert!(!digest.is_measured_as(&measurement, (api, policy), &nonce, &key));
+    let mut launch = LaunchMeasurement { measurement, nonce, api, policy };
+    assert!(launch.is_of(&digest, &key));
+    launch.measurement[31] ^= 1;
+    assert!(!launch.is_of(&digest, &key));
 }
 
 #[test]

@@ -4,66 +4,34 @@
 
 use super::backing::Backing;
 use super::layout::Layout;
-use super::window::Window;
+use super::window::Windows;
 use crate::Error;
 use cvm_core::memory::{Allocated, ConverterError, LeftAs, Sides};
-use cvm_core::{BoxError, Gpa, GpaRange, Side};
+use cvm_core::{BoxError, GpaRange, Side};
 use kvm_ioctls::VmFd;
-use rustix::io::Errno;
 use std::io;
 use std::os::unix::fs::FileExt;
-
-#[derive(Debug)]
-struct Slot {
-    range: GpaRange,
-    /// Where the slot begins in both files.
-    offset: u64,
-    window: Window,
-}
-
-impl Slot {
-    fn offset(&self, gpa: Gpa) -> u64 {
-        self.offset + (gpa.0 - self.range.start().0)
-    }
-}
 
 /// The memory of one VM, in slots.
 #[derive(Debug)]
 pub(crate) struct FilesMemory {
     private: Backing,
     shared: Backing,
-    layout: Layout,
-    slots: Vec<Slot>,
+    windows: Windows,
     most_runs: u64,
 }
 
 impl FilesMemory {
     /// Memory for all slots of `layout`, all of it private and zero; `shared` is behind the shared side.
     pub(crate) fn new(layout: Layout, shared: Backing, most_runs: u64) -> Result<Self, Error> {
-        let mut memory = Self {
-            private: Backing::new("cvm-private", layout.bytes())?,
-            shared,
-            slots: Vec::new(),
-            layout,
-            most_runs,
-        };
-        for (range, offset) in memory.layout.iter() {
-            let window = Window::new(range).map_err(Error::memory("reserve address space for", range))?;
-            let slot = Slot { range, offset, window };
-            slot.window.show(range, &memory.private, slot.offset).map_err(Error::memory("map", range))?;
-            memory.slots.push(slot);
-        }
-        Ok(memory)
+        let private = Backing::new("cvm-private", layout.bytes())?;
+        Ok(Self { windows: Windows::onto(&private, layout)?, private, shared, most_runs })
     }
 
     /// Makes the windows the guest's memory. The vCPUs of `vm` must keep this memory alive.
     pub(crate) fn attach(&self, vm: &VmFd) -> Result<(), Error> {
-        for (number, slot) in (0..).zip(&self.slots) {
-            // SAFETY: the guest reaches the window only through vCPUs, which keep it alive.
-            let registered = unsafe { slot.window.register(vm, number, slot.range.len()) };
-            registered.map_err(Error::kvm("register a memory slot"))?;
-        }
-        Ok(())
+        // SAFETY: the guest reaches the windows only through vCPUs, which keep them alive.
+        unsafe { self.windows.register(vm) }
     }
 
     pub(super) fn shared(&self) -> &Backing {
@@ -71,22 +39,17 @@ impl FilesMemory {
     }
 
     pub(super) fn layout(&self) -> &Layout {
-        &self.layout
+        self.windows.layout()
     }
 
     /// Writes to the private side, before there is a guest.
     pub(crate) fn write_private(&self, range: GpaRange, contents: &[u8]) -> Result<(), Error> {
-        let (slot, _) = self.slot(range).map_err(Error::memory("find", range))?;
-        self.private.file().write_all_at(contents, slot.offset(range.start())).map_err(Error::memory("write", range))
+        let offset = self.windows.find(range)?.in_file;
+        self.private.file().write_all_at(contents, offset).map_err(Error::memory("write", range))
     }
 
     pub(super) fn allocated(&self) -> io::Result<Allocated> {
         Ok(Allocated { private: Some(self.private.allocated()?), shared: self.shared.allocated()? })
-    }
-
-    fn slot(&self, range: GpaRange) -> Result<(&Slot, u64), Errno> {
-        let slot = self.slots.iter().find(|slot| slot.range.contains_range(&range)).ok_or(Errno::FAULT)?;
-        Ok((slot, slot.offset(range.start())))
     }
 
     fn backing(&self, side: Side) -> &Backing {
@@ -99,17 +62,17 @@ impl FilesMemory {
 
 impl Sides for FilesMemory {
     fn show(&self, range: GpaRange, side: Side) -> Result<(), ConverterError> {
-        let show = |side: Side| self.slot(range).and_then(|(slot, at)| slot.window.show(range, self.backing(side), at));
+        let show = |side: Side| self.windows.show(range, self.backing(side));
         show(side).map_err(|error| ConverterError {
             step: "show the other side",
             // A mapping that fails may have removed the one before it.
             left_as: if show(side.other()).is_ok() { LeftAs::Before } else { LeftAs::Unknown },
-            source: Error::memory("map", range)(error).into(),
+            source: error.into(),
         })
     }
 
     fn discard(&self, range: GpaRange, losing: Side) -> Result<(), BoxError> {
-        let (_, offset) = self.slot(range).map_err(Error::memory("find", range))?;
+        let offset = self.windows.find(range)?.in_file;
         Ok(self.backing(losing).free(offset, range.len()).map_err(Error::memory("free", range))?)
     }
 
@@ -118,8 +81,7 @@ impl Sides for FilesMemory {
     }
 
     fn poison(&self, range: GpaRange) -> Result<(), BoxError> {
-        let hidden = self.slot(range).and_then(|(slot, _)| slot.window.hide(range));
-        Ok(hidden.map_err(Error::memory("hide", range))?)
+        Ok(self.windows.hide(range)?)
     }
 }
 
@@ -145,8 +107,8 @@ mod tests {
     }
 
     fn fill_private(memory: &FilesMemory) {
-        for slot in &memory.slots {
-            memory.write_private(slot.range, &vec![0xa5; slot.range.len() as usize]).unwrap();
+        for slot in memory.windows.slots() {
+            memory.write_private(*slot, &vec![0xa5; slot.len() as usize]).unwrap();
         }
     }
 

@@ -4,7 +4,7 @@
 
 use super::backing::Backing;
 use super::layout::Layout;
-use super::window::Window;
+use super::window::Windows;
 use crate::Error;
 use cvm_core::memory::{Allocated, ConverterError, LeftAs, Sides};
 use cvm_core::{BoxError, GpaRange, Side};
@@ -14,28 +14,19 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 use rustix::fs::{FallocateFlags, fallocate};
-use rustix::io::Errno;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
-#[derive(Debug)]
-struct Slot {
-    range: GpaRange,
-    /// Where the slot begins in the shared file.
-    offset: u64,
-    /// Where KVM finds the shared side. It shows shared pages only: where KVM has to emulate an instruction, it fetches
-    /// it here even if the guest runs private code, and should rather find nothing than bytes of the host's.
-    window: Window,
-    private: File,
-}
-
 /// The memory of one VM. KVM's memory attributes say which side the guest sees.
 #[derive(Debug)]
 pub(crate) struct GmemMemory {
-    layout: Layout,
-    slots: Vec<Slot>,
+    /// Where KVM finds the shared side. They show shared pages only: where KVM has to emulate an instruction, it fetches
+    /// it here even if the guest runs private code, and should rather find nothing than bytes of the host's.
+    windows: Windows,
+    /// One for each slot.
+    private: Vec<File>,
     shared: Backing,
     vm: Arc<VmFd>,
     most_runs: u64,
@@ -45,9 +36,8 @@ impl GmemMemory {
     /// Memory for all slots of `layout`, all of it private and zero, as the memory of `vm`; `shared` is behind
     /// the shared side.
     pub(crate) fn new(vm: Arc<VmFd>, layout: Layout, shared: Backing, most_runs: u64) -> Result<Self, Error> {
-        let mut memory = Self { slots: Vec::new(), layout: layout.clone(), shared, vm, most_runs };
-        for (number, (range, offset)) in (0..).zip(layout.iter()) {
-            let window = Window::new(range).map_err(Error::memory("reserve address space for", range))?;
+        let mut memory = Self { windows: Windows::new(layout)?, private: Vec::new(), shared, vm, most_runs };
+        for (number, range) in (0..).zip(memory.windows.slots().iter().copied()) {
             let gmem = kvm_create_guest_memfd { size: range.len(), ..Default::default() };
             let fd = memory.vm.create_guest_memfd(gmem).map_err(Error::kvm("create a guest_memfd"))?;
             // SAFETY: KVM has just made the descriptor, and nobody else knows of it.
@@ -57,14 +47,14 @@ impl GmemMemory {
                 flags: KVM_MEM_GUEST_MEMFD,
                 guest_phys_addr: range.start().0,
                 memory_size: range.len(),
-                userspace_addr: window.address(),
+                userspace_addr: memory.windows.address(range)?,
                 guest_memfd: private.as_raw_fd() as u32,
                 ..Default::default()
             };
             // SAFETY: the region is a window, which holds nothing but guest memory for as long as it lives; the guest
             // reaches it only through vCPUs, which keep it alive.
             unsafe { memory.vm.set_user_memory_region2(region) }.map_err(Error::kvm("register a memory slot"))?;
-            memory.slots.push(Slot { range, offset, window, private });
+            memory.private.push(private);
             memory.set_side(range, Side::Private)?;
         }
         Ok(memory)
@@ -75,7 +65,7 @@ impl GmemMemory {
     }
 
     pub(super) fn layout(&self) -> &Layout {
-        &self.layout
+        self.windows.layout()
     }
 
     pub(super) fn allocated(&self) -> io::Result<Allocated> {
@@ -83,21 +73,17 @@ impl GmemMemory {
         Ok(Allocated { private: None, shared: self.shared.allocated()? })
     }
 
-    fn slot(&self, range: GpaRange) -> Result<&Slot, Errno> {
-        self.slots.iter().find(|slot| slot.range.contains_range(&range)).ok_or(Errno::FAULT)
-    }
-
     /// Lets the guest see a side.
     fn switch(&self, range: GpaRange, side: Side) -> Result<(), Error> {
-        let slot = self.slot(range).map_err(Error::memory("find", range))?;
+        // KVM would take a range across slots.
+        self.windows.find(range)?;
         match side {
             Side::Private => {
                 self.set_side(range, side)?;
-                slot.window.hide(range).map_err(Error::memory("hide", range))
+                self.windows.hide(range)
             }
             Side::Shared => {
-                let offset = slot.offset + (range.start().0 - slot.range.start().0);
-                slot.window.show(range, &self.shared, offset).map_err(Error::memory("map", range))?;
+                self.windows.show(range, &self.shared)?;
                 self.set_side(range, side)
             }
         }
@@ -125,22 +111,20 @@ impl Sides for GmemMemory {
     }
 
     fn discard(&self, range: GpaRange, losing: Side) -> Result<(), BoxError> {
-        let slot = self.slot(range).map_err(Error::memory("find", range))?;
-        let from = range.start().0 - slot.range.start().0;
+        let place = self.windows.find(range)?;
         let freed = match losing {
             Side::Private => {
                 let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                fallocate(&slot.private, hole, from, range.len()).map_err(Into::into)
+                fallocate(&self.private[place.slot], hole, place.in_slot, range.len()).map_err(Into::into)
             }
-            Side::Shared => self.shared.free(slot.offset + from, range.len()),
+            Side::Shared => self.shared.free(place.in_file, range.len()),
         };
         Ok(freed.map_err(Error::memory("free", range))?)
     }
 
     fn poison(&self, range: GpaRange) -> Result<(), BoxError> {
         // The shared side, of which there is nothing left to see.
-        let slot = self.slot(range).map_err(Error::memory("find", range))?;
-        slot.window.hide(range).map_err(Error::memory("hide", range))?;
+        self.windows.hide(range)?;
         Ok(self.set_side(range, Side::Shared)?)
     }
 
@@ -184,7 +168,7 @@ mod tests {
     #[test]
     fn no_system_call_of_this_process_reaches_private_memory() {
         let Some(memory) = memory(&[range(0, 16)]) else { return };
-        let private = &memory.slots[0].private;
+        let private = &memory.private[0];
         assert!(private.read_at(&mut [0; 16], 0).is_err());
         assert!(private.write_at(&[1; 16], 0).is_err());
         let file = FileOffset::new(private.try_clone().unwrap(), 0);
@@ -196,8 +180,7 @@ mod tests {
         let Some(memory) = memory(&[range(0, 16), range(16, 8)]) else { return };
         let process = File::open("/proc/self/mem").unwrap();
         let shown = |page: u64| {
-            let slot = memory.slot(range(page, 1)).unwrap();
-            let at = slot.window.address() + page * PAGE_SIZE - slot.range.start().0;
+            let at = memory.windows.address(range(page, 1)).unwrap();
             let mut byte = [0; 1];
             process.read_exact_at(&mut byte, at).ok().map(|()| byte[0])
         };

@@ -21,6 +21,14 @@ impl Layout {
         self.slots.ranges().iter().map(GpaRange::len).sum()
     }
 
+    /// Where `range` lies, if it lies in one slot.
+    pub(crate) fn find(&self, range: GpaRange) -> Option<Place> {
+        let mut slots = self.iter().enumerate();
+        let (slot, (whole, begin)) = slots.find(|(_, (slot, _))| slot.contains_range(&range))?;
+        let in_slot = range.start().0 - whole.start().0;
+        Some(Place { slot, in_slot, in_file: begin + in_slot })
+    }
+
     /// Each slot with where it begins in the file.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (GpaRange, u64)> + '_ {
         self.slots.ranges().iter().scan(0, |end, slot| {
@@ -29,10 +37,15 @@ impl Layout {
             Some((*slot, begin))
         })
     }
+}
 
-    /// Where `range` begins in the file, if it lies in one slot.
-    pub(crate) fn offset(&self, range: GpaRange) -> Option<u64> {
-        let (slot, begin) = self.iter().find(|(slot, _)| slot.contains_range(&range))?;
-        Some(begin + (range.start().0 - slot.start().0))
-    }
+/// Where a range of guest memory begins.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Place {
+    /// In which slot, by its number.
+    pub(crate) slot: usize,
+    /// How many bytes from that slot's start.
+    pub(crate) in_slot: u64,
+    /// How many bytes from the file's.
+    pub(crate) in_file: u64,
 }

@@ -17,11 +17,32 @@ pub(crate) use window::Window;
 use crate::Error;
 use crate::host::Host;
 use cvm_core::memory::{Allocated, ConverterError, PageStateMap, SharedMemory, Sides};
-use cvm_core::{BoxError, GpaRange, Side};
+use cvm_core::{BoxError, GpaRange, LifecycleAnswer, Side};
 use kvm_ioctls::VmFd;
 use std::io;
 use std::sync::Arc;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+
+/// How the private memory of plain VMs is kept from the process that holds them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Isolation {
+    /// Not at all: it is a file.
+    None,
+    /// It is a `guest_memfd`.
+    GuestMemfd,
+}
+
+impl Isolation {
+    /// Whether the kernel swaps private memory.
+    pub(crate) fn swap(self) -> LifecycleAnswer {
+        match self {
+            // As the pages of any other file.
+            Self::None => LifecycleAnswer::Yes,
+            // Its pages are unevictable (Linux virt/kvm/guest_memfd.c).
+            Self::GuestMemfd => LifecycleAnswer::No("private memory is a guest_memfd, which the kernel does not swap"),
+        }
+    }
+}
 
 /// The memory of one VM.
 #[derive(Debug)]
@@ -79,6 +100,15 @@ impl GuestMemory {
         match &self.0 {
             Kind::Pinned(memory) => Some(memory),
             Kind::Files(_) | Kind::Gmem(_) => None,
+        }
+    }
+
+    /// Whether the kernel swaps the private side.
+    pub(crate) fn swap(&self) -> LifecycleAnswer {
+        match &self.0 {
+            Kind::Files(_) => Isolation::None.swap(),
+            Kind::Gmem(_) => Isolation::GuestMemfd.swap(),
+            Kind::Pinned(_) => LifecycleAnswer::No("what is encrypted depends on where it lies, so it is pinned"),
         }
     }
 

@@ -16,30 +16,22 @@
 
 use super::backing::Backing;
 use super::layout::Layout;
-use super::window::Window;
+use super::window::Windows;
 use crate::Error;
 use cvm_core::memory::{Allocated, ConverterError, LeftAs, Sides};
 use cvm_core::{BoxError, GpaRange, Side};
 use kvm_bindings::kvm_enc_region;
 use kvm_ioctls::VmFd;
-use rustix::io::Errno;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
-
-#[derive(Debug)]
-struct Slot {
-    range: GpaRange,
-    window: Window,
-}
 
 /// Memory of a VM whose guest decides, access by access, what the processor encrypts: both sides are one page, which stays
 /// where it is.
 #[derive(Debug)]
 pub struct PinnedMemory {
     file: Backing,
-    layout: Layout,
-    slots: Vec<Slot>,
+    windows: Windows,
     /// How many bytes are on the shared side.
     shared_bytes: AtomicU64,
 }
@@ -47,31 +39,22 @@ pub struct PinnedMemory {
 impl PinnedMemory {
     /// Memory for all slots of `layout` in `backing`, all of it private.
     pub(crate) fn new(layout: Layout, backing: Backing) -> Result<Self, Error> {
-        let mut slots = Vec::new();
-        for (range, offset) in layout.iter() {
-            let window = Window::new(range).map_err(Error::memory("reserve address space for", range))?;
-            window.show(range, &backing, offset).map_err(Error::memory("map", range))?;
-            slots.push(Slot { range, window });
-        }
-        Ok(Self { file: backing, layout, slots, shared_bytes: AtomicU64::new(0) })
+        let windows = Windows::onto(&backing, layout)?;
+        Ok(Self { file: backing, windows, shared_bytes: AtomicU64::new(0) })
     }
 
     /// Makes the windows the memory of `vm`, and pins what is behind them. The vCPUs of `vm` must keep this memory alive.
     pub(crate) fn attach(&self, vm: &VmFd) -> Result<(), Error> {
-        for (number, slot) in (0..).zip(&self.slots) {
-            // SAFETY: the guest reaches the window only through vCPUs, which keep it alive.
-            let registered = unsafe { slot.window.register(vm, number, slot.range.len()) };
-            registered.map_err(Error::kvm("register a memory slot"))?;
-            self.pin(vm, slot)?;
-        }
-        Ok(())
+        // SAFETY: the guest reaches the windows only through vCPUs, which keep them alive.
+        unsafe { self.windows.register(vm)? };
+        self.windows.slots().iter().try_for_each(|slot| self.pin(vm, *slot))
     }
 
-    fn pin(&self, vm: &VmFd, slot: &Slot) -> Result<(), Error> {
-        let region = kvm_enc_region { addr: slot.window.address(), size: slot.range.len() };
+    fn pin(&self, vm: &VmFd, slot: GpaRange) -> Result<(), Error> {
+        let region = kvm_enc_region { addr: self.windows.address(slot)?, size: slot.len() };
         vm.register_enc_memory_region(&region).map_err(|error| match error.errno() {
-            libc::ENOMEM => Error::Pin { bytes: self.layout.bytes(), source: error.into() },
-            _ => Error::memory("pin", slot.range)(error),
+            libc::ENOMEM => Error::Pin { bytes: self.layout().bytes(), source: error.into() },
+            _ => Error::memory("pin", slot)(error),
         })
     }
 
@@ -80,7 +63,7 @@ impl PinnedMemory {
     }
 
     pub(super) fn layout(&self) -> &Layout {
-        &self.layout
+        self.windows.layout()
     }
 
     /// Where `range`, which must lie in one slot, is in this process. For the kernel: this process never reads or writes there.
@@ -88,8 +71,7 @@ impl PinnedMemory {
     /// # Errors
     /// [`Error::Memory`] if it does not.
     pub fn address(&self, range: GpaRange) -> Result<u64, Error> {
-        let slot = self.slot(range).map_err(Error::memory("find", range))?;
-        Ok(slot.window.address() + (range.start().0 - slot.range.start().0))
+        self.windows.address(range)
     }
 
     /// Writes as the host does, without encryption, before there is a guest.
@@ -97,7 +79,7 @@ impl PinnedMemory {
     /// # Errors
     /// [`Error::Memory`] if `range` does not lie in one slot, or the host has no memory.
     pub fn write(&self, range: GpaRange, contents: &[u8]) -> Result<(), Error> {
-        let offset = self.layout.offset(range).ok_or(Errno::FAULT).map_err(Error::memory("find", range))?;
+        let offset = self.windows.find(range)?.in_file;
         self.file.file().write_all_at(contents, offset).map_err(Error::memory("write", range))
     }
 
@@ -107,14 +89,10 @@ impl PinnedMemory {
         Ok(Allocated { private: Some(self.file.allocated()?.saturating_sub(shared)), shared })
     }
 
-    fn slot(&self, range: GpaRange) -> Result<&Slot, Errno> {
-        self.slots.iter().find(|slot| slot.range.contains_range(&range)).ok_or(Errno::FAULT)
-    }
-
     /// Overwrites `range` with zeros. A hole would be other memory than what is pinned.
     fn clear(&self, range: GpaRange) -> Result<(), Error> {
         static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
-        let offset = self.layout.offset(range).ok_or(Errno::FAULT).map_err(Error::memory("find", range))?;
+        let offset = self.windows.find(range)?.in_file;
         let clear = |done: u64| {
             let len = (range.len() - done).min(ZEROS.len() as u64) as usize;
             self.file.file().write_all_at(&ZEROS[..len], offset + done)
@@ -126,7 +104,7 @@ impl PinnedMemory {
 impl Sides for PinnedMemory {
     fn show(&self, range: GpaRange, side: Side) -> Result<(), ConverterError> {
         let shown = match side {
-            Side::Private => self.slot(range).map(|_| ()).map_err(Error::memory("find", range)),
+            Side::Private => self.windows.find(range).map(drop),
             Side::Shared => self.clear(range),
         };
         shown.map_err(|error| ConverterError {
@@ -152,8 +130,7 @@ impl Sides for PinnedMemory {
     }
 
     fn poison(&self, range: GpaRange) -> Result<(), BoxError> {
-        let hidden = self.slot(range).and_then(|slot| slot.window.hide(range));
-        Ok(hidden.map_err(Error::memory("hide", range))?)
+        Ok(self.windows.hide(range)?)
     }
 }
 
@@ -172,8 +149,8 @@ mod tests {
         let layout = Layout::new(&[pages(0, 500), pages(1000, 100)]).unwrap();
         let backing = Backing::new("cvm-memory", layout.bytes()).unwrap();
         let memory = PinnedMemory::new(layout, backing).unwrap();
-        for slot in &memory.slots {
-            memory.write(slot.range, &vec![0xa5; slot.range.len() as usize]).unwrap();
+        for slot in memory.windows.slots() {
+            memory.write(*slot, &vec![0xa5; slot.len() as usize]).unwrap();
         }
         memory
     }

@@ -1,8 +1,10 @@
-//! The window through which a guest sees its memory.
+//! The windows through which a guest sees its memory.
 
 #![allow(unsafe_code, reason = "mappings at fixed places cannot be made safely")]
 
 use super::backing::Backing;
+use super::layout::{Layout, Place};
+use crate::Error;
 use cvm_core::GpaRange;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
@@ -91,5 +93,72 @@ impl Drop for Window {
         // one of its vCPUs runs, and each vCPU keeps the window alive.
         let unmapped = unsafe { munmap(self.base.as_ptr(), self.slot.len() as usize) };
         debug_assert!(unmapped.is_ok(), "a window could not be unmapped: {unmapped:?}");
+    }
+}
+
+/// A window for each slot of a VM, in the order of the slots.
+#[derive(Debug)]
+pub(crate) struct Windows {
+    layout: Layout,
+    windows: Vec<Window>,
+}
+
+impl Windows {
+    /// Windows that show nothing.
+    pub(crate) fn new(layout: Layout) -> Result<Self, Error> {
+        let reserve = |slot: &GpaRange| Window::new(*slot).map_err(Error::memory("reserve address space for", *slot));
+        let windows = layout.slots().ranges().iter().map(reserve).collect::<Result<_, _>>()?;
+        Ok(Self { layout, windows })
+    }
+
+    /// Windows that show all of `backing`.
+    pub(crate) fn onto(backing: &Backing, layout: Layout) -> Result<Self, Error> {
+        let windows = Self::new(layout)?;
+        windows.slots().iter().try_for_each(|slot| windows.show(*slot, backing))?;
+        Ok(windows)
+    }
+
+    /// How the slots lie in files.
+    pub(crate) fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The slots, as KVM numbers them.
+    pub(crate) fn slots(&self) -> &[GpaRange] {
+        self.layout.slots().ranges()
+    }
+
+    /// Makes the windows the memory of `vm`.
+    ///
+    /// # Safety
+    /// The windows must live for as long as the VM has vCPUs.
+    pub(crate) unsafe fn register(&self, vm: &VmFd) -> Result<(), Error> {
+        for ((number, slot), window) in (0..).zip(self.slots()).zip(&self.windows) {
+            // SAFETY: the caller promises it.
+            unsafe { window.register(vm, number, slot.len()) }.map_err(Error::kvm("register a memory slot"))?;
+        }
+        Ok(())
+    }
+
+    /// Where `range` is, which must lie in one slot.
+    pub(crate) fn find(&self, range: GpaRange) -> Result<Place, Error> {
+        self.layout.find(range).ok_or(Errno::FAULT).map_err(Error::memory("find", range))
+    }
+
+    /// Where `range`, which must lie in one slot, is in this process.
+    pub(crate) fn address(&self, range: GpaRange) -> Result<u64, Error> {
+        let place = self.find(range)?;
+        Ok(self.windows[place.slot].address() + place.in_slot)
+    }
+
+    /// Shows what `backing` has for `range`, which must lie in one slot.
+    pub(crate) fn show(&self, range: GpaRange, backing: &Backing) -> Result<(), Error> {
+        let place = self.find(range)?;
+        self.windows[place.slot].show(range, backing, place.in_file).map_err(Error::memory("map", range))
+    }
+
+    /// Shows nothing in the place of `range`, which must lie in one slot.
+    pub(crate) fn hide(&self, range: GpaRange) -> Result<(), Error> {
+        self.windows[self.find(range)?.slot].hide(range).map_err(Error::memory("hide", range))
     }
 }

@@ -2,9 +2,10 @@
 
 #![allow(unsafe_code, reason = "KVM reads as much of the floating-point state as features say that there is")]
 
-use super::super::failed;
 use super::LocalVcpu;
+use super::pending::Pending;
 use crate::Error;
+use crate::error::failed;
 use cvm_core::doorbell::Registers;
 use cvm_core::{Error as CoreError, InterruptController, InterruptGuard};
 use kvm_bindings::{Msrs, kvm_debugregs, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave};
@@ -28,8 +29,7 @@ pub struct VcpuSnapshot {
     doorbell: Registers,
     guard: InterruptGuard,
     halted: bool,
-    edges: [u64; 4],
-    lines: [u64; 4],
+    pending: Pending,
 }
 
 impl LocalVcpu {
@@ -40,7 +40,7 @@ impl LocalVcpu {
 
     /// For vCPUs whose guest goes on elsewhere: it does not run again.
     pub fn retire(&mut self) {
-        self.failed = true;
+        self.questions.fail();
     }
 
     /// What it is now: after its last exit, which KVM completes otherwise only when the guest goes on.
@@ -70,8 +70,7 @@ impl LocalVcpu {
             doorbell: self.doorbell.clone(),
             guard: self.shared.interrupts.guard(self.index)?,
             halted: self.halted,
-            edges: self.edges,
-            lines: self.lines,
+            pending: self.pending,
         })
     }
 
@@ -98,13 +97,13 @@ impl LocalVcpu {
         self.fd.set_vcpu_events(&snapshot.events).map_err(&fail)?;
         self.shared.interrupts.set_guard(self.index, snapshot.guard.clone())?;
         self.doorbell = snapshot.doorbell.clone();
-        (self.halted, self.edges, self.lines) = (snapshot.halted, snapshot.edges, snapshot.lines);
+        (self.halted, self.pending) = (snapshot.halted, snapshot.pending);
         Ok(())
     }
 
     fn check_visible(&self) -> Result<(), CoreError> {
-        if self.question.is_some() {
-            return self.protocol("its last exit waits for an answer");
+        if self.questions.is_open() {
+            return Err(CoreError::Protocol { vcpu: self.index, problem: "its last exit waits for an answer" });
         }
         if self.shared.traits.hides_registers() {
             return Err(CoreError::Config("the registers of its vcpus are hidden".into()));

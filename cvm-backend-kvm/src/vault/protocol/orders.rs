@@ -1,0 +1,220 @@
+//! What is said on the socket.
+
+use super::{Encoded, Malformed, Message, Parts, encoded, refusal_operands, with_text};
+use cvm_core::doorbell::{Doorbell, Transport};
+use cvm_core::interrupt::{InterruptController, Refusal};
+use cvm_core::x86::VcpuState;
+use cvm_core::{GpaRange, Measurement, PageKind, Policy, Trigger};
+use std::num::NonZeroU32;
+use zerocopy::IntoBytes;
+
+/// What a VMM orders on the socket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Order {
+    /// The VM to be has memory here.
+    Slot(GpaRange),
+    /// It also accepts these vectors, at most so many in a second.
+    Accept {
+        /// 256 bits, vector 0 first.
+        vectors: [u64; 4],
+        /// What makes them pending.
+        trigger: Trigger,
+        /// Nothing if there is no limit.
+        most_per_second: Option<NonZeroU32>,
+    },
+    /// Begin the launch. With it come the file of the shared side and that of the vCPUs' pages.
+    Create {
+        /// How many vCPUs.
+        vcpus: u32,
+        /// What the guest demands.
+        policy: Policy,
+        /// How it rings.
+        doorbell: Doorbell,
+        /// How it asks for conversions.
+        transport: Transport,
+        /// Who hands it interrupts.
+        interrupt_controller: InterruptController,
+    },
+    /// Load what the shared side has at these pages.
+    Load {
+        /// The pages.
+        range: GpaRange,
+        /// What they are to the measurement.
+        kind: PageKind,
+    },
+    /// The first state of a vCPU.
+    SetVcpu {
+        /// Which.
+        index: u32,
+        /// The state.
+        state: VcpuState,
+    },
+    /// End the launch.
+    Seal,
+    /// Say how much memory is in use.
+    Count,
+    /// Give a descriptor that is signalled when the guest writes this doorbell register.
+    DoorbellFd(u16),
+    /// Give a descriptor that raises an interrupt.
+    InterruptFd {
+        /// On which vCPU.
+        vcpu: u32,
+        /// Its vector.
+        vector: u8,
+    },
+    /// Say how many interrupts were dropped.
+    CountDropped,
+}
+
+impl Order {
+    /// As a message.
+    pub fn encode(&self) -> Encoded {
+        match *self {
+            Self::Slot(range) => encoded(0x101, &[range.start().0, range.len()]),
+            Self::Accept { vectors: [a, b, c, d], trigger, most_per_second } => {
+                let most = most_per_second.map_or(0, NonZeroU32::get).into();
+                encoded(0x102, &[a, b, c, d, most, (trigger == Trigger::Level).into()])
+            }
+            Self::Create { vcpus, policy, doorbell, transport, interrupt_controller } => {
+                let (doorbell, controller) = (doorbell as u64, interrupt_controller as u64);
+                encoded(0x103, &[vcpus.into(), policy.bits(), doorbell, transport as u64, controller])
+            }
+            Self::Load { range, kind } => encoded(0x104, &[range.start().0, range.len(), kind as u64]),
+            Self::SetVcpu { index, state: VcpuState { rip, rsp, rdi, rsi, cr3 } } => {
+                encoded(0x105, &[index.into(), rip, rsp, rdi, rsi, cr3])
+            }
+            Self::Seal => encoded(0x106, &[]),
+            Self::Count => encoded(0x107, &[]),
+            Self::DoorbellFd(register) => encoded(0x108, &[register.into()]),
+            Self::InterruptFd { vcpu, vector } => encoded(0x109, &[vcpu.into(), vector.into()]),
+            Self::CountDropped => encoded(0x10a, &[]),
+        }
+    }
+
+    /// From a message.
+    ///
+    /// # Errors
+    /// [`Malformed`].
+    pub fn decode(message: &Message, text: &[u8]) -> Result<Self, Malformed> {
+        let mut parts = Parts::of(message, text)?;
+        let order = match message.kind {
+            0x101 => Self::Slot(parts.range()?),
+            0x102 => Self::Accept {
+                vectors: [parts.next()?, parts.next()?, parts.next()?, parts.next()?],
+                most_per_second: NonZeroU32::new(parts.next()?),
+                trigger: if parts.flag()? { Trigger::Level } else { Trigger::Edge },
+            },
+            0x103 => Self::Create {
+                vcpus: parts.next()?,
+                // Demands that are not known here are refused with a reason, not as malformed.
+                policy: Policy::from_bits_retain(parts.next()?),
+                doorbell: parts.choice(&[Doorbell::Port, Doorbell::Msr], |doorbell| doorbell as u64)?,
+                transport: parts.choice(&[Transport::Doorbell, Transport::Hypercall], |transport| transport as u64)?,
+                interrupt_controller: parts
+                    .choice(&[InterruptController::None, InterruptController::Apic], |controller| controller as u64)?,
+            },
+            0x104 => {
+                const KINDS: [PageKind; 3] = [PageKind::Measured, PageKind::Zero, PageKind::Unmeasured];
+                Self::Load { range: parts.range()?, kind: parts.choice(&KINDS, |kind| kind as u64)? }
+            }
+            0x105 => Self::SetVcpu {
+                index: parts.next()?,
+                state: VcpuState {
+                    rip: parts.next()?,
+                    rsp: parts.next()?,
+                    rdi: parts.next()?,
+                    rsi: parts.next()?,
+                    cr3: parts.next()?,
+                },
+            },
+            0x106 => Self::Seal,
+            0x107 => Self::Count,
+            0x108 => Self::DoorbellFd(parts.next()?),
+            0x109 => Self::InterruptFd { vcpu: parts.next()?, vector: parts.next()? },
+            0x10a => Self::CountDropped,
+            _ => return Err(parts.malformed()),
+        };
+        parts.end(order)
+    }
+}
+
+/// What a vault answers on the socket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Report {
+    /// It is done; of the launch's begin, with the descriptor that wakes the vault for kicks.
+    Done,
+    /// The launch has ended with this measurement.
+    Sealed(Measurement),
+    /// So much memory is in use, in bytes.
+    Memory {
+        /// On the private side, where the host can tell.
+        private: Option<u64>,
+        /// On the shared side.
+        shared: u64,
+    },
+    /// It is not done, for this reason.
+    Failed(String),
+    /// The descriptor that was asked for comes with this.
+    Descriptor,
+    /// There is no such descriptor, for this reason.
+    NoDescriptor(String),
+    /// The guard does not allow that descriptor.
+    InjectionRefused(Refusal),
+    /// So many interrupts were dropped.
+    Dropped(u64),
+}
+
+impl Report {
+    /// As a message.
+    pub fn encode(&self) -> Encoded {
+        match self {
+            Self::Done => encoded(0x201, &[]),
+            Self::Sealed(Measurement(digest)) => {
+                let (mut message, text) = encoded(0x202, &[]);
+                message.operands.as_mut_bytes().copy_from_slice(digest);
+                (message, text)
+            }
+            Self::Memory { private, shared } => {
+                encoded(0x203, &[private.is_some().into(), private.unwrap_or(0), *shared])
+            }
+            Self::Failed(reason) => with_text(encoded(0x204, &[]), reason),
+            Self::Descriptor => encoded(0x205, &[]),
+            Self::NoDescriptor(reason) => with_text(encoded(0x206, &[]), reason),
+            Self::InjectionRefused(refusal) => encoded(0x207, &refusal_operands(*refusal)),
+            Self::Dropped(count) => encoded(0x208, &[*count]),
+        }
+    }
+
+    /// From a message.
+    ///
+    /// # Errors
+    /// [`Malformed`].
+    pub fn decode(message: &Message, text: &[u8]) -> Result<Self, Malformed> {
+        let mut parts = Parts::of(message, text)?;
+        let report = match message.kind {
+            0x201 => Self::Done,
+            0x202 => {
+                let mut digest = [0; 48];
+                for word in digest.chunks_exact_mut(size_of::<u64>()) {
+                    word.copy_from_slice(&parts.next::<u64>()?.to_le_bytes());
+                }
+                Self::Sealed(Measurement(digest))
+            }
+            0x203 => Self::Memory {
+                private: match (parts.flag()?, parts.next()?) {
+                    (true, bytes) => Some(bytes),
+                    (false, 0) => None,
+                    _ => return Err(parts.malformed()),
+                },
+                shared: parts.next()?,
+            },
+            0x204 => Self::Failed(parts.text()?),
+            0x205 => Self::Descriptor,
+            0x206 => Self::NoDescriptor(parts.text()?),
+            0x207 => Self::InjectionRefused(parts.refusal()?),
+            0x208 => Self::Dropped(parts.next()?),
+            _ => return Err(parts.malformed()),
+        };
+        parts.end(report)
+    }
+}
