@@ -1,4 +1,5 @@
-//! What is plain KVM's own, beyond the contract: its hypercall, its device file, and kernels as their makers build them.
+//! What is plain KVM's own, beyond the contract: its hypercall, its device file, what of memory the
+//! kernel swaps, and kernels as their makers build them.
 
 mod common;
 
@@ -7,7 +8,7 @@ use cvm_backend_kvm::{Error as KvmError, KvmPlatform};
 use cvm_core::doorbell::Transport;
 use cvm_core::linux::{Kernel, LinuxImage};
 use cvm_core::memory::ConversionTotals;
-use cvm_core::{Error, PAGE_SIZE, PageState, Platform, Vm, VmConfig};
+use cvm_core::{Error, Lifecycle, LifecycleAnswer, PAGE_SIZE, PageState, Platform, Protection, Vm, VmConfig};
 use iced_x86::code_asm::*;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -137,4 +138,19 @@ fn an_image_that_starts_as_linux_does_finds_its_memory_command_line_and_ram_disk
     assert_eq!(guest.report(), u32::from_le_bytes(*b"quie"));
     assert_eq!(guest.report(), u32::from_le_bytes(*b"disk"));
     guest.end();
+}
+
+#[test]
+fn private_memory_is_swapped_just_where_the_kernel_can_count_it() {
+    let Some(platform) = kvm() else { return };
+    let guest = Guest::from_launch(load(&platform, config(1), |a| a.end(0)));
+    // Asked of whoever holds the memory: the kernel counts what is behind a file, and not what is behind a guest_memfd.
+    let is_file = guest.vm.allocated().unwrap().private.is_some();
+    assert_eq!(guest.vm.lifecycle(Lifecycle::Swap) == LifecycleAnswer::Yes, is_file);
+    match isolation() {
+        Protection::None => assert!(is_file),
+        Protection::GuestMemfd => assert!(!is_file),
+        // It has whichever of the two there is.
+        _ => {}
+    }
 }
