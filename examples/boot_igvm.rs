@@ -1,25 +1,27 @@
 //! Boots what an IGVM file describes, on plain KVM: what there is without a protecting processor.
 
-use clap::{Parser, ValueEnum};
+#[path = "common/options.rs"]
+mod options;
+
+use clap::Parser;
 use cvm::boot::{ALL_ACCEPTED, BootPage, Exits, MAGIC, MemoryRange};
 use cvm::doorbell::{Doorbell, Transport};
 use cvm::igvm::{IgvmImage, native_page};
 use cvm::image::Image;
 use cvm::kvm::KvmPlatform;
 use cvm::x86::{VcpuState, identity_map};
-use cvm::{Exit, Gpa, PAGE_SIZE, Platform, Protection, Vcpu, Vm, VmConfig, Watchdog};
+use cvm::{BoxError, Exit, Gpa, PAGE_SIZE, Platform, Protection, Vcpu, Vm, VmConfig, Watchdog};
 use igvm::{Arch, IgvmDirectiveHeader, IgvmFile, IgvmPlatformHeader, IgvmRevision};
 use igvm_defs::{
     IGVM_VHS_SUPPORTED_PLATFORM, IgvmNativeVpContextX64, IgvmPageDataFlags, IgvmPageDataType, IgvmPlatformType,
 };
+use options::{IsolationChoice, chain};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 use tiny_guest::{BOOT_PAGE, IMAGE, MIN_MEMORY, PAGE_TABLES, Task};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
-
-type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Boot what an IGVM file describes, and print what it says.
 ///
@@ -55,16 +57,6 @@ struct Options {
     /// Stop a guest that runs longer than this
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     timeout: u64,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum IsolationChoice {
-    /// Nothing: two files of this process, on any KVM
-    None,
-    /// Memory that no process can map, where KVM has it
-    GuestMemfd,
-    /// A process beside this one that holds the VM, with such memory where KVM has it
-    Vault,
 }
 
 /// The tiny guest as an IGVM file: its image, a boot page, page tables, and the state of a vCPU.
@@ -135,15 +127,11 @@ fn run(options: &Options) -> Result<u32, BoxError> {
         Some(path) => std::fs::read(path).map_err(|error| format!("failed to read {}: {error}", path.display()))?,
     };
     let image = IgvmImage::native(&file)?;
-    let protection = options.isolation.map(|isolation| match isolation {
-        IsolationChoice::None => Protection::None,
-        IsolationChoice::GuestMemfd => Protection::GuestMemfd,
-        IsolationChoice::Vault => Protection::Vault,
-    });
     // The boot page of the tiny guest says so, and other files know nothing of it.
     let config =
         VmConfig { transport: Some(Transport::Doorbell), ..VmConfig::new(options.memory << 20, options.vcpus)? };
-    let mut launch = KvmPlatform::open(Path::new("/dev/kvm"), protection)?.launch(config)?;
+    let mut launch =
+        KvmPlatform::open(Path::new("/dev/kvm"), options.isolation.map(Protection::from))?.launch(config)?;
     launch.load_igvm(&image, &options.append)?;
     let mut vm = launch.seal()?;
     println!("measurement: {}", vm.transcript().measurement());
@@ -178,12 +166,6 @@ fn run(options: &Options) -> Result<u32, BoxError> {
         }
     }
     Ok(0)
-}
-
-/// The error with its sources, each behind a colon.
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    std::iter::successors(error.source(), |error| error.source())
-        .fold(error.to_string(), |text, source| format!("{text}: {source}"))
 }
 
 fn main() -> ExitCode {

@@ -4,16 +4,18 @@
 //! machines, and it does not know here that it is protected. An access where there is no memory ends it. Your own
 //! package needs the feature `linux` of `cvm` for this.
 
-use clap::{Parser, ValueEnum};
+#[path = "common/options.rs"]
+mod options;
+
+use clap::Parser;
 use cvm::kvm::KvmPlatform;
 use cvm::linux::{Kernel, LinuxImage};
-use cvm::{Exit, Platform, Protection, Vcpu, Vm, VmConfig, Watchdog};
+use cvm::{BoxError, Exit, Platform, Protection, Vcpu, Vm, VmConfig, Watchdog};
+use options::{IsolationChoice, chain};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
-
-type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// The first serial port: where it takes a byte, and its line status, which says that it can.
 const SERIAL: u16 = 0x3f8;
@@ -55,16 +57,6 @@ struct Options {
     timeout: u64,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum IsolationChoice {
-    /// Nothing: two files of this process, on any KVM
-    None,
-    /// Memory that no process can map, where KVM has it
-    GuestMemfd,
-    /// A process beside this one that holds the VM, with such memory where KVM has it
-    Vault,
-}
-
 fn read(path: &Path) -> Result<Vec<u8>, BoxError> {
     std::fs::read(path).map_err(|error| format!("failed to read {}: {error}", path.display()).into())
 }
@@ -73,14 +65,10 @@ fn run(options: &Options) -> Result<(), BoxError> {
     let file = read(&options.kernel)?;
     let initrd = options.initrd.as_deref().map(read).transpose()?;
     let kernel = if file.starts_with(b"\x7fELF") { Kernel::Elf(&file) } else { Kernel::BzImage(&file) };
-    let protection = options.isolation.map(|isolation| match isolation {
-        IsolationChoice::None => Protection::None,
-        IsolationChoice::GuestMemfd => Protection::GuestMemfd,
-        IsolationChoice::Vault => Protection::Vault,
-    });
     let config = VmConfig::new(options.memory << 20, 1)?;
     let image = LinuxImage::new(kernel, initrd.as_deref(), &options.append, &config.memory)?;
-    let mut launch = KvmPlatform::open(Path::new("/dev/kvm"), protection)?.launch(config)?;
+    let mut launch =
+        KvmPlatform::open(Path::new("/dev/kvm"), options.isolation.map(Protection::from))?.launch(config)?;
     launch.load_linux(&image)?;
     let mut vm = launch.seal()?;
     println!("measurement: {}", vm.transcript().measurement());
@@ -105,12 +93,6 @@ fn run(options: &Options) -> Result<(), BoxError> {
             other => return Err(format!("the guest stopped: {other:?}").into()),
         }
     }
-}
-
-/// The error with its sources, each behind a colon.
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    std::iter::successors(error.source(), |error| error.source())
-        .fold(error.to_string(), |text, source| format!("{text}: {source}"))
 }
 
 fn main() -> ExitCode {

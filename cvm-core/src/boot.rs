@@ -98,6 +98,11 @@ impl BootPage {
         transports.into_iter().find(|transport| *transport as u32 == self.transport)
     }
 
+    /// The first address behind all memory; 0 if there is none.
+    pub fn end_of_memory(&self) -> u64 {
+        self.memory.iter().map(|range| range.start.wrapping_add(range.len)).max().unwrap_or(0)
+    }
+
     /// The way of exits, if the number stands for one.
     pub fn exits(&self) -> Option<Exits> {
         [Exits::Direct, Exits::Ghcb].into_iter().find(|exits| *exits as u32 == self.exits)

@@ -136,7 +136,7 @@ impl LinuxImage {
     }
 
     /// The state that it starts in: RSI is the zero page.
-    pub fn first_state(&self) -> VcpuState {
+    pub(crate) fn first_state(&self) -> VcpuState {
         VcpuState::long_mode(self.entry(), PAGE_TABLES, 0, BOOT_PARAMS)
     }
 

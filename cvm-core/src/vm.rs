@@ -170,9 +170,9 @@ pub trait Vcpu: Send {
     ///
     /// # Errors
     /// [`Error::MmioRefused`], [`Error::MissingConversion`], [`Error::UnknownDoorbell`], [`Error::Terminated`] and
-    /// [`Error::Crashed`] for what the guest did, [`Error::Backend`] if the host failed, [`Error::Lost`] if another vCPU's conversion did: this
-    /// vCPU cannot go on, and says so when it is run again. [`Error::Protocol`] if the last exit still waits for an
-    /// answer.
+    /// [`Error::Crashed`] for what the guest did, [`Error::Backend`] if the host failed, [`Error::Lost`] if another vCPU's
+    /// conversion did: this vCPU cannot go on, and says so when it is run again. [`Error::Protocol`] if the last exit still
+    /// waits for an answer.
     fn run(&mut self) -> Result<Exit, Error>;
 
     /// Answers a read exit; only as many low bytes count as the guest reads.

@@ -14,6 +14,7 @@
 
 mod copy;
 mod error;
+mod hypercall;
 mod machine;
 mod platform;
 mod pool;

@@ -1,3 +1,4 @@
+use crate::hypercall::{EAGAIN, EINVAL, KVM_EINVAL};
 use crate::{Error, Machine, SharedRegion};
 use core::fmt;
 use cvm_core::boot::{self, BootPage};
@@ -6,11 +7,6 @@ use cvm_core::{Answer, GpaRange, PAGE_SIZE, Side, Trigger};
 
 /// How often a request is repeated that the host wants repeated, before the guest gives up.
 const TRIES: u32 = 1000;
-
-/// The answers to a hypercall: Linux error numbers. The VMM's are positive, KVM's own are negative.
-const EAGAIN: u64 = 11;
-const EINVAL: u64 = 22;
-const KVM_EINVAL: u64 = 0u64.wrapping_sub(EINVAL);
 
 /// The host as the guest reaches it.
 #[derive(Debug, Clone, Copy)]

@@ -6,7 +6,7 @@ use crate::sev::{
     Acceptance, BlockRecord, CpuidTable, Fault, GhcbPage, GhcbVcpu, Protection, Pvalidate, StatePage, Termination,
     Validate, Vmgexit, sev_status,
 };
-use crate::{Error, Machine};
+use crate::{Error, Machine, hypercall};
 use core::arch::asm;
 use core::arch::x86_64::__cpuid_count;
 use core::sync::atomic::{AtomicBool, Ordering};
@@ -14,10 +14,6 @@ use cvm_core::boot::{BootPage, Exits};
 use cvm_core::doorbell::{Doorbell, MSR_BASE, PORT_BASE, control};
 use cvm_core::x86::VcpuState;
 use cvm_core::{GpaRange, PAGE_SIZE, Side};
-
-/// KVM_HC_MAP_GPA_RANGE and its "encrypted" attribute (Linux include/uapi/linux/kvm_para.h).
-const HC_MAP_GPA_RANGE: u64 = 12;
-const ENCRYPTED: u64 = 1 << 4;
 
 /// Whether exits of this guest go by the GHCB: what who panics has to know.
 static BY_GHCB: AtomicBool = AtomicBool::new(false);
@@ -43,8 +39,8 @@ impl<V: Validate> Processor<V> {
     ///
     /// # Safety
     /// The code must run in a guest whose host started it with this boot page: elsewhere the instructions reach real devices.
-    /// All memory must be mapped to its own addresses, and once more from [`BootPage::shared_at`] on if that is not 0. There must be one processor for each
-    /// `ghcb`. It must run in ring 0, or, where exits are direct and as long as it rings by ports and asks for no conversion
+    /// All memory must be mapped to its own addresses, and once more from [`BootPage::shared_at`] on if that is not 0. There
+    /// must be one processor for each `ghcb`. It must run in ring 0, or, where exits are direct and as long as it rings by ports and asks for no conversion
     /// by hypercall, in a ring that may use these ports: elsewhere the instructions fault.
     ///
     /// # Errors
@@ -226,12 +222,8 @@ impl Machine for Direct {
     }
 
     fn convert(&self, range: GpaRange, to: Side) -> u64 {
-        let attributes = match to {
-            Side::Private => ENCRYPTED,
-            Side::Shared => 0,
-        };
-        let (gpa, pages) = (range.start().0, range.pages());
-        let mut rax = HC_MAP_GPA_RANGE;
+        let (gpa, pages, attributes) = (range.start().0, range.pages(), hypercall::attributes(to));
+        let mut rax = hypercall::MAP_GPA_RANGE;
         // RBX holds an operand, and the compiler keeps it for itself: so it is swapped in and out.
         if self.amd {
             // SAFETY: a hypercall changes RAX only; what it does to memory is the caller's business.

@@ -15,8 +15,9 @@
 //! converting the blocks that it shared, whole; a VMM may call [`IommuMapper::compact`] when its devices are idle, and
 //! sees in [`Usage::remapped`] how often it happened.
 //!
-//! Mapping pins pages, and they count against `RLIMIT_MEMLOCK`. To discard those that are mapped, as a [balloon](crate::balloon) does, frees nothing and gives the
-//! guest other pages than the device: a VM that has both must refuse one of them, by an error of the balloon's callback.
+//! Mapping pins pages, and they count against `RLIMIT_MEMLOCK`. To discard those that are mapped, as a
+//! [balloon](crate::balloon) does, frees nothing and gives the guest other pages than the device: a VM that has both must
+//! refuse one of them, by an error of the balloon's callback.
 
 use crate::mapper::{Hindrance, Mapper};
 use cvm_core::memory::{Backing, ConversionListener, Objection, SharedMemory};

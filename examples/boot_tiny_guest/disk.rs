@@ -1,7 +1,7 @@
 //! The file behind the guest's disk.
 
-use crate::BoxError;
 use crate::block::BlockDevice;
+use cvm::BoxError;
 use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};

@@ -1,10 +1,9 @@
 //! The run loop: exits of the guest, and what the VMM does about each.
 
-use crate::BoxError;
 use crate::attempts::{self, Attempt, Observer};
 use crate::block::BlockDevice;
 use cvm::memory::Allocated;
-use cvm::{Answer, Error, Exit, Kick, Vcpu, Vm, Watchdog, doorbell};
+use cvm::{Answer, BoxError, Error, Exit, Kick, Vcpu, Vm, Watchdog, doorbell};
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -21,7 +21,7 @@ use cvm::doorbell::{Doorbell, Transport};
 use cvm::image::Image;
 use cvm::kvm::KvmPlatform;
 use cvm::sev::kvm::SevPlatform;
-use cvm::{Gpa, Launch, Platform, Policy, Protection, Vm, VmConfig};
+use cvm::{BoxError, Gpa, Launch, Platform, Policy, Protection, Vm, VmConfig};
 use disk::Disk;
 use machine::Machine;
 use options::{IsolationChoice, chain};
@@ -30,8 +30,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use tiny_guest::{BOOT_PAGE, MAX_VCPUS, MIN_MEMORY, MMIO, PAGE_TABLES, Task};
-
-type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 const MIB: u64 = 1 << 20;
 

@@ -1,6 +1,5 @@
 //! What a run came to: facts, checks, and a table of them.
 
-use crate::BoxError;
 use crate::attempts::Attempt;
 use crate::disk::Disk;
 use crate::machine::{End, Machine};
@@ -9,7 +8,7 @@ use cvm::doorbell::Transport;
 use cvm::interrupt::Guarding;
 use cvm::sev::SevFeatures;
 use cvm::sev::snp::of_transcript;
-use cvm::{Error, Gpa, Lifecycle, LifecycleAnswer, PAGE_SIZE, Protection, Vm};
+use cvm::{BoxError, Error, Gpa, Lifecycle, LifecycleAnswer, PAGE_SIZE, Protection, Vm};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;

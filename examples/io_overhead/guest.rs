@@ -1,13 +1,13 @@
 //! A guest with its devices, and how one case is run in it.
 
 use crate::block::BlockDevice;
+use crate::cpu;
 use crate::disk::Disk;
 use crate::net::NetDevice;
 use crate::responder::Responder;
 use crate::worker::Worker;
-use crate::{BoxError, cpu};
 use cvm::image::Image;
-use cvm::{Error, Exit, Gpa, Platform, SharedMemory, Vcpu, Vm, VmConfig, Watchdog, doorbell};
+use cvm::{BoxError, Error, Exit, Gpa, Platform, SharedMemory, Vcpu, Vm, VmConfig, Watchdog, doorbell};
 use io_guest::*;
 use std::time::{Duration, Instant};
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;

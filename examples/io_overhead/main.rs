@@ -20,8 +20,8 @@ mod virtio;
 mod worker;
 
 use clap::Parser;
-use cvm::Protection;
 use cvm::kvm::KvmPlatform;
+use cvm::{BoxError, Protection};
 use guest::{Guest, Sample};
 use io_guest::{Case, MAX_DATAGRAM, Operation};
 use options::{IsolationChoice, chain};
@@ -29,8 +29,6 @@ use outcome::{Outcome, Row};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
-
-type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Measure what bounce buffers cost: virtio disk and network card of a protected guest beside those of a guest without.
 ///

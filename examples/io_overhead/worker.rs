@@ -1,10 +1,10 @@
 //! A device on a thread of its own, which the guest rings without an exit to this process.
 
 use crate::block::BlockDevice;
+use crate::cpu;
 use crate::net::NetDevice;
 use crate::responder::Responder;
-use crate::{BoxError, cpu};
-use cvm::SharedMemory;
+use cvm::{BoxError, SharedMemory};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::thread::{Pid, gettid};
 use std::os::fd::OwnedFd;

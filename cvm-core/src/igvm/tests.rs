@@ -1,5 +1,6 @@
 //! On files that the crate `igvm` has written.
 
+use super::reader::{FIXED_HEADER, HEADER_START, LARGE, OPTIONAL, headers};
 use super::*;
 use crate::doorbell::Transport;
 use crate::launch::{Entry, Rehearsal, digest};

@@ -1,9 +1,11 @@
 use super::*;
 use crate::boot::Exits;
-use crate::interrupt::Guarding;
+use crate::doorbell::Doorbell;
+use crate::interrupt::{Guarding, InterruptController, InterruptPolicy};
 use crate::memory::{Allocated, Conversion, ConversionListener, ConversionRequest, ConversionTotals, SharedMemory};
-use crate::{Lifecycle, LifecycleAnswer, Vm};
+use crate::{Lifecycle, LifecycleAnswer, Policy, Vm};
 use proptest::prelude::*;
+use sha2::{Digest, Sha384};
 use std::sync::Arc;
 use zerocopy::FromBytes;
 

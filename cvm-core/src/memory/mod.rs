@@ -15,6 +15,7 @@
 
 mod conversion;
 mod map;
+mod padded;
 mod pins;
 mod slots;
 mod sync;

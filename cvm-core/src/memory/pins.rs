@@ -1,5 +1,6 @@
 //! Pins: how a conversion knows that nobody still looks at a page which it takes away.
 
+use super::padded::Padded;
 use super::sync::{AtomicUsize, Counted, Mutex, MutexGuard, Ordering, fence, full_fence, now, pause};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -41,11 +42,6 @@ struct Tokens<T> {
     name: String,
     phases: [Counted<Padded<T>>; 2],
 }
-
-/// Alone in its cache lines (two, which processors fetch together).
-#[derive(Debug)]
-#[repr(align(128))]
-pub(super) struct Padded<T>(pub(super) T);
 
 impl<T> Tokens<T> {
     /// How many pins share the token of a phase.

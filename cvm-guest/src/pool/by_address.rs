@@ -38,22 +38,7 @@ impl Queue<'_> {
     }
 
     /// The buffer at an address, which was made with this length and has not been given back.
-    fn find(&self, gpa: Gpa, len: usize) -> Option<FromDevice> {
+    pub(crate) fn find(&self, gpa: Gpa, len: usize) -> Option<FromDevice> {
         self.pool().offset(gpa).map(|offset| FromDevice(Raw::new(offset, len, self.owner())))
-    }
-
-    /// Copies out of the buffer at an address.
-    pub(crate) fn bounce_back(&mut self, gpa: Gpa, data: &mut [u8]) {
-        if let Some(FromDevice(raw)) = self.find(gpa, data.len())
-            && self.pool().read(raw.offset(), data).is_ok()
-        {
-            self.note_from_device(data.len());
-        }
-    }
-
-    /// Gives the buffer at an address back; returns whether there is one.
-    pub(crate) fn free(&mut self, gpa: Gpa, len: usize) -> bool {
-        let buffer = self.find(gpa, len);
-        buffer.map(|buffer| self.release(buffer)).is_some()
     }
 }

@@ -4,7 +4,6 @@ use super::Pool;
 use super::block::{BLOCK_LEN, Block};
 use crate::{Error, Machine, Platform, SharedRegion};
 use core::ptr::NonNull;
-use core::sync::atomic::Ordering::Relaxed;
 use cvm_core::{GpaRange, PAGE_SIZE};
 
 /// How many bytes a pool grows and shrinks by, and is aligned to: the largest page that a host is likely to map.
@@ -151,10 +150,5 @@ impl Pool {
     /// How many chunks there are.
     pub fn chunks(&self) -> usize {
         self.records().iter().filter(|chunk| chunk[0].is_present()).count()
-    }
-
-    /// How often something was refused because nothing was free.
-    pub(super) fn note_exhausted(&self) {
-        self.shelf.0.exhausted.fetch_add(1, Relaxed);
     }
 }

@@ -36,7 +36,8 @@ impl Owner {
     }
 }
 
-/// Offset in the pool (34 bits, the upper ones, from which a block is one shift away), length (18), owner (12). Only the type of a handle makes it one; it is in nobody's hands.
+/// Offset in the pool (34 bits, the upper ones, from which a block is one shift away), length (18), owner (12). Only the type
+/// of a handle makes it one; it is in nobody's hands.
 #[derive(PartialEq, Eq)]
 pub(crate) struct Raw(u64);
 

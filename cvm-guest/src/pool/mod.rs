@@ -254,6 +254,10 @@ impl Pool {
         self.shelf.0.strays.fetch_add(1, Relaxed);
     }
 
+    fn note_exhausted(&self) {
+        self.shelf.0.exhausted.fetch_add(1, Relaxed);
+    }
+
     fn note_taken(&self, bytes: u64) {
         let taken = self.shelf.0.taken.fetch_add(bytes, Relaxed) + bytes;
         if taken > self.shelf.0.high_water.load(Relaxed) {

@@ -1,17 +1,11 @@
 use super::msr::{self, Exit, Termination};
 use super::validate::set_valid;
 use super::{Acceptance, CpuidTable, Fault, Ghcb, Protection, Validate, page_state};
+use crate::hypercall::{self, EINVAL};
 use crate::{Error, Machine, SharedRegion};
 use cvm_core::boot::BootPage;
 use cvm_core::doorbell::{Doorbell, MSR_BASE, PORT_BASE};
 use cvm_core::{Gpa, GpaRange, PAGE_SIZE, Side};
-
-/// KVM_HC_MAP_GPA_RANGE and its "encrypted" attribute (Linux include/uapi/linux/kvm_para.h).
-const HC_MAP_GPA_RANGE: u64 = 12;
-const ENCRYPTED: u64 = 1 << 4;
-
-/// The error number of Linux that says that a request makes no sense.
-const EINVAL: u64 = 22;
 
 /// A vCPU of SEV-ES or SEV-SNP: it reaches its host by its GHCB.
 ///
@@ -161,11 +155,7 @@ impl<E: Exit, V: Validate> Machine for GhcbVcpu<E, V> {
         if self.is_snp() {
             return self.change_state(range, to);
         }
-        let attributes = match to {
-            Side::Private => ENCRYPTED,
-            Side::Shared => 0,
-        };
-        let registers = [HC_MAP_GPA_RANGE, range.start().0, range.pages(), attributes];
+        let registers = [hypercall::MAP_GPA_RANGE, range.start().0, range.pages(), hypercall::attributes(to)];
         self.must(self.ghcb.hypercall(&self.exit, registers))
     }
 

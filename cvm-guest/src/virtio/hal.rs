@@ -56,10 +56,8 @@ unsafe impl<Q: DeviceQueue> Hal for QueueHal<Q> {
     }
 
     unsafe fn dma_dealloc(paddr: PhysAddr, _vaddr: NonNull<u8>, pages: usize) -> i32 {
-        match Q::with(|queue| queue.free(Gpa(paddr), pages * PAGE)) {
-            true => 0,
-            false => -1,
-        }
+        let freed = Q::with(|queue| queue.find(Gpa(paddr), pages * PAGE).map(|rings| queue.release(rings)));
+        freed.map_or(-1, |()| 0)
     }
 
     unsafe fn mmio_phys_to_virt(_paddr: PhysAddr, _size: usize) -> NonNull<u8> {
@@ -81,11 +79,14 @@ unsafe impl<Q: DeviceQueue> Hal for QueueHal<Q> {
 
     unsafe fn unshare(paddr: PhysAddr, mut buffer: NonNull<[u8]>, direction: BufferDirection) {
         Q::with(|queue| {
+            let Some(bounced) = queue.find(Gpa(paddr), buffer.len()) else { return };
             if device_writes(direction) {
+                // Both have the same length, so nothing can be wrong with it.
                 // SAFETY: the caller promises a valid buffer that nobody else accesses during the call.
-                queue.bounce_back(Gpa(paddr), unsafe { buffer.as_mut() });
+                let _ = queue.receive(bounced, buffer.len(), unsafe { buffer.as_mut() });
+            } else {
+                queue.release(bounced);
             }
-            queue.free(Gpa(paddr), buffer.len());
         });
     }
 }

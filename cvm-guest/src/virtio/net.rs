@@ -74,12 +74,11 @@ unsafe impl<Q: DeviceQueue> Hal for QueueFrames<Q> {
 impl<Q: DeviceQueue> FrameHal for QueueFrames<Q> {
     unsafe fn take(buffer: &mut [u8], len: usize) -> Result {
         let gpa = Gpa(PhysAddr::from_ne_bytes(*buffer.first_chunk().ok_or(Error::InvalidParam)?));
-        let room = buffer.len();
         Q::with(|queue| {
-            // The slot was made as long as the buffer is, so this is where the device's word is checked.
-            let copied = buffer.get_mut(..len).map(|frame| queue.bounce_back(gpa, frame)).ok_or(Error::IoError);
             // The pool was exhausted when this buffer was lent if it has no slot: the device got no address.
-            if queue.free(gpa, room) { copied } else { Err(Error::DmaError) }
+            let slot = queue.find(gpa, buffer.len()).ok_or(Error::DmaError)?;
+            // The slot was made as long as the buffer is, so this is where the device's word is checked.
+            queue.receive(slot, len, buffer).map_err(|_| Error::IoError)
         })
     }
 }

@@ -108,7 +108,7 @@ extern "C" fn main(_index: u64, boot: *const BootPage) {
     if doorbell == Doorbell::Port && platform.machine().ghcb().is_none() {
         // SAFETY: the launch contract says ring 0, interrupts off and such tables; this is the only vCPU, and what is left
         // to do is the devices', by ports.
-        unsafe { ring3::enter(end_of_memory(&boot)) };
+        unsafe { ring3::enter(boot.end_of_memory()) };
     }
     match measure(&platform, &control, &page, arena, boot.argument[1]) {
         Some(()) => platform.end(0),
@@ -116,13 +116,9 @@ extern "C" fn main(_index: u64, boot: *const BootPage) {
     }
 }
 
-fn end_of_memory(boot: &BootPage) -> u64 {
-    boot.memory.iter().map(|range| range.start.wrapping_add(range.len)).max().unwrap_or(0)
-}
-
 /// Shares the pool, a page for reports, and, if nothing is to bounce, the buffers.
 fn share(platform: &Platform<Processor>, boot: &BootPage) -> Option<(SharedRegion, Arena)> {
-    let end = end_of_memory(boot);
+    let end = boot.end_of_memory();
     let below = |end: u64, len: u64| GpaRange::new(end.checked_sub(len)?, len).ok();
     let pool = below(end, hal::POOL_LEN)?;
     let page = below(pool.start().0, PAGE_SIZE)?;

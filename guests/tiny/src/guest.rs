@@ -66,7 +66,7 @@ extern "C" fn main(index: u64, boot: *const BootPage) {
         Some(Task::TripleFault) => unsafe { asm!("lidt [{table}]", "ud2", table = in(reg) &[0u16; 5]) },
         Some(Task::UnknownDoorbell) => platform.machine().write(0x1fc, 0),
         Some(Task::BadConversions) => {
-            let top = end_of_memory(&boot);
+            let top = boot.end_of_memory();
             let bad = [(top, 1), (top - PAGE_SIZE, 2), (1 << 40, 1)];
             let bad = bad.into_iter().flat_map(|(start, pages)| GpaRange::from_pages(start, pages).ok());
             let refused = bad.filter(|range| platform.convert(*range, Side::Shared).is_err()).count() as u32;
@@ -211,13 +211,9 @@ fn use_disk(platform: &Platform<Processor>, nonce: u64) -> Option<Report> {
     Some(report)
 }
 
-fn end_of_memory(boot: &BootPage) -> u64 {
-    boot.memory.iter().map(|range| range.start.wrapping_add(range.len)).max().unwrap_or(0)
-}
-
 /// Where the pool begins: at the last multiple of its length from which there is as much.
 fn pool(boot: &BootPage) -> u64 {
-    (end_of_memory(boot) / POOL_LEN).wrapping_sub(1).wrapping_mul(POOL_LEN)
+    (boot.end_of_memory() / POOL_LEN).wrapping_sub(1).wrapping_mul(POOL_LEN)
 }
 
 /// Where the pages for messages to the secure processor begin: below those of the last vCPU there can be.

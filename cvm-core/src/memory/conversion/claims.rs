@@ -2,7 +2,7 @@
 
 use super::ConversionListener;
 use crate::GpaRange;
-use crate::memory::pins::Padded;
+use crate::memory::padded::Padded;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Those who want to hear of conversions, in the order that they came in.
@@ -16,14 +16,13 @@ const BLOCK: u64 = 2 << 20;
 /// The ranges under conversion, and those that wait for them.
 #[derive(Default)]
 pub(super) struct Claims {
-    shards: [Shard; SHARDS as usize],
+    shards: [Padded<Shard>; SHARDS as usize],
     /// Held by those who enter several shards, so that they come in the same order everywhere.
     several: Mutex<()>,
 }
 
-/// The claims of some blocks, alone in its cache lines (two, which processors fetch together).
+/// The claims of some blocks.
 #[derive(Default)]
-#[repr(align(128))]
 struct Shard {
     queue: Mutex<Queue>,
     left: Condvar,
@@ -97,7 +96,7 @@ impl Set {
 
 impl Claims {
     fn shard(&self, number: u64) -> &Shard {
-        &self.shards[number as usize]
+        &self.shards[number as usize].0
     }
 
     /// Waits until nobody who came before claims a page of `range`, and keeps out those who come after.
@@ -137,7 +136,7 @@ impl Claims {
     /// Adds a listener, for claims to come. There must be none at the moment, so `all` claims everything.
     pub(super) fn add_listener(&self, all: &Claim<'_>, listener: Arc<dyn ConversionListener>) {
         let listeners: Vec<_> = all.listeners().iter().cloned().chain([listener]).collect();
-        for shard in &self.shards {
+        for Padded(shard) in &self.shards {
             shard.lock().listeners = Some(listeners.clone().into());
         }
     }

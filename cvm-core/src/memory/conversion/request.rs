@@ -1,6 +1,6 @@
 //! What guests ask for, and what becomes of it.
 
-use crate::memory::pins::Padded;
+use crate::memory::padded::Padded;
 use crate::{Answer, Error, Gpa, GpaRange, Side};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -132,13 +132,9 @@ const DESKS: usize = 16;
 /// out.
 #[derive(Debug, Default)]
 pub(super) struct Requests {
-    desks: [Desk; DESKS],
+    /// Each for some vCPUs.
+    desks: [Padded<Mutex<Open>>; DESKS],
 }
-
-/// The part of some vCPUs, alone in its cache lines (two, which processors fetch together).
-#[derive(Debug, Default)]
-#[repr(align(128))]
-struct Desk(Mutex<Open>);
 
 #[derive(Debug, Default)]
 struct Open {

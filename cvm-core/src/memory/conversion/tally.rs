@@ -1,6 +1,7 @@
 //! A number that many threads change all the time, and some compare with a limit that is far away.
 
 use super::claims::SHARDS;
+use crate::memory::padded::Padded;
 use std::sync::atomic::{AtomicI64, Ordering};
 
 /// How far a shard's part of the number goes before it is added to the sum.
@@ -10,18 +11,13 @@ const MOST_APART: i64 = 64;
 #[derive(Debug)]
 pub(super) struct Tally {
     /// All of it but what is in the parts.
-    sum: Part,
-    parts: [Part; SHARDS as usize],
+    sum: Padded<AtomicI64>,
+    parts: [Padded<AtomicI64>; SHARDS as usize],
 }
-
-/// Alone in its cache lines (two, which processors fetch together).
-#[derive(Debug, Default)]
-#[repr(align(128))]
-struct Part(AtomicI64);
 
 impl Tally {
     pub(super) fn new(count: u64) -> Self {
-        Self { sum: Part(AtomicI64::new(count.cast_signed())), parts: Default::default() }
+        Self { sum: Padded(AtomicI64::new(count.cast_signed())), parts: Default::default() }
     }
 
     /// Adds `more` in `shard`.
