@@ -2,7 +2,7 @@
 
 use crate::Bench;
 use crate::clause::{Clause, Verdict};
-use crate::guest::{Assembler, CODE, DATA, EXTRA, GHCB, MEMORY};
+use crate::guest::{Assembler, DATA, EXTRA, GHCB, MEMORY};
 use crate::vmm::{Guest, range};
 use cvm_core::memory::{Allocated, ConversionTotals};
 use cvm_core::{Gpa, Launch, PAGE_SIZE, PageKind, PageState, Platform, Side, Vm, VmConfig};
@@ -258,7 +258,7 @@ fn backing<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
     let process = File::open("/proc/self/mem").expect("a process may read its own memory");
     for _ in 0..2 {
         guest.report();
-        for gpa in [EXTRA, DATA, CODE] {
+        for gpa in [EXTRA, DATA] {
             let backing = guest.vm.memory().backing(range(gpa, 1)).expect("a page in a slot");
             let mut bytes = [[0; 8]; 2];
             if let Some(file) = backing.file {

@@ -7,10 +7,11 @@ use crate::clause::{Clause, Verdict};
 use crate::guest::{DATA, EXTRA, MEMORY};
 use crate::vmm::{Guest, drive, range};
 use cvm_core::memory::ConversionTotals;
-use cvm_core::{Exit, Launch, PAGE_SIZE, PageState, Platform, Side, Vm};
+use cvm_core::{Exit, GpaRange, Launch, PAGE_SIZE, PageState, Platform, Side, Vm};
 use iced_x86::code_asm::*;
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 pub(super) fn clauses<P: Platform>() -> Vec<Clause<P>> {
     vec![
@@ -68,7 +69,7 @@ fn interleaved<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
 
 fn contended<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
     const VCPUS: u32 = 3;
-    const ROUNDS: u32 = 10;
+    const ROUNDS: u32 = 5;
     const PAGES: u64 = 8;
     // Ranges that overlap: each vCPU's begins a page behind that of the one before. Nobody touches them.
     let mut guest = bench.guest(bench.config(VCPUS), |a| {
@@ -90,13 +91,24 @@ fn contended<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
         a.jne(round)?;
         a.end(0)
     });
-    let ear = Ear::new("ear", guest.vm.memory());
+    let ear = Ear::slow("ear", guest.vm.memory(), Duration::from_millis(1));
     guest.vm.add_listener(Arc::clone(&ear) as _);
     run_to_ends(&mut guest);
     // Whose turn was when nobody knows, but one after the other they lead from the first state to the last one.
     let mut shared = BTreeSet::new();
     let mut changes = ConversionTotals::default();
-    for heard in ear.take().into_iter().filter(|heard| heard.word == Word::Committed) {
+    let mut under_way: Vec<GpaRange> = Vec::new();
+    for heard in ear.take() {
+        if heard.word == Word::Prepare {
+            let other = under_way.iter().find(|other| other.intersection(&heard.range).is_some());
+            assert_eq!(other, None, "{} was prepared while a conversion of some of it was under way", heard.range);
+            under_way.push(heard.range);
+            continue;
+        }
+        under_way.retain(|range| *range != heard.range);
+        if heard.word != Word::Committed {
+            continue;
+        }
         for page in 0..heard.range.pages() {
             let gpa = heard.range.start().0 + page * PAGE_SIZE;
             let is_change = match heard.to {

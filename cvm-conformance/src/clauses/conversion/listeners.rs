@@ -8,6 +8,8 @@ use cvm_core::memory::{ConversionListener, ConversionTotals, Objection};
 use cvm_core::{Answer, GpaRange, PAGE_SIZE, PageState, Platform, SharedMemory, Side, Vm};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 pub(super) fn clauses<P: Platform>() -> Vec<Clause<P>> {
@@ -46,6 +48,8 @@ pub(super) struct Ear {
     memory: SharedMemory,
     heard: Mutex<Vec<Heard>>,
     objections: Mutex<VecDeque<Objection>>,
+    /// How long it takes to prepare.
+    pause: Duration,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -54,8 +58,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Ear {
     pub(super) fn new(name: &'static str, memory: &SharedMemory) -> Arc<Self> {
+        Self::slow(name, memory, Duration::ZERO)
+    }
+
+    /// One that takes its time to prepare, so that others come in between if they can.
+    pub(super) fn slow(name: &'static str, memory: &SharedMemory, pause: Duration) -> Arc<Self> {
         let memory = memory.named(name);
-        Arc::new(Self { name, memory, heard: Mutex::default(), objections: Mutex::default() })
+        Arc::new(Self { name, memory, heard: Mutex::default(), objections: Mutex::default(), pause })
     }
 
     /// Has it object to the next conversion.
@@ -96,6 +105,7 @@ impl ConversionListener for Ear {
             return Err(objection);
         }
         self.hear(Word::Prepare, range, Some(to));
+        thread::sleep(self.pause);
         Ok(())
     }
 
