@@ -50,7 +50,7 @@ pub const ATTACKS: &[(&str, Attack)] = &[
     }),
     ("triple-fault", |platform, _| ends(platform, SOON, |a| a.ud2())),
     ("halt", |platform, _| ends(platform, SOON, |a| a.hlt())),
-    ("outside-memory", |platform, _| ends(platform, SOON, |a| a.store(MEMORY + PAGE_SIZE, 1))),
+    ("outside-memory", |platform, _| ends(platform, SOON, |a| a.store(MEMORY + PAGE_SIZE, Side::Private, 1))),
 ];
 
 /// How long a guest may take that comes to an end, how long one that does not, and how long a device.
@@ -186,7 +186,7 @@ fn conversion_garbage(platform: &KvmPlatform, _: Effort) -> Observed {
         for (frame, pages) in requests {
             for to in [Side::Shared, Side::Private] {
                 a.mov(ebx, frame)?;
-                a.convert_frame(pages, to)?;
+                a.convert_frame(pages.into(), to)?;
                 a.cmp(eax, Answer::Invalid as u32)?;
                 fail_unless_equal(a)?;
             }
@@ -212,7 +212,7 @@ fn device_race(platform: &KvmPlatform, effort: Effort) -> Observed {
         a.mov(rsi, u64::from(rounds))?;
         a.set_label(&mut again)?;
         a.convert(DATA, 1, Side::Shared)?;
-        a.store(DATA, SHARED)?;
+        a.store(DATA, Side::Shared, SHARED)?;
         a.mov(eax, Side::Shared as u32)?;
         a.report()?;
         // A retry is no failure: the device holds the page.
@@ -221,17 +221,17 @@ fn device_race(platform: &KvmPlatform, effort: Effort) -> Observed {
         a.convert(DATA, 1, Side::Private)?;
         a.cmp(eax, Answer::Retry as u32)?;
         a.je(retry)?;
-        a.load(DATA)?;
+        a.load(DATA, Side::Private)?;
         a.cmp(eax, 0)?;
         fail_unless_equal(a)?;
-        a.store(DATA, PRIVATE)?;
+        a.store(DATA, Side::Private, PRIVATE)?;
         a.mov(eax, Side::Private as u32)?;
         a.report()?;
         a.mov(ecx, 2000u32)?;
         a.set_label(&mut wait)?;
         a.dec(ecx)?;
         a.jne(wait)?;
-        a.load(DATA)?;
+        a.load(DATA, Side::Private)?;
         a.cmp(eax, PRIVATE)?;
         fail_unless_equal(a)?;
         a.dec(rsi)?;
@@ -303,8 +303,8 @@ fn ring(platform: &KvmPlatform, descriptors: &[(u64, u32, u16, u16)], table: u64
             }
         }
         // No flags, and one available chain: that of descriptor 0.
-        a.store(AVAILABLE, 1 << 16)?;
-        a.store(AVAILABLE + 4, 0)?;
+        a.store(AVAILABLE, Side::Shared, 1 << 16)?;
+        a.store(AVAILABLE + 4, Side::Shared, 0)?;
         a.report()
     });
     match guest.run() {
