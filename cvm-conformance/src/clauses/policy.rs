@@ -49,12 +49,25 @@ fn met<P: Platform>(bench: &Bench<'_, P>) -> Policy {
     Policy::all().iter().filter(|demand| bench.platform.launch(demanding(bench, *demand, 1)).is_ok()).collect()
 }
 
+/// That by the trust model the VMM can neither see what the guest has nor have it tell.
+#[track_caller]
+fn assert_kept_out<P: Platform>(bench: &Bench<'_, P>) {
+    let model = bench.platform.trust_model();
+    for asset in [Asset::Registers, Asset::PrivateMemory] {
+        let powers = model.powers(Party::VmmProcess, asset);
+        assert!(!powers.intersects(Powers::READ | Powers::STEER), "{asset:?}: the vmm can do {powers:?}");
+    }
+}
+
 fn each<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
     let mut reasons: Vec<(Policy, String)> = Vec::new();
     let mut met = Policy::empty();
     for demand in Policy::all() {
         match guest(bench, demand, 1, |a| a.end(0)) {
             Ok(mut guest) => {
+                if demand == Policy::NO_DEBUG {
+                    assert_kept_out(bench);
+                }
                 guest.end();
                 met |= demand;
             }
@@ -145,11 +158,7 @@ fn debugging<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
         Ok(guest) => guest,
         Err(reason) => return Verdict::NotOffered(reason),
     };
-    let model = bench.platform.trust_model();
-    for asset in [Asset::Registers, Asset::PrivateMemory] {
-        let powers = model.powers(Party::VmmProcess, asset);
-        assert!(!powers.intersects(Powers::READ | Powers::STEER), "{asset:?}: the vmm can do {powers:?}");
-    }
+    assert_kept_out(bench);
     guest.report();
     let read = guest.vcpus[0].register(Register::R9);
     assert!(matches!(read, Ok(RegisterRead::Hidden)), "the vmm reads a register: {read:?}");
