@@ -22,6 +22,7 @@ pub(crate) fn offers(path: &Path) -> Vec<Offer> {
                 crate::Error::Open { path, remedy, source } => {
                     Missing::new(format!("{} cannot be opened: {source}", path.display()), *remedy)
                 }
+                crate::Error::Kvm { source, .. } => Missing::new(format!("{error}: {source}"), "a kvm that answers"),
                 _ => Missing::new(error.to_string(), "a kernel whose kvm speaks version 12"),
             };
             return ALL.map(|protection| offer(protection, vec![lack.clone()])).into();
