@@ -24,6 +24,10 @@ const PAGES_AT_ONCE: usize = 512;
 
 const PAGE: usize = PAGE_SIZE as usize;
 
+/// How often in a row an update may fail without a page and without the firmware: so Linux reports a signal that comes before the
+/// first page (arch/x86/kvm/svm/sev.c, `snp_launch_update`), which it tells from no other failure.
+const MOST_HIDDEN: u32 = 1000;
+
 /// What KVM takes pages from: it wants them where pages begin.
 #[derive(Debug, Clone)]
 #[repr(C, align(4096))]
@@ -79,6 +83,7 @@ impl SnpLoader {
             type_: kind as u8,
             ..Default::default()
         };
+        let mut hidden = 0;
         while update.len > 0 {
             let before = update.len;
             // SAFETY: the data is what the kernel has for the command. Without an address there are no contents; else they
@@ -88,13 +93,18 @@ impl SnpLoader {
             // What is left: all that comes before is loaded.
             let left = GpaRange::new(update.gfn_start * PAGE_SIZE, update.len).ok();
             match given {
-                Ok(()) if update.len < before => {}
+                Ok(()) if update.len < before => hidden = 0,
                 // An error after the first page is not told, but met again by the next command.
                 Ok(()) => {
                     let source = ErrorKind::WriteZero.into();
                     return Err(Error::Command { step: "load pages", range: left, firmware: None, source });
                 }
                 Err(Error::Command { source, .. }) if source.kind() == ErrorKind::Interrupted => {}
+                Err(Error::Command { firmware: None, source, .. })
+                    if source.raw_os_error() == Some(libc::EIO) && hidden < MOST_HIDDEN =>
+                {
+                    hidden += 1;
+                }
                 Err(Error::Command { step, firmware, source, .. }) => {
                     return Err(Error::Command { step, range: left, firmware, source });
                 }
