@@ -16,6 +16,7 @@ mod several;
 
 use crate::clause::Clause;
 use cvm_core::Platform;
+pub(crate) use resources::killed;
 
 /// All clauses, in the order of their numbers.
 pub fn clauses<P: Platform>() -> Vec<Clause<P>> {
