@@ -11,7 +11,7 @@ use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryError};
 
 /// How long a guest may take before its clause fails: far longer than the slowest one needs where processors are emulated.
-const LIMIT: Duration = Duration::from_secs(90);
+pub(crate) const LIMIT: Duration = Duration::from_secs(90);
 
 /// `pages` pages from `start` on.
 pub(crate) fn range(start: u64, pages: u64) -> GpaRange {
