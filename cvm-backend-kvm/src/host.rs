@@ -85,8 +85,11 @@ impl Host {
     }
 
     /// Whether the processor is AMD's, or of that kind.
-    pub fn is_amd(&self) -> bool {
-        self.supported_cpuid().is_ok_and(|cpuid| is_amd(&cpuid))
+    ///
+    /// # Errors
+    /// [`Error::Kvm`] if KVM does not say.
+    pub fn is_amd(&self) -> Result<bool, Error> {
+        Ok(is_amd(&self.supported_cpuid()?))
     }
 
     /// What KVM says of a capability (Linux include/uapi/linux/kvm.h); 0 if it has none of it, or does not say.

@@ -42,13 +42,16 @@ pub(super) fn offer(host: &Host, firmware: &Path, protection: Protection) -> Opt
 
 fn offer_of(host: &Host, firmware: &Path, protection: Protection, vm_type: u32, parameter: &str) -> Offer {
     let mut lacks = Vec::new();
-    if !host.is_amd() {
-        lacks.push(missing("the processor is not AMD's", "an AMD EPYC processor"));
-    } else if !host.has_vm_type(vm_type) {
-        lacks.push(no_vm_type(parameter));
-    } else if let Err(error) = OpenOptions::new().read(true).write(true).open(firmware) {
-        let what = format!("{} cannot be opened: {error}", firmware.display());
-        lacks.push(missing(what, "load the module ccp, and run with access to it"));
+    match host.is_amd() {
+        Err(error) => lacks.push(missing(error.to_string(), "a KVM device that works")),
+        Ok(false) => lacks.push(missing("the processor is not AMD's", "an AMD EPYC processor")),
+        Ok(true) if !host.has_vm_type(vm_type) => lacks.push(no_vm_type(parameter)),
+        Ok(true) => {
+            if let Err(error) = OpenOptions::new().read(true).write(true).open(firmware) {
+                let what = format!("{} cannot be opened: {error}", firmware.display());
+                lacks.push(missing(what, "load the module ccp, and run with access to it"));
+            }
+        }
     }
     let mut notes = Vec::new();
     if lacks.is_empty() {
