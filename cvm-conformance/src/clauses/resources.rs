@@ -65,11 +65,11 @@ fn ran<P: Platform>(bench: &Bench<'_, P>) -> Guest<VmOf<P>> {
 
 /// What is there when nothing is: handlers of signals and whatever else comes with the first VM and stays.
 fn nothing<P: Platform>(bench: &Bench<'_, P>) -> Held {
-    let before = Held::now(bench);
+    let before = Held::settled(bench);
     drop(ran(bench));
     // The first one's libraries and handlers stay, but neither threads nor anything outside.
     assert_back_but_memory(bench, &before, "the first vm");
-    Held::now(bench)
+    Held::settled(bench)
 }
 
 fn dropped<P: Platform>(bench: &Bench<'_, P>) -> Verdict {

@@ -91,7 +91,7 @@ pub(crate) fn reach<P: Platform>(bench: &Bench<'_, P>, stage: &str) -> ! {
 }
 
 pub(super) fn killed<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
-    let before = Held::now(bench);
+    let before = Held::settled(bench);
     for stage in STAGES {
         let program = std::env::current_exe().expect("the path of this program");
         let mut child = Command::new(program)
