@@ -17,9 +17,13 @@ mod several;
 use crate::clause::Clause;
 use cvm_core::Platform;
 pub(crate) use platform::is_refused_as_probed;
+pub(crate) use resources::killed;
+
+/// The chapter whose clauses need a host that lets calls be made to fail.
+pub(crate) const FAULTS: &str = "13";
 
 /// All clauses, in the order of their numbers.
-pub fn clauses<P: Platform>() -> Vec<Clause<P>> {
+pub fn clauses<P: Platform + Sync>() -> Vec<Clause<P>> {
     let chapters = [
         platform::clauses(),
         launch::clauses(),

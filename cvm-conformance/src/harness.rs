@@ -1,7 +1,8 @@
 //! The main of a backend's conformance test.
 
 use crate::clause::{Clause, Verdict};
-use crate::clauses;
+use crate::clauses::{self, killed};
+use crate::faults;
 use crate::subject::{Bench, Departure, Subject};
 use cvm_core::BoxError;
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -85,6 +86,12 @@ impl Suite {
     /// That the host lacks it, where it is [required](Subject::required); declarations about clauses that do not exist.
     pub fn add<S: Subject>(&mut self, subject: S) -> Result<(), BoxError> {
         let name = subject.protection().to_string();
+        if let Some((protection, stage)) = killed::wanted() {
+            if protection == name {
+                killed::reach(&Bench::new(&subject.open()?, subject.protection(), subject.is_emulated()), &stage);
+            }
+            return Ok(());
+        }
         let only = std::env::var("CVM_SUBJECT").ok();
         if only.as_ref().is_some_and(|only| *only != name) {
             return Ok(());
@@ -98,10 +105,15 @@ impl Suite {
                 return Ok(());
             }
         };
-        let departures = subject.departures(&platform);
-        let clauses = clauses::<S::Platform>();
+        let mut departures = subject.departures(&platform);
+        let clauses = clauses::clauses::<S::Platform>();
         if let Some(stray) = departures.iter().find(|it| clauses.iter().all(|clause| clause.number != it.clause)) {
             return Err(format!("{name} departs from a clause {} that does not exist", stray.clause).into());
+        }
+        if let (Err(why), false) = (faults::available(), only.is_some() || subject.required()) {
+            writeln!(std::io::stderr(), "SKIPPED: {name}, chapter {}: {why}", clauses::FAULTS)?;
+            let of_faults = clauses.iter().filter(|clause| clause.number.split('.').next() == Some(clauses::FAULTS));
+            departures.extend(of_faults.map(|clause| Departure::new(clause.number, why.clone())));
         }
         let shared = Arc::new((subject, platform));
         for clause in clauses {
@@ -145,8 +157,8 @@ fn check<S: Subject>(
     platform: &S::Platform,
     clause: &Clause<S::Platform>,
 ) -> std::thread::Result<Verdict> {
-    let held = || subject.held();
-    let bench = Bench::new(platform, subject.protection(), subject.is_emulated()).with_held(&held);
+    let (open, held) = (|| subject.open(), || subject.held());
+    let bench = Bench::new(platform, subject.protection(), subject.is_emulated()).of_subject(&open, &held);
     let check = AssertUnwindSafe(|| (clause.check)(&bench));
     if clause.alone {
         let _alone = ALONE.write().unwrap_or_else(PoisonError::into_inner);

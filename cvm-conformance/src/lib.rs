@@ -17,8 +17,10 @@ mod clauses;
 pub mod faults;
 pub mod guest;
 mod harness;
+mod held;
 mod quality;
 mod subject;
+mod tiny;
 mod vmm;
 
 pub use clause::{Clause, Verdict};

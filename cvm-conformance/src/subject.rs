@@ -70,6 +70,7 @@ pub struct Bench<'a, P> {
     /// What protects its guests.
     pub protection: Protection,
     is_emulated: bool,
+    open: &'a (dyn Fn() -> Result<P, BoxError> + Sync),
     held: &'a (dyn Fn() -> Vec<(String, u64)> + Sync),
 }
 
@@ -77,12 +78,25 @@ impl<'a, P: Platform> Bench<'a, P> {
     /// A platform whose guests have this protection, for tests of a backend's own that want guests as the suite has them. For
     /// the last argument see [`Subject::is_emulated`].
     pub fn new(platform: &'a P, protection: Protection, is_emulated: bool) -> Self {
-        Self { platform, protection, is_emulated, held: &Vec::new }
+        Self { platform, protection, is_emulated, open: &|| Err("it was opened elsewhere".into()), held: &Vec::new }
     }
 
-    /// The same with a way to [count](Subject::held) what VMs take up outside the process.
-    pub(crate) fn with_held(self, held: &'a (dyn Fn() -> Vec<(String, u64)> + Sync)) -> Self {
-        Self { held, ..self }
+    /// The same with a way to [open](Subject::open) the platform once more, and one to [count](Subject::held) what VMs take
+    /// up outside the process.
+    pub(crate) fn of_subject(
+        self,
+        open: &'a (dyn Fn() -> Result<P, BoxError> + Sync),
+        held: &'a (dyn Fn() -> Vec<(String, u64)> + Sync),
+    ) -> Self {
+        Self { open, held, ..self }
+    }
+
+    /// The platform once more.
+    ///
+    /// # Errors
+    /// What the host lacks.
+    pub(crate) fn open(&self) -> Result<P, BoxError> {
+        (self.open)()
     }
 
     /// What the backend's VMs take up outside the process.

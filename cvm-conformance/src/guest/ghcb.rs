@@ -8,6 +8,7 @@ use cvm_core::{PAGE_SIZE, Side, x86};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use std::fs;
+use std::sync::LazyLock;
 
 /// The MSR, and what is asked by it (section 2.3.1).
 const MSR: u32 = 0xc001_0130;
@@ -56,10 +57,13 @@ const fn operation(to: Side) -> u64 {
     }
 }
 
-/// Whether this processor's hypercall instruction is AMD's.
+/// Whether this processor's hypercall instruction is AMD's. It is looked up once: the suite has calls fail later on.
 pub(super) fn has_vmmcall() -> bool {
-    let processor = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    ["AuthenticAMD", "HygonGenuine"].iter().any(|vendor| processor.contains(vendor))
+    static IS_AMDS: LazyLock<bool> = LazyLock::new(|| {
+        let processor = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        ["AuthenticAMD", "HygonGenuine"].iter().any(|vendor| processor.contains(vendor))
+    });
+    *IS_AMDS
 }
 
 impl Assembler {
