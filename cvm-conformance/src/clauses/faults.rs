@@ -21,7 +21,7 @@ pub(super) fn clauses<P: Platform + Sync>() -> Vec<Clause<P>> {
     vec![
         Clause::new("13.1", "a call that fails under a launch is told or made up for", launches).alone(),
         Clause::new("13.2", "a call that fails under a running guest is told or made up for", guests).alone(),
-        Clause::new("13.3", "after a call that failed the next vm is as good as any", afterwards).alone(),
+        Clause::new("13.3", "after a call that failed the next VM is as good as any", afterwards).alone(),
         Clause::new("13.4", "a call that a signal interrupts is told or made up for", interrupted).alone(),
         Clause::new("13.5", "a host that fails when it is asked offers no more than it has", asked).alone(),
     ]

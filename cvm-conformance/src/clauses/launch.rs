@@ -21,7 +21,7 @@ pub(super) fn clauses<P: Platform>() -> Vec<Clause<P>> {
         Clause::new("2.2", "what lies outside memory is refused and the launch goes on", outside),
         Clause::new("2.3", "no page is loaded twice", twice),
         Clause::new("2.4", "nothing is loaded that the guest was told was not", late),
-        Clause::new("2.5", "each vcpu has one state to start from", one_state),
+        Clause::new("2.5", "each vCPU has one state to start from", one_state),
     ];
     clauses.extend(contents::clauses());
     clauses.extend(start::clauses());

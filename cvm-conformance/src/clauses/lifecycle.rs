@@ -11,11 +11,11 @@ use std::fs;
 
 pub(super) fn clauses<P: Platform>() -> Vec<Clause<P>> {
     vec![
-        Clause::new("9.1", "each question about a vm is answered with yes or with a reason", answers),
-        Clause::new("9.2", "a vm can migrate if and only if it has an export", migrate),
+        Clause::new("9.1", "each question about a VM is answered with yes or with a reason", answers),
+        Clause::new("9.2", "a VM can migrate if and only if it has an export", migrate),
         Clause::new("9.3", "nothing is promised that there is no call for", promised),
         Clause::new("9.4", "nothing is exported for a target that nobody vouches for", strangers),
-        Clause::new("9.5", "a vm whose memory can be swapped has none that is unevictable", swap).alone(),
+        Clause::new("9.5", "a VM whose memory can be swapped has none that is unevictable", swap).alone(),
     ]
 }
 

@@ -22,7 +22,7 @@ pub(super) fn clauses<P: Platform>() -> Vec<Clause<P>> {
         Clause::new("3.6", "what is behind the shared side never has private contents", backing),
         Clause::new("3.7", "a page takes up shared memory only while it is shared", shared_is_freed),
         Clause::new("3.8", "a page takes up private memory only while it is private", private_is_freed),
-        Clause::new("3.9", "a view outlives its vm", outlives),
+        Clause::new("3.9", "a view outlives its VM", outlives),
     ]
 }
 

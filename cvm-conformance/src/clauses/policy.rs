@@ -17,9 +17,9 @@ pub(super) fn clauses<P: Platform>() -> Vec<Clause<P>> {
         Clause::new("8.2", "a demand that is not known is refused", unknown),
         Clause::new("8.3", "a demand enters the transcript and the measurement", measured),
         Clause::new("8.4", "a guest that demands no performance counters has none", counters),
-        Clause::new("8.5", "a guest that demands no debugging is hidden from its vmm", debugging),
+        Clause::new("8.5", "a guest that demands no debugging is hidden from its VMM", debugging),
         Clause::new("8.6", "a guest that demands no multithreading is refused where there is some", threads),
-        Clause::new("8.7", "a guest that demands no mmio ends where there is no memory", mmio),
+        Clause::new("8.7", "a guest that demands no MMIO ends where there is no memory", mmio),
     ]
 }
 

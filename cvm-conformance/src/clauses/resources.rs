@@ -27,12 +27,12 @@ const MANY: u64 = 20;
 
 pub(super) fn clauses<P: Platform>() -> Vec<Clause<P>> {
     vec![
-        Clause::new("10.1", "a vm that is dropped leaves nothing at whatever stage", dropped).alone(),
+        Clause::new("10.1", "a VM that is dropped leaves nothing at whatever stage", dropped).alone(),
         Clause::new("10.2", "what is refused leaves nothing", refused).alone(),
-        Clause::new("10.3", "whoever of a vm and its vcpus and kickers goes last takes the rest along", last).alone(),
-        Clause::new("10.4", "a view that outlives its vm keeps shared memory and nothing else", view).alone(),
-        Clause::new("10.5", "descriptors that outlive their vm keep nothing but themselves", descriptors).alone(),
-        Clause::new("10.6", "many vms one after the other take up no more than one", many).alone(),
+        Clause::new("10.3", "whoever of a VM and its vCPUs and kickers goes last takes the rest along", last).alone(),
+        Clause::new("10.4", "a view that outlives its VM keeps shared memory and nothing else", view).alone(),
+        Clause::new("10.5", "descriptors that outlive their VM keep nothing but themselves", descriptors).alone(),
+        Clause::new("10.6", "many VMs one after the other take up no more than one", many).alone(),
         Clause::new("10.7", "a process that is killed leaves nothing at whatever stage", killed::killed).alone(),
     ]
 }

@@ -18,14 +18,14 @@ use std::thread;
 
 pub(super) fn clauses<P: Platform>() -> Vec<Clause<P>> {
     vec![
-        Clause::new("11.1", "vms that run in turns have each its own memory and registers and view", in_turns),
-        Clause::new("11.2", "vms that run at the same time have each its own memory and totals", at_once),
-        Clause::new("11.3", "a request of one vm is nothing to another", requests),
-        Clause::new("11.4", "an answer for one vm answers no other", answers),
+        Clause::new("11.1", "VMs that run in turns have each its own memory and registers and view", in_turns),
+        Clause::new("11.2", "VMs that run at the same time have each its own memory and totals", at_once),
+        Clause::new("11.3", "a request of one VM is nothing to another", requests),
+        Clause::new("11.4", "an answer for one VM answers no other", answers),
         Clause::new("11.5", "what one guest accepts no other gets", interrupts),
-        Clause::new("11.6", "a kick stops no vcpu of another vm", kicks),
-        Clause::new("11.7", "a descriptor of one vm is signalled by no other", descriptors),
-        Clause::new("11.8", "a vm that crashes or is dropped disturbs no other and leaves nothing", ends),
+        Clause::new("11.6", "a kick stops no vCPU of another VM", kicks),
+        Clause::new("11.7", "a descriptor of one VM is signalled by no other", descriptors),
+        Clause::new("11.8", "a VM that crashes or is dropped disturbs no other and leaves nothing", ends),
     ]
 }
 

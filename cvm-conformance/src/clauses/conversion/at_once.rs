@@ -15,8 +15,8 @@ use std::time::Duration;
 
 pub(super) fn clauses<P: Platform>() -> Vec<Clause<P>> {
     vec![
-        Clause::new("4.10", "several vcpus convert at the same time", interleaved),
-        Clause::new("4.11", "vcpus that convert the same pages at once leave each on one side", contended),
+        Clause::new("4.10", "several vCPUs convert at the same time", interleaved),
+        Clause::new("4.11", "pages that several vCPUs convert at once are each left on one side", contended),
         Clause::new("4.12", "a conversion does not disturb the pages next to it", neighbours),
     ]
 }

@@ -13,7 +13,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 pub(super) fn clauses<P: Platform>() -> Vec<Clause<P>> {
     vec![
         Clause::new("4.6", "contents go where their pages go", one_vcpu),
-        Clause::new("4.7", "contents go where their pages go with several vcpus in one slot", several_vcpus),
+        Clause::new("4.7", "contents go where their pages go with several vCPUs in one slot", several_vcpus),
         Clause::new("4.8", "contents go where their pages go across the borders of slots", several_slots),
         Clause::new("4.9", "a conversion crosses the border of adjoining slots but no gap", borders),
     ]

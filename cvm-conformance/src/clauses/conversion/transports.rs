@@ -13,12 +13,12 @@ use vm_memory::GuestAddressSpace;
 
 pub(super) fn clauses<P: Platform>() -> Vec<Clause<P>> {
     vec![
-        Clause::new("4.24", "a vmm that chooses no transport gets one that is offered", default),
+        Clause::new("4.24", "a VMM that chooses no transport gets one that is offered", default),
         Clause::new("4.25", "a guest can ask for conversions by doorbell", by_doorbell),
         Clause::new("4.26", "a guest can ask for conversions by hypercall", by_hypercall),
         Clause::new("4.27", "a guest can ask for conversions by page state change", by_page_state),
-        Clause::new("4.28", "a touch of the shared side of a private page stops that vcpu alone", unasked_shared),
-        Clause::new("4.29", "a touch of the private side of a shared page stops that vcpu alone", unasked_private),
+        Clause::new("4.28", "a touch of the shared side of a private page stops that vCPU alone", unasked_shared),
+        Clause::new("4.29", "a touch of the private side of a shared page stops that vCPU alone", unasked_private),
     ]
 }
 

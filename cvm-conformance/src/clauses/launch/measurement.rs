@@ -15,9 +15,9 @@ use std::num::NonZeroU32;
 
 pub(super) fn clauses<P: Platform>() -> Vec<Clause<P>> {
     vec![
-        Clause::new("2.13", "the transcript has what was submitted in the order of submission", order),
-        Clause::new("2.14", "a rehearsal predicts the transcript", rehearsal),
-        Clause::new("2.15", "the measurement is that of what was submitted and of nothing else", measurement),
+        Clause::new("2.12", "the transcript has what was submitted in the order of submission", order),
+        Clause::new("2.13", "a rehearsal predicts the transcript", rehearsal),
+        Clause::new("2.14", "the measurement is that of what was submitted and of nothing else", measurement),
     ]
 }
 
@@ -208,7 +208,7 @@ fn measurement<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
     let first = transcript.measurement();
     assert_eq!(sealed(bench, Twist::None).0.measurement(), first, "the same launch is measured otherwise");
 
-    // A rehearsal is as good as a launch, by 2.14, and costs nothing.
+    // A rehearsal is as good as a launch, by 2.13, and costs nothing.
     let measure = |config, twist| rehearsed(config, interface, &code, twist).measurement();
     let base = || config(bench);
     let interrupts = base().interrupts;

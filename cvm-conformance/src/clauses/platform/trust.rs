@@ -19,9 +19,9 @@ const ASSETS: [Asset; 3] = [Asset::PrivateMemory, Asset::Registers, Asset::Inter
 
 pub(super) fn clauses<P: Platform>() -> Vec<Clause<P>> {
     vec![
-        Clause::new("1.3", "the trust model answers for every party and asset and for no other vm", answers),
-        Clause::new("1.4", "a vmm sees no register where the trust model says so", registers),
-        Clause::new("1.5", "private memory is not in a vmm that cannot read it by the trust model", memory).alone(),
+        Clause::new("1.3", "the trust model answers for every party and asset and for no other VM", answers),
+        Clause::new("1.4", "a VMM sees no register where the trust model says so", registers),
+        Clause::new("1.5", "private memory is not in a VMM that cannot read it by the trust model", memory).alone(),
         Clause::new("1.6", "interrupts are guarded by whom the trust model says", interrupts),
     ]
 }
