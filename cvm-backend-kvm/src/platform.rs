@@ -48,12 +48,13 @@ impl KvmPlatform {
             None => Ok(Self { vault: Program::find().ok(), ..local }),
             Some(Protection::Vault) => Ok(Self { vault: Some(Program::find()?), ..local }),
             Some(Protection::None) => Ok(Self { isolation: Isolation::None, ..local }),
-            Some(Protection::GuestMemfd) if local.isolation == Isolation::GuestMemfd => Ok(local),
-            Some(Protection::GuestMemfd) => {
-                let lacks = probe::guest_memfd(&local.host).missing;
-                let what = lacks.into_iter().map(|missing| missing.what).collect::<Vec<_>>().join("; ");
-                Err(Error::NotOffered { protection: Protection::GuestMemfd, what })
-            }
+            Some(Protection::GuestMemfd) => match probe::guest_memfd(&local.host).missing {
+                lacks if lacks.is_empty() => Ok(Self { isolation: Isolation::GuestMemfd, ..local }),
+                lacks => {
+                    let what = lacks.into_iter().map(|missing| missing.what).collect::<Vec<_>>().join("; ");
+                    Err(Error::NotOffered { protection: Protection::GuestMemfd, what })
+                }
+            },
             Some(protection) => Err(Error::NotOffered { protection, what: "it is not software-only isolation".into() }),
         }
     }
