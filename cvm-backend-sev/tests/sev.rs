@@ -13,9 +13,6 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use std::sync::{Arc, Mutex};
 
-/// What both have.
-const BOTH: [Protection; 2] = [Protection::Sev, Protection::SevEs];
-
 /// Says hello and ends.
 fn hello(a: &mut Assembler) -> Result<(), IcedError> {
     a.mov(eax, 0x1234_5678u32)?;

@@ -13,8 +13,6 @@ use iced_x86::IcedError;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 
-const BOTH: [Protection; 2] = [Protection::Sev, Protection::SevEs];
-
 /// Numbers of the firmware's commands (Linux include/linux/psp-sev.h, `enum sev_cmd`), with what errors call them.
 const DECOMMISSION: u32 = 0x20;
 const DEACTIVATE: u32 = 0x22;
@@ -238,13 +236,13 @@ fn get_to(step: &str) {
         stay();
     }
     drop(made);
-    let launch = host.bench().load(config(1), |a| {
+    let report_and_spin = |a: &mut Assembler| {
         let mut forever = a.create_label();
         a.report()?;
         a.set_label(&mut forever)?;
         a.jmp(forever)
-    });
-    let launch = launch.unwrap();
+    };
+    let launch = host.bench().load(config(1), report_and_spin).unwrap();
     if step == "loaded" {
         stay();
     }

@@ -19,6 +19,9 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+/// The generations whose guests have one memory for both sides.
+pub const BOTH: [Protection; 2] = [Protection::Sev, Protection::SevEs];
+
 /// A VM under a watchdog.
 pub type Guest = cvm_conformance::Guest<LocalVm>;
 
