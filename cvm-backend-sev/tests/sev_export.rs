@@ -1,17 +1,19 @@
 //! SEV guests that leave one VM and go on in another.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
-mod in_place;
+mod common;
 
+use common::*;
 use cvm_backend_kvm::backend::{LocalVm, VcpuSnapshot};
 use cvm_backend_sev::kvm::{Error, Receiving, SevOptions};
 use cvm_backend_sev::{FirmwareError, SevFlags, SevPolicy};
 use cvm_core::export::{Exporting, Origin, SealedPage, Target};
 use cvm_core::memory::PageState;
-use cvm_core::{Answer, Error as CoreError, Exit, Gpa, GpaRange, PAGE_SIZE, Protection, Side, Transcript, Vcpu, Vm};
+use cvm_core::{
+    Answer, Error as CoreError, Exit, Gpa, GpaRange, PAGE_SIZE, Platform, Protection, Side, Transcript, Vcpu, Vm,
+};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use in_place::*;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 /// A page that the guest shares.
@@ -44,8 +46,8 @@ fn sum(count: u32) -> u32 {
 
 /// A guest that has told three sums.
 fn source(host: &Host) -> Guest {
-    let mut guest = Guest::new(host, counting);
-    assert_eq!(guest.convert(), Answer::Done);
+    let mut guest = host.bench().guest(config(1), counting);
+    assert_eq!(guest.convert().answer, Answer::Done);
     assert_eq!([1, 2, 3].map(|_| guest.report()), [1, 2, 3].map(sum));
     guest
 }
@@ -129,7 +131,7 @@ fn a_guest_goes_on_in_another_vm_where_it_has_stopped() {
     let moved = export(&host, guest);
     assert_eq!(moved.pages.len() as u64, MEMORY / PAGE_SIZE - 1);
     let code = moved.pages.iter().find(|page| page.gpa.0 == CODE).unwrap();
-    let plain = assemble(false, counting);
+    let plain = host.assemble(&host.platform.launch(config(1)).unwrap(), CODE, counting);
     assert!(!code.data.windows(16).any(|bytes| plain.windows(16).any(|code| code == bytes)), "it left unencrypted");
 
     let mut guest = arrive(receive(&host, &moved.origin), &moved, &moved.pages);
@@ -221,13 +223,13 @@ fn pages_that_have_changed_places_are_noticed_by_nobody() {
 fn who_may_not_leave_or_cannot_is_not_asked() {
     let Some(mut host) = host(Protection::Sev) else { return };
     let policy = SevPolicy { least_api: (0, 0), flags: SevFlags::NO_DEBUG | SevFlags::NO_SEND };
-    host = host.with(SevOptions { policy, ..SevOptions::default() });
-    assert!(Guest::new(&host, counting).vm.export().is_none());
+    host = host.with_sev(SevOptions { policy, ..SevOptions::default() });
+    assert!(host.bench().guest(config(1), counting).vm.export().is_none());
     drop(host);
-    let Some(host) = in_place::host(Protection::SevEs) else { return };
-    let mut guest = Guest::new(&host, counting);
+    let Some(host) = common::host(Protection::SevEs) else { return };
+    let mut guest = host.bench().guest(config(1), counting);
     assert!(guest.vm.export().is_none());
-    assert_eq!(guest.convert(), Answer::Done);
+    assert_eq!(guest.convert().answer, Answer::Done);
     assert!(matches!(guest.vcpus[0].snapshot(), Err(CoreError::Config(_))));
     let origin = Origin { key: vec![1; 64], policy: 0, session: vec![1; 128] };
     assert!(matches!(host.platform.receive(config(1), &origin), Err(CoreError::Config(_))));

@@ -1,20 +1,17 @@
 //! What comes of launches of SEV and SEV-ES guests that fail, are dropped or killed.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
-mod in_place;
-mod signals;
+mod common;
 
+use common::*;
 use cvm_backend_sev::FirmwareError;
 use cvm_backend_sev::kvm::{Error, Session, SevOptions};
 use cvm_backend_sev::{SevFeatures, SevFlags, SevPolicy};
 use cvm_core::doorbell::Transport;
 use cvm_core::{Error as CoreError, Gpa, GpaRange, PageKind, Platform, Protection, Side, Vcpu, Vm, VmConfig};
 use iced_x86::IcedError;
-use in_place::*;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
-
-const BOTH: [Protection; 2] = [Protection::Sev, Protection::SevEs];
 
 /// Numbers of the firmware's commands (Linux include/linux/psp-sev.h, `enum sev_cmd`), with what errors call them.
 const DECOMMISSION: u32 = 0x20;
@@ -36,13 +33,12 @@ fn nothing(a: &mut Assembler) -> Result<(), IcedError> {
 fn with_secret(host: Host) -> Host {
     let policy = policy(host.protection);
     let options = SevOptions { policy, session: Some(session(policy)), ..SevOptions::default() };
-    host.with(options.with_owner(|launch, _| Ok(vec![keys().seal(launch, b"a secret", [7; 16])?.at(Gpa(DATA))])))
+    host.with_sev(options.with_owner(|launch, _| Ok(vec![keys().seal(launch, b"a secret", [7; 16])?.at(Gpa(DATA))])))
 }
 
 /// Launches a guest with two vCPUs, of which a secret is a part.
 fn launch(host: &Host) -> Result<Guest, CoreError> {
-    let launch = load(host, config(2), nothing)?.0;
-    Ok(Guest::from_vm(launch.seal()?))
+    Ok(Guest::from_vm(host.bench().load(config(2), nothing)?.seal()?))
 }
 
 #[test]
@@ -110,17 +106,18 @@ fn what_sev_cannot_load_or_give_is_refused_before_the_firmware_is_asked() {
     let policy = policy(host.protection);
     for gpa in [DATA + 8, DATA + 0xff8, MEMORY, !0xf] {
         let options = SevOptions { policy, session: Some(session(policy)), ..SevOptions::default() };
-        host = host
-            .with(options.with_owner(move |launch, _| Ok(vec![keys().seal(launch, &[1; 16], [7; 16])?.at(Gpa(gpa))])));
-        let lines = processor::log().len();
-        assert!(load(&host, config(1), nothing).unwrap().0.seal().is_err(), "{gpa:#x}");
+        host = host.with_sev(
+            options.with_owner(move |launch, _| Ok(vec![keys().seal(launch, &[1; 16], [7; 16])?.at(Gpa(gpa))])),
+        );
+        let lines = processor::log().lines().count();
+        assert!(host.bench().load(config(1), nothing).unwrap().seal().is_err(), "{gpa:#x}");
         let log = processor::log();
-        assert!(!log[lines.min(log.len())..].iter().any(|line| line.starts_with("LAUNCH_SECRET")), "{gpa:#x}");
+        assert!(!log.lines().skip(lines).any(|line| line.starts_with("LAUNCH_SECRET")), "{gpa:#x}");
     }
     let options = SevOptions { session: Some(session(policy)), ..SevOptions::default() };
     let other =
         SevOptions { session: options.session.clone().map(|s| Session { session: vec![0; 0x4001], ..s }), ..options };
-    host = host.with(other);
+    host = host.with_sev(other);
     let error = host.platform.launch(config(1)).unwrap_err();
     assert!(matches!(cause(&error), Error::Blob { len: 0x4001, .. }), "{error:?}");
 }
@@ -131,7 +128,7 @@ fn a_session_for_another_policy_is_refused_by_the_firmware() {
     let before = processor::asids();
     let lax = SevPolicy { flags: SevFlags::empty(), ..policy(host.protection) };
     let options = SevOptions { policy: lax, session: Some(session(policy(host.protection))), ..SevOptions::default() };
-    let host = host.with(options);
+    let host = host.with_sev(options);
     let error = host.platform.launch(config(1)).unwrap_err();
     let Error::Command { firmware, .. } = cause(&error) else { panic!("{error:?}") };
     assert_eq!(*firmware, Some(FirmwareError::BadMeasurement));
@@ -145,7 +142,7 @@ fn an_owner_who_does_not_approve_ends_the_launch() {
         let before = processor::asids();
         let policy = policy(protection);
         let options = SevOptions { policy, session: Some(session(policy)), ..SevOptions::default() };
-        let host = host.with(options.with_owner(|launch, _| {
+        let host = host.with_sev(options.with_owner(|launch, _| {
             let other = cvm_backend_sev::sev::SevDigest([0; 32]);
             if keys().approves(launch, &other) { Ok(Vec::new()) } else { Err("it is not what i have sent".into()) }
         }));
@@ -162,15 +159,15 @@ fn a_launch_that_is_dropped_at_any_step_leaves_nothing() {
         let before = processor::asids();
         drop(host.platform.launch(config(2)).unwrap());
         assert_eq!(processor::asids(), before);
-        let loaded = load(&host, config(2), nothing).unwrap();
+        let loaded = host.bench().load(config(2), nothing).unwrap();
         assert_ne!(processor::asids(), before, "nothing is counted");
         drop(loaded);
         assert_eq!(processor::asids(), before);
-        let mut guest = Guest::from_launch(load(&host, config(1), nothing).unwrap().0);
+        let mut guest = host.bench().guest(config(1), nothing);
         guest.end();
         drop(guest);
         assert_eq!(processor::asids(), before);
-        let mut waiting = Guest::new(&host, |a| {
+        let mut waiting = host.bench().guest(config(1), |a| {
             a.convert(DATA, 1, Side::Shared)?;
             a.end(0)
         });
@@ -189,7 +186,7 @@ fn what_the_firmware_does_not_let_go_of_costs_no_identifier_and_the_next_launch_
         let host = with_secret(host);
         let before = processor::asids();
         for command in [DEACTIVATE, DECOMMISSION] {
-            let loaded = load(&host, config(2), nothing).unwrap().0;
+            let loaded = host.bench().load(config(2), nothing).unwrap();
             processor::fail(command, FirmwareError::InvalidGuestState.status(), 0);
             drop(loaded);
             assert!(!processor::fails(), "{command:#x} was not called");
@@ -206,7 +203,7 @@ fn a_launch_among_signals_measures_everything_once_and_leaves_nothing() {
         for protection in BOTH {
             let Some(host) = host(protection) else { return };
             let before = processor::asids();
-            let (mut launch, mut loaded) = load(&host, config(2), nothing).unwrap();
+            let (mut launch, mut loaded) = load(&host, config(2), nothing);
             let (met, contents) = (signals::met(), vec![7; 0x8_0000]);
             launch.load(Gpa(DATA), &contents, PageKind::Measured).unwrap();
             assert!(signals::met() > met, "no signal has come while pages were loaded");
@@ -239,13 +236,13 @@ fn get_to(step: &str) {
         stay();
     }
     drop(made);
-    let (launch, _) = load(&host, config(1), |a| {
+    let report_and_spin = |a: &mut Assembler| {
         let mut forever = a.create_label();
         a.report()?;
         a.set_label(&mut forever)?;
         a.jmp(forever)
-    })
-    .unwrap();
+    };
+    let launch = host.bench().load(config(1), report_and_spin).unwrap();
     if step == "loaded" {
         stay();
     }
@@ -282,7 +279,7 @@ fn a_process_that_is_killed_at_any_step_leaves_nothing() {
             child.wait().unwrap();
             assert_eq!(processor::asids(), before, "{protection}, {step}");
         }
-        Guest::new(&host, nothing).end();
+        host.bench().guest(config(1), nothing).end();
     }
 }
 
@@ -291,13 +288,13 @@ fn a_launch_that_meets_the_last_identifier_says_how_many_there_are() {
     for protection in BOTH {
         let Some(host) = host(protection) else { return };
         let before = processor::asids();
-        let limit = processor::Limit::new(protection, 2);
+        let limit = processor::Limit::new(protection, 2).unwrap();
         let taken = [(); 2].map(|()| host.platform.launch(config(1)).unwrap());
         let error = host.platform.launch(config(1)).unwrap_err();
         let Error::Exhausted { protection: kind, asids, .. } = cause(&error) else { panic!("{error:?}") };
         assert_eq!((*kind, asids.free), (protection, Some(0)), "{error}");
         drop(taken);
-        Guest::new(&host, nothing).end();
+        host.bench().guest(config(1), nothing).end();
         drop(limit);
         assert_eq!(processor::asids(), before);
     }
@@ -321,7 +318,7 @@ fn options_of_sev_es_are_refused_for_plain_sev_before_anything_is_made() {
         SevOptions { policy, ..SevOptions::default() },
         SevOptions { features: SevFeatures::DEBUG_SWAP, ..SevOptions::default() },
     ] {
-        host = host.with(options);
+        host = host.with_sev(options);
         let error = host.platform.launch(config(1)).unwrap_err();
         assert!(matches!(cause(&error), Error::Options(_)), "{error:?}");
     }

@@ -10,14 +10,12 @@ use cvm_backend_sev::id_block::PrivateKey;
 use cvm_backend_sev::kvm::{Error as SevError, SnpOptions};
 use cvm_backend_sev::snp::of_transcript;
 use cvm_backend_sev::{FirmwareError, IdAuth, IdBlock, SnpFlags, SnpPolicy, Vmsa};
-use cvm_core::doorbell::{Doorbell, Transport};
+use cvm_conformance::Converted;
+use cvm_core::doorbell::Transport;
 use cvm_core::launch::Entry;
 use cvm_core::platform::{Asset, Party, Powers};
-use cvm_core::x86::Register;
-use cvm_core::{
-    Answer, Error, Event, Exit, Gpa, Lifecycle, LifecycleAnswer, Measurement, PageKind, Platform, Policy, Protection,
-    RegisterRead, Side, Vcpu, Vm, VmConfig,
-};
+use cvm_core::{Answer, Error, Gpa, GpaRange, Measurement, PageKind, Platform, Policy, Protection, Side, Vm, VmConfig};
+use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
@@ -28,14 +26,10 @@ const POLICY: SnpPolicy = SnpPolicy { least_abi: (0, 0), flags: SnpFlags::SMT };
 
 #[test]
 fn the_firmware_measures_what_is_predicted_whatever_is_loaded() {
-    let _alone = alone();
-    let Some(platform) = platform(Protection::SevSnp) else { return };
+    let Some(host) = host(Protection::SevSnp) else { return };
     for vcpus in 1..=4 {
-        let mut launch = platform.launch(config(vcpus)).unwrap();
-        let code = assemble(|asm| {
-            asm.make_ghcb()?;
-            asm.end()
-        });
+        let mut launch = host.platform.launch(config(vcpus)).unwrap();
+        let code = host.assemble(&launch, CODE, |a| a.end(0));
         launch.load(Gpa(CODE), &code, PageKind::Measured).unwrap();
         launch.load(Gpa(DATA), &[7; 0x3010], PageKind::Measured).unwrap();
         launch.load(Gpa(DATA + 0x8000), &[9; 0x1001], PageKind::Unmeasured).unwrap();
@@ -44,17 +38,16 @@ fn the_firmware_measures_what_is_predicted_whatever_is_loaded() {
         launch.load_boot_page(Gpa(BOOT_PAGE), [1, 2, 3, 4]).unwrap();
         let mut guest = Guest::from_launch(launch);
         let transcript = guest.vm.transcript();
-        let predicted = of_transcript(transcript, platform.features());
-        if is_faked() {
-            let log = firmware_log();
-            let finish = log.lines().rfind(|line| line.contains("host_data=")).expect("a launch that ended");
+        let predicted = of_transcript(transcript, host.platform.features());
+        if processor::is_faked() {
+            let finish = processor::snp_finish();
             let expected =
                 [format!("ld={predicted} "), format!("vmsas={vcpus} "), format!("policy={:#x} ", POLICY.bits())];
             assert!(expected.iter().all(|part| finish.contains(part)), "{expected:?}: {finish}");
             // The last sixteen states, the newest at the end.
             let kept = fs::read("/proc/fakepsp_vmsa").unwrap();
             let states = transcript.entries().iter().filter_map(|entry| match entry {
-                Entry::Vcpu { index, state } => Some((index, Vmsa::long_mode(state, platform.features()))),
+                Entry::Vcpu { index, state } => Some((index, Vmsa::long_mode(state, host.platform.features()))),
                 _ => None,
             });
             let made = kept.chunks_exact(4096).skip(kept.len() / 4096 - vcpus as usize);
@@ -64,174 +57,90 @@ fn the_firmware_measures_what_is_predicted_whatever_is_loaded() {
                 assert!(differing.is_empty(), "the state of vcpu {vcpu}: {differing:x?}");
             }
         }
-        guest.make_ghcb();
         guest.end();
     }
 }
 
+/// Asks for a conversion of one page by the MSR (AMD publication 56421, section 2.3.1); the upper half of the answer, which
+/// is 0 for success, is in RAX.
+fn ask(a: &mut Assembler, gpa: u64, to: Side) -> Result<(), IcedError> {
+    let operation = if to == Side::Private { 1 } else { 2 };
+    a.request_by_msr(operation << 52 | gpa | 0x14)?;
+    a.shr(rax, 32)
+}
+
+/// What the first vCPU asks for next, and hears.
+fn converted(guest: &mut Guest) -> (GpaRange, Side, Answer) {
+    let Converted { request, answer, .. } = guest.convert();
+    (range(request.gpa().0, request.pages()), request.to(), answer)
+}
+
 #[test]
 fn a_guest_shares_pages_by_the_msr_and_by_the_ghcb_and_takes_them_back() {
-    let _alone = alone();
-    let Some(platform) = platform(Protection::SevSnp) else { return };
-    let mut guest = Guest::new(&platform, config(1), |asm| {
-        asm.make_ghcb()?;
-        asm.convert(DATA, Side::Shared)?;
-        asm.report()?;
-        asm.0.mov(rax, 0x1122_3344_5566_7788u64)?;
-        asm.store(DATA, Side::Shared)?;
-        asm.report()?;
-        asm.load(DATA + 8, Side::Shared)?;
-        asm.report()?;
+    let Some(host) = host(Protection::SevSnp) else { return };
+    let mut guest = host.bench().guest(config(1), |a| {
+        ask(a, DATA, Side::Shared)?;
+        a.report()?;
+        a.store(DATA, Side::Shared, 0x5566_7788)?;
+        a.store(DATA + 4, Side::Shared, 0x1122_3344)?;
+        a.load(DATA, Side::Shared)?;
+        a.report()?;
+        a.load(DATA + 8, Side::Shared)?;
+        a.report()?;
         // Three entries, of which the first two are neighbours.
-        asm.set(ghcb::BUFFER, 2 << 16)?;
-        for (entry, page) in [DATA + 0x1000, DATA + 0x2000, DATA + 0x8000].into_iter().enumerate() {
-            asm.set(ghcb::BUFFER + 8 + 8 * entry as u64, page | 2 << 52)?;
-        }
-        asm.exit(ghcb::PAGE_STATE_CHANGE, 0, &[(ghcb::SCRATCH, GHCB + ghcb::BUFFER)], &[])?;
-        asm.load(GHCB + ghcb::EXIT_INFO_2, Side::Shared)?;
-        asm.report()?;
-        asm.convert(DATA, Side::Private)?;
-        asm.report()?;
-        asm.load(DATA, Side::Private)?;
-        asm.report()?;
+        a.page_states_by_page(&[DATA + 0x1000, DATA + 0x2000, DATA + 0x8000].map(|page| (page, Side::Shared)))?;
+        a.report()?;
+        ask(a, DATA, Side::Private)?;
+        a.report()?;
+        a.load(DATA, Side::Private)?;
+        a.report()?;
         // Memory that is not there.
-        asm.convert(MEMORY, Side::Shared)?;
-        asm.report()?;
-        asm.end()
+        ask(a, MEMORY, Side::Shared)?;
+        a.report()?;
+        a.end(0)
     });
-    guest.make_ghcb();
-    assert_eq!(guest.convert(), (range(DATA, 1), Side::Shared, Answer::Done));
+    assert_eq!(converted(&mut guest), (range(DATA, 1), Side::Shared, Answer::Done));
     assert_eq!((guest.report(), guest.report()), (0, 0x5566_7788));
     let memory = guest.vm.memory().memory();
     assert_eq!(memory.read_obj::<u64>(GuestAddress(DATA)).unwrap(), 0x1122_3344_5566_7788);
     memory.write_obj(0xabcd_u64, GuestAddress(DATA + 8)).unwrap();
     drop(memory);
     assert_eq!(guest.report(), 0xabcd);
-    assert_eq!(guest.convert(), (range(DATA + 0x1000, 2), Side::Shared, Answer::Done));
-    assert_eq!(guest.convert(), (range(DATA + 0x8000, 1), Side::Shared, Answer::Done));
+    assert_eq!(converted(&mut guest), (range(DATA + 0x1000, 2), Side::Shared, Answer::Done));
+    assert_eq!(converted(&mut guest), (range(DATA + 0x8000, 1), Side::Shared, Answer::Done));
     assert_eq!(guest.report(), 0);
-    assert_eq!(guest.convert(), (range(DATA, 1), Side::Private, Answer::Done));
+    assert_eq!(converted(&mut guest), (range(DATA, 1), Side::Private, Answer::Done));
     assert_eq!((guest.report(), guest.report()), (0, 0));
     assert!(guest.vm.memory().memory().read_obj::<u8>(GuestAddress(DATA)).is_err());
-    assert_eq!(guest.convert(), (range(MEMORY, 1), Side::Shared, Answer::Invalid));
+    assert_eq!(converted(&mut guest), (range(MEMORY, 1), Side::Shared, Answer::Invalid));
     assert_ne!(guest.report(), 0);
     guest.end();
 }
 
 #[test]
-fn exits_expose_their_operands_and_nothing_else() {
-    let _alone = alone();
-    let Some(platform) = platform(Protection::SevSnp) else { return };
-    let mut guest = Guest::new(&platform, config(1), |asm| {
-        asm.make_ghcb()?;
-        asm.0.mov(r9, 0x5e_c7e7u64)?;
-        asm.0.mov(eax, 0x1234)?;
-        asm.port_out(0x3f8)?;
-        asm.port_in(0x3f8)?;
-        asm.report()?;
-        asm.end()
-    });
-    let Exit::Conversion(request) = guest.run() else { panic!("no conversion") };
-    let hidden = |guest: &Guest, but: &[Register]| {
-        for register in Register::ALL.into_iter().filter(|register| !but.contains(register)) {
-            assert_eq!(guest.vcpus[0].register(register).unwrap(), RegisterRead::Hidden, "{register:?}");
-        }
-    };
-    hidden(&guest, &[]);
-    let conversion = guest.vm.convert(&request);
-    guest.vcpus[0].answer_conversion(conversion).unwrap();
-    assert_eq!(guest.run(), Exit::PortWrite { port: 0x3f8, width: 4, value: 0x1234 });
-    assert_eq!(guest.vcpus[0].register(Register::Rax).unwrap(), RegisterRead::Exposed(0x1234));
-    hidden(&guest, &[Register::Rax]);
-    assert_eq!(guest.run(), Exit::PortRead { port: 0x3f8, width: 4 });
-    hidden(&guest, &[]);
-    guest.vcpus[0].answer_read(0x77).unwrap();
-    assert_eq!(guest.report(), 0x77);
-    guest.end();
-}
-
-#[test]
-fn the_doorbell_may_be_msrs() {
-    let _alone = alone();
-    let Some(platform) = platform(Protection::SevSnp) else { return };
-    let mut guest = Guest::new(&platform, VmConfig { doorbell: Doorbell::Msr, ..config(1) }, |asm| {
-        asm.make_ghcb()?;
-        asm.msr_out(REPORT, 0x600d)?;
-        asm.msr_out(cvm_core::doorbell::control::END, 0)
-    });
-    guest.make_ghcb();
-    assert_eq!(guest.report(), 0x600d);
-    guest.end();
-}
-
-#[test]
-fn a_guest_that_gives_up_says_why() {
-    let _alone = alone();
-    let Some(platform) = platform(Protection::SevSnp) else { return };
-    let mut guest = Guest::new(&platform, config(1), |asm| asm.terminate(3, 0x42));
-    let error = guest.vcpus[0].run().unwrap_err();
-    assert!(matches!(error, Error::Terminated { vcpu: 0, reason: Some((3, 0x42)) }), "{error}");
-    assert!(matches!(guest.vcpus[0].run(), Err(Error::Protocol { .. })));
-}
-
-#[test]
 fn of_an_end_that_is_asked_for_by_the_ghcb_kvm_tells_no_reason() {
-    let _alone = alone();
-    let Some(platform) = platform(Protection::SevSnp) else { return };
-    let mut guest = Guest::new(&platform, config(1), |asm| {
-        asm.make_ghcb()?;
-        asm.exit(ghcb::TERMINATE, 0x42 << 4, &[], &[])
-    });
-    guest.make_ghcb();
-    let error = guest.vcpus[0].run().unwrap_err();
+    let Some(host) = host(Protection::SevSnp) else { return };
+    let mut guest = host.bench().guest(config(1), |a| a.terminate_by_page(0, 0x42));
+    let error = guest.try_run(0).unwrap_err();
     assert!(matches!(error, Error::Terminated { vcpu: 0, reason: None }), "{error}");
 }
 
 #[test]
-fn an_access_that_needs_a_conversion_is_told_from_one_outside_memory() {
-    let _alone = alone();
-    let Some(platform) = platform(Protection::SevSnp) else { return };
-    let touch = |gpa: u64, side| {
-        let mut guest = Guest::new(&platform, config(1), |asm| asm.load(gpa, side));
-        guest.vcpus[0].run().unwrap_err()
-    };
-    let missing = touch(DATA, Side::Shared);
-    assert!(matches!(missing, Error::MissingConversion { vcpu: 0, gpa: Gpa(DATA) }), "{missing}");
-    let outside = touch(MEMORY + 0x1000, Side::Private);
-    let Error::MmioRefused { vcpu: 0, gpa, .. } = outside else { panic!("{outside}") };
-    assert_eq!(gpa.0 & !0xfff, MEMORY + 0x1000);
-}
-
-#[test]
-fn interrupts_pass_the_librarys_guard_and_nothing_else_is_promised() {
-    let _alone = alone();
-    let Some(platform) = platform(Protection::SevSnp) else { return };
-    let guest = Guest::new(&platform, config(1), |asm| asm.terminate(0, 0));
-    assert_eq!(guest.vm.guarding(), cvm_core::interrupt::Guarding::Library);
-    let mut guest = guest;
-    let refused = guest.vcpus[0].inject(Event::Interrupt(0x41)).unwrap_err();
-    assert!(matches!(refused, Error::InjectionRefused { .. }), "{refused}");
-    for what in Lifecycle::ALL {
-        assert!(matches!(guest.vm.lifecycle(what), LifecycleAnswer::No(_)), "{what:?}");
-    }
-}
-
-#[test]
 fn whom_to_trust_follows_from_the_guest_policy() {
-    let Some(platform) = platform(Protection::SevSnp) else { return };
-    let model = platform.trust_model();
+    let Some(host) = host(Protection::SevSnp) else { return };
+    let model = host.platform.trust_model();
     assert_eq!(model.powers(Party::Root, Asset::PrivateMemory), Powers::empty());
     assert_eq!(model.powers(Party::HostKernel, Asset::Interrupts), Powers::all());
     let debugged = SnpPolicy { flags: SnpFlags::SMT | SnpFlags::DEBUG, ..POLICY };
-    let model = platform.with_snp(SnpOptions::default().policy(debugged)).trust_model();
+    let model = host.with_snp(SnpOptions::default().policy(debugged)).platform.trust_model();
     assert_eq!(model.powers(Party::HostKernel, Asset::PrivateMemory), Powers::all());
     assert_eq!(model.powers(Party::VmmProcess, Asset::PrivateMemory), Powers::empty());
 }
 
-/// What a launch as [`load`] makes it, with a guest that ends at once, is measured as.
-fn digest_of_ending_guest(platform: &cvm_backend_sev::kvm::SevPlatform) -> Measurement {
-    let guest = Guest::from_launch(load(platform, config(1), |asm| asm.terminate(0, 0)).unwrap());
-    of_transcript(guest.vm.transcript(), platform.features())
+/// What the launch of a guest that ends at once is measured as.
+fn digest_of_ending_guest(host: &Host) -> Measurement {
+    let guest = host.bench().guest(config(1), |a| a.terminate(0, 0));
+    of_transcript(guest.vm.transcript(), host.platform.features())
 }
 
 /// The numbers 1 to 48 as a private key, in PKCS #8.
@@ -258,22 +167,19 @@ fn key(pem: &str) -> PrivateKey {
 
 #[test]
 fn the_firmware_takes_a_signed_id_block_and_refuses_a_launch_that_is_another() {
-    let _alone = alone();
-    let Some(platform) = platform(Protection::SevSnp) else { return };
-    let digest = digest_of_ending_guest(&platform);
+    let Some(mut host) = host(Protection::SevSnp) else { return };
+    let digest = digest_of_ending_guest(&host);
     let block = IdBlock { digest, family: [1; 16], image: [2; 16], svn: 3, policy: POLICY };
-    let seal = |platform: &cvm_backend_sev::kvm::SevPlatform| {
-        let launch = load(platform, config(1), |asm| asm.terminate(0, 0))?;
+    let seal = |host: &Host| {
+        let launch = host.bench().load(config(1), |a| a.terminate(0, 0))?;
         launch.seal().map(drop)
     };
-    let mut platform = platform;
     for author in [None, Some(key(AUTHOR))] {
         let auth = IdAuth::sign(&block, &key(ID), author.as_ref());
-        platform = platform.with_snp(SnpOptions::default().id_block(block, auth).host_data([0xab; 32]).without_vcek());
-        seal(&platform).unwrap();
-        if is_faked() {
-            let log = firmware_log();
-            let finish = log.lines().rfind(|line| line.contains("host_data=")).unwrap();
+        host = host.with_snp(SnpOptions::default().id_block(block, auth).host_data([0xab; 32]).without_vcek());
+        seal(&host).unwrap();
+        if processor::is_faked() {
+            let (log, finish) = (processor::log(), processor::snp_finish());
             assert!(finish.contains("id_block_en=1"), "{finish}");
             assert!(finish.contains(&format!("auth_key_en={}", u8::from(author.is_some()))), "{finish}");
             assert!(finish.contains("vcek_disabled=1") && finish.contains(&"ab".repeat(32)), "{finish}");
@@ -283,42 +189,41 @@ fn the_firmware_takes_a_signed_id_block_and_refuses_a_launch_that_is_another() {
     }
     let other = IdBlock { digest: Measurement([5; 48]), ..block };
     let auth = IdAuth::sign(&other, &key(ID), None);
-    platform = platform.with_snp(SnpOptions::default().id_block(other, auth));
-    let error = seal(&platform).unwrap_err();
-    let Some(SevError::Command { step, firmware, .. }) = of_backend(&error) else { panic!("{error:?}") };
+    host = host.with_snp(SnpOptions::default().id_block(other, auth));
+    let error = seal(&host).unwrap_err();
+    let SevError::Command { step, firmware, .. } = cause(&error) else { panic!("{error:?}") };
     assert!(step.contains("SNP_LAUNCH_FINISH"), "{step}");
     assert_eq!(*firmware, Some(FirmwareError::BadMeasurement));
 
     // What is unsound in itself is refused before anything is loaded.
     let auth = IdAuth::sign(&other, &key(ID), None);
-    platform = platform.with_snp(SnpOptions::default().id_block(block, auth));
-    assert!(matches!(seal(&platform), Err(Error::Config(reason)) if reason.contains("signature")));
+    host = host.with_snp(SnpOptions::default().id_block(block, auth));
+    assert!(matches!(seal(&host), Err(Error::Config(reason)) if reason.contains("signature")));
     let other = IdBlock { policy: SnpPolicy { least_abi: (1, 0), ..POLICY }, ..block };
     let auth = IdAuth::sign(&other, &key(ID), None);
-    platform = platform.with_snp(SnpOptions::default().id_block(other, auth));
-    assert!(matches!(seal(&platform), Err(Error::Config(reason)) if reason.contains("policy")));
+    host = host.with_snp(SnpOptions::default().id_block(other, auth));
+    assert!(matches!(seal(&host), Err(Error::Config(reason)) if reason.contains("policy")));
 }
 
 #[test]
 fn what_the_firmware_corrects_about_the_processor_is_shown_and_not_taken_silently() {
-    let _alone = alone();
-    let Some(platform) = platform(Protection::SevSnp) else { return };
+    let Some(host) = host(Protection::SevSnp) else { return };
     let lie = |cpuid: &mut kvm_bindings::CpuId| {
         let leaf = cpuid.as_mut_slice().iter_mut().find(|leaf| leaf.function == 7 && leaf.index == 0);
         leaf.unwrap().ebx |= 1 << 1;
     };
-    let platform = platform.with_snp(SnpOptions::default().cpuid(lie));
-    let error = load(&platform, config(1), |asm| asm.terminate(0, 0)).unwrap_err();
-    let Some(SevError::CpuidCorrected { corrections }) = of_backend(&error) else { panic!("{error:?}") };
+    let host = host.with_snp(SnpOptions::default().cpuid(lie));
+    let error = host.bench().load(config(1), |a| a.terminate(0, 0)).unwrap_err();
+    let SevError::CpuidCorrected { corrections } = cause(&error) else { panic!("{error:?}") };
     assert_eq!(corrections.len(), 1, "{corrections:x?}");
     assert_eq!((corrections[0].leaf, corrections[0].subleaf), (7, 0));
     assert_eq!(corrections[0].given[1] & !corrections[0].corrected[1], 1 << 1);
 
     let (tell, told) = std::sync::mpsc::channel();
     let judge = move |corrections: &[cvm_backend_sev::kvm::CpuidCorrection]| tell.send(corrections.to_vec()).is_ok();
-    let platform = platform.with_snp(SnpOptions::default().cpuid(lie).judge_cpuid(judge));
-    let mut guest = Guest::new(&platform, config(1), |asm| asm.terminate(1, 2));
-    assert!(matches!(guest.vcpus[0].run(), Err(Error::Terminated { .. })));
+    let host = host.with_snp(SnpOptions::default().cpuid(lie).judge_cpuid(judge));
+    let mut guest = host.bench().guest(config(1), |a| a.terminate(1, 2));
+    assert!(matches!(guest.try_run(0), Err(Error::Terminated { .. })));
     assert_eq!(told.recv().unwrap().len(), 1);
 }
 
@@ -332,41 +237,35 @@ fn lock_exclusively(file: &File) -> bool {
 
 #[test]
 fn certificates_go_with_reports_and_are_locked_until_the_report_is_there() {
-    let _alone = alone();
-    let Some(platform) = platform(Protection::SevSnp) else { return };
+    let Some(host) = host(Protection::SevSnp) else { return };
     let file = tempfile::NamedTempFile::new().unwrap();
     let table: Vec<u8> = (0..5000u32).map(|byte| byte as u8).collect();
     fs::write(file.path(), &table).unwrap();
-    let platform = platform.with_snp(SnpOptions::default().certificates(file.path()));
+    let host = host.with_snp(SnpOptions::default().certificates(file.path()));
     const REQUEST: u64 = DATA;
     const RESPONSE: u64 = DATA + 0x1000;
     const CERTIFICATES: u64 = DATA + 0x2000;
-    let mut guest = Guest::new(&platform, config(1), |asm| {
-        asm.make_ghcb()?;
-        for page in 0..4 {
-            asm.convert(DATA + page * 0x1000, Side::Shared)?;
-        }
+    /// The exit for a request with certificates (AMD publication 56421, section 4.1).
+    const EXTENDED_REQUEST: u64 = 0x8000_0012;
+    let mut guest = host.bench().guest(config(1), |a| {
+        a.convert(DATA, 4, Side::Shared)?;
         // The type of the message: a request for a report. Its contents are nothing that the firmware could read.
-        asm.0.mov(rax, 5u64 << 32)?;
-        asm.store(REQUEST + 48, Side::Shared)?;
+        a.store(REQUEST + 52, Side::Shared, 5)?;
         for pages in [1, 2, 2, 2] {
-            let fields = [(ghcb::EXIT_INFO_2, RESPONSE), (ghcb::RAX, CERTIFICATES), (ghcb::RBX, pages)];
-            asm.exit(ghcb::EXTENDED_REQUEST, REQUEST, &fields, &[])?;
-            asm.load(GHCB + ghcb::RBX, Side::Shared)?;
-            asm.0.mov(r12, rax)?;
-            asm.0.shl(r12, 16)?;
+            let fields = [(Field::Rax, CERTIFICATES), (Field::Rbx, pages)];
+            a.exit_by_page(EXTENDED_REQUEST, [REQUEST, RESPONSE], &fields)?;
+            a.load_field(Field::Rbx)?;
+            a.mov(r12, rax)?;
+            a.shl(r12, 16)?;
             // The upper half is the host's answer, the lower one the firmware's.
-            asm.load(GHCB + ghcb::EXIT_INFO_2, Side::Shared)?;
-            asm.0.shr(rax, 32)?;
-            asm.0.or(rax, r12)?;
-            asm.report()?;
+            a.load_field(Field::ExitInfo2)?;
+            a.shr(rax, 32)?;
+            a.or(rax, r12)?;
+            a.report()?;
         }
-        asm.end()
+        a.end(0)
     });
-    guest.make_ghcb();
-    for _ in 0..4 {
-        guest.convert();
-    }
+    assert_eq!(converted(&mut guest), (range(DATA, 4), Side::Shared, Answer::Done));
     // What the host answers, below the pages that it says are there or needed.
     assert_eq!(guest.report(), 2 << 16 | 1, "too little room");
     assert_eq!(guest.report(), 2 << 16, "served");
@@ -383,9 +282,8 @@ fn certificates_go_with_reports_and_are_locked_until_the_report_is_there() {
 
 #[test]
 fn options_that_make_no_sense_start_nothing() {
-    let _alone = alone();
-    let Some(mut platform) = platform(Protection::SevSnp) else { return };
-    let before = asids();
+    let Some(mut host) = host(Protection::SevSnp) else { return };
+    let before = processor::asids();
     let policy = |flags| SnpOptions::default().policy(SnpPolicy { flags, ..POLICY });
     let no_such_feature = cvm_backend_sev::SevFeatures::RESTRICTED_INJECTION;
     for (options, config, reason) in [
@@ -395,9 +293,9 @@ fn options_that_make_no_sense_start_nothing() {
         (SnpOptions::default().features(no_such_feature), config(1), "RESTRICTED_INJECTION"),
         (SnpOptions::default(), VmConfig { transport: Some(Transport::Hypercall), ..config(1) }, "page state"),
     ] {
-        platform = platform.with_snp(options);
-        let error = platform.launch(config).unwrap_err();
+        host = host.with_snp(options);
+        let error = host.platform.launch(config).unwrap_err();
         assert!(matches!(&error, Error::Config(text) if text.contains(reason)), "{error}");
     }
-    assert_eq!(asids(), before);
+    assert_eq!(processor::asids(), before);
 }

@@ -7,6 +7,7 @@ mod common;
 use common::*;
 use cvm_backend_sev::digest::VMSA_GPA;
 use cvm_backend_sev::id_block::PrivateKey;
+use cvm_backend_sev::kvm::SnpOptions;
 use cvm_backend_sev::snp::of_transcript;
 use cvm_backend_sev::{IdAuth, IdBlock, SevFeatures, Vmsa, igvm as snp_igvm};
 use cvm_core::x86::{VcpuState, identity_map};
@@ -28,14 +29,15 @@ const UNMEASURED: u64 = DATA + PAGE_SIZE;
 const SECRETS: u64 = DATA + 2 * PAGE_SIZE;
 
 /// A guest that reports what it was told, and what a page has that is not measured, as a file.
-fn file(vcpus: u16, private_bit: u8) -> Vec<u8> {
-    let code = assemble(|asm| {
-        asm.make_ghcb()?;
+fn file(host: &Host, vcpus: u16) -> Vec<u8> {
+    let launch = host.platform.launch(config(1)).unwrap();
+    let private_bit = launch.interface().private_bit.unwrap();
+    let code = host.assemble(&launch, CODE, |a| {
         for place in [PARAMETERS, UNMEASURED] {
-            asm.load(place, Side::Private)?;
-            asm.report()?;
+            a.load(place, Side::Private)?;
+            a.report()?;
         }
-        asm.end()
+        a.end(0)
     });
     let page = |gpa: u64, kind, unmeasured, data: &[u8]| IgvmDirectiveHeader::PageData {
         gpa,
@@ -93,28 +95,24 @@ fn file(vcpus: u16, private_bit: u8) -> Vec<u8> {
 
 #[test]
 fn the_firmware_measures_a_file_as_it_says_and_takes_an_id_block_of_that() {
-    let _alone = alone();
-    let Some(mut platform) = platform(Protection::SevSnp) else { return };
-    let private_bit = platform.launch(config(1)).unwrap().interface().private_bit.unwrap();
+    let Some(mut host) = host(Protection::SevSnp) else { return };
     for vcpus in [1, 3] {
-        let file = file(vcpus, private_bit);
+        let file = file(&host, vcpus);
         let igvm = snp_igvm::parse(&file).unwrap();
         let (digest, policy) = (snp_igvm::measurement(&igvm).unwrap(), snp_igvm::policy(&igvm).unwrap());
         let features = snp_igvm::features(&igvm).unwrap();
         let block = IdBlock { digest, family: [1; 16], image: [2; 16], svn: 3, policy };
         let auth = IdAuth::sign(&block, &PrivateKey::from_pem(KEY).unwrap(), None);
-        let options = options().policy(policy).features(features).id_block(block, auth);
-        platform = platform.with_snp(options);
-        let mut launch = platform.launch(config(vcpus.into())).unwrap();
+        let options = SnpOptions::default().policy(policy).features(features).id_block(block, auth);
+        host = host.with_snp(options);
+        let mut launch = host.platform.launch(config(vcpus.into())).unwrap();
         launch.load_igvm(&snp_igvm::image(igvm).unwrap(), "").unwrap();
         let mut guest = Guest::from_launch(launch);
-        assert_eq!(of_transcript(guest.vm.transcript(), platform.features()), digest);
-        if is_faked() {
-            let log = firmware_log();
-            let finish = log.lines().rfind(|line| line.contains("host_data=")).expect("a launch that ended");
+        assert_eq!(of_transcript(guest.vm.transcript(), host.platform.features()), digest);
+        if processor::is_faked() {
+            let finish = processor::snp_finish();
             assert!(finish.contains(&format!("ld={digest} ")), "{digest}: {finish}");
         }
-        guest.make_ghcb();
         assert_eq!((guest.report(), guest.report()), (vcpus.into(), 0x5555_5555));
         guest.end();
     }
@@ -122,17 +120,16 @@ fn the_firmware_measures_a_file_as_it_says_and_takes_an_id_block_of_that() {
 
 #[test]
 fn a_file_that_is_measured_with_another_digest_than_its_id_block_has_is_not_launched() {
-    let _alone = alone();
-    let Some(platform) = platform(Protection::SevSnp) else { return };
-    let private_bit = platform.launch(config(1)).unwrap().interface().private_bit.unwrap();
-    let file = file(1, private_bit);
+    let Some(host) = host(Protection::SevSnp) else { return };
+    let file = file(&host, 1);
     let igvm = snp_igvm::parse(&file).unwrap();
     let mut digest = snp_igvm::measurement(&igvm).unwrap();
     digest.0[0] ^= 1;
     let policy = snp_igvm::policy(&igvm).unwrap();
     let block = IdBlock { digest, family: [0; 16], image: [0; 16], svn: 0, policy };
     let auth = IdAuth::sign(&block, &PrivateKey::from_pem(KEY).unwrap(), None);
-    let mut launch = platform.with_snp(options().policy(policy).id_block(block, auth)).launch(config(1)).unwrap();
+    let host = host.with_snp(SnpOptions::default().policy(policy).id_block(block, auth));
+    let mut launch = host.platform.launch(config(1)).unwrap();
     launch.load_igvm(&snp_igvm::image(igvm).unwrap(), "").unwrap();
     assert!(matches!(launch.seal(), Err(Error::Backend { step: "seal the vm", .. })));
 }

@@ -7,7 +7,7 @@ mod common;
 use common::*;
 use cvm_backend_sev::{SevFeatures, Vmsa};
 use cvm_core::x86::VcpuState;
-use cvm_core::{Exit, Gpa, PageKind, Protection, Side, Vcpu};
+use cvm_core::{Exit, Gpa, PageKind, Protection};
 use cvm_guest::sev::StatePage;
 use iced_x86::code_asm::*;
 
@@ -31,36 +31,30 @@ fn a_vcpu_that_the_guest_starts_begins_as_one_that_the_launch_starts() {
 
 #[test]
 fn a_guest_starts_its_second_vcpu_anew_from_a_state_that_it_made() {
-    let _alone = alone();
-    let Some(platform) = platform(Protection::SevSnp) else { return };
-    let features = platform.features().bits();
-    let mut launch = load(&platform, config(2), |asm| {
-        let (mut first, mut again) = (asm.0.create_label(), asm.0.create_label());
-        asm.0.test(rdi, rdi)?;
-        asm.0.jz(first)?;
-        asm.0.set_label(&mut again)?;
-        asm.0.jmp(again)?;
-        asm.0.set_label(&mut first)?;
-        asm.make_ghcb()?;
+    let Some(host) = host(Protection::SevSnp) else { return };
+    let features = host.platform.features().bits();
+    let write = |a: &mut Assembler| {
+        let (mut first, mut again) = (a.create_label(), a.create_label());
+        a.test(rdi, rdi)?;
+        a.jz(first)?;
+        a.set_label(&mut again)?;
+        a.jmp(again)?;
+        a.set_label(&mut first)?;
         // Other features than those of the launch, a vCPU that is not there, and what can be done.
         for (apic_id, features) in [(1, features | 1 << 1), (2, features), (1, features)] {
-            let fields = [(ghcb::EXIT_INFO_2, STATE), (ghcb::RAX, features)];
-            asm.exit(CREATE_VCPU, apic_id << 32 | AT_ONCE, &fields, &[])?;
-            asm.load(GHCB + ghcb::EXIT_INFO_1, Side::Shared)?;
-            asm.report()?;
+            a.exit_by_page(CREATE_VCPU, [apic_id << 32 | AT_ONCE, STATE], &[(Field::Rax, features)])?;
+            a.load_field(Field::ExitInfo1)?;
+            a.report()?;
         }
-        asm.end()
-    })
-    .unwrap();
-    let anew = assemble(|asm| {
-        asm.0.mov(r8, rdi)?;
-        // The first vCPU rests while this one has its GHCB.
-        asm.ask(GHCB | REGISTER)?;
-        asm.0.mov(eax, r8d)?;
-        asm.report()?;
-        asm.0.mov(rax, rsp)?;
-        asm.report()?;
-        asm.end()
+        a.end(0)
+    };
+    let mut launch = host.bench().load(config(2), write).unwrap();
+    let anew = host.assemble(&launch, ENTRY, |a| {
+        a.mov(eax, edi)?;
+        a.report()?;
+        a.mov(rax, rsp)?;
+        a.report()?;
+        a.end(0)
     });
     let tables = TABLES | 1 << launch.interface().private_bit.unwrap();
     let mut page = StatePage::new();
@@ -68,11 +62,9 @@ fn a_guest_starts_its_second_vcpu_anew_from_a_state_that_it_made() {
     launch.load(Gpa(STATE), page.as_bytes(), PageKind::Measured).unwrap();
     launch.load(Gpa(ENTRY), &anew, PageKind::Measured).unwrap();
     let mut guest = Guest::from_launch(launch);
-    guest.make_ghcb();
     assert_eq!([guest.report(), guest.report(), guest.report()], [2, 2, 0]);
     for expected in [7, 0x1234_5678] {
-        let exit = guest.vcpus[1].run().unwrap();
-        assert_eq!(exit, Exit::DoorbellWrite { register: REPORT, value: expected });
+        assert_eq!(guest.report_of(1), expected);
     }
-    assert_eq!(guest.vcpus[1].run().unwrap(), Exit::Ended { code: 0 });
+    assert_eq!(guest.try_run(1).unwrap(), Exit::Ended { code: 0 });
 }

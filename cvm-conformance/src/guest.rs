@@ -8,6 +8,7 @@ mod ghcb;
 
 pub use assembler::Assembler;
 use cvm_core::doorbell::device_base;
+pub use ghcb::Field;
 
 /// How much memory a guest has unless a clause says otherwise.
 pub const MEMORY: u64 = 4 << 20;

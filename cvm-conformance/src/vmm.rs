@@ -86,7 +86,11 @@ pub struct Guest<V: Vm> {
 impl<V: Vm> Guest<V> {
     /// The guest of a launch that is complete.
     pub fn from_launch<L: Loader<Vm = V>>(launch: Launch<L>) -> Self {
-        let mut vm = launch.seal().unwrap_or_else(|error| panic!("{}", quality::told(&error)));
+        Self::from_vm(launch.seal().unwrap_or_else(|error| panic!("{}", quality::told(&error))))
+    }
+
+    /// The guest in a VM that still has its vCPUs.
+    pub fn from_vm(mut vm: V) -> Self {
         let vcpus = vm.take_vcpus();
         let kickers = vcpus.iter().map(Vcpu::kicker).collect();
         let watchdog = Watchdog::new(LIMIT, kickers).expect("a thread for the watchdog");

@@ -62,8 +62,8 @@ impl Assembler {
         self.doorbell == Doorbell::Port
     }
 
-    /// What a vCPU does first: it makes its way to the host.
-    pub(crate) fn begin(&mut self) -> Result<(), IcedError> {
+    /// What a vCPU does first: it makes its way to the host. The code that [`Bench::load`](crate::Bench::load) loads has it.
+    pub fn begin(&mut self) -> Result<(), IcedError> {
         match (self.interface.exits, self.interface.transport) {
             (Exits::Ghcb, Transport::PageState) => self.make_ghcb(),
             _ => Ok(()),

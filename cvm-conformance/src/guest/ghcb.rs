@@ -45,6 +45,20 @@ const VERSION_2: u32 = 2;
 /// The most entries of a page state change (section 4.1.6).
 const MOST_ENTRIES: u64 = 253;
 
+/// Fields of the page that a test of a backend's own sets and reads, each of 64 bits (section 2.6).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Field {
+    /// RAX.
+    Rax = RAX,
+    /// RBX.
+    Rbx = RBX,
+    /// The first number that says what an exit is for, and then the host's answer.
+    ExitInfo1 = EXIT_INFO_1,
+    /// The second one.
+    ExitInfo2 = EXIT_INFO_2,
+}
+
 const fn bit(field: i32) -> u128 {
     1 << (field / 8)
 }
@@ -271,5 +285,50 @@ impl Assembler {
         self.add(r14d, BUFFER)?;
         self.mov(qword_ptr(r15 + SCRATCH), r14)?;
         self.exit_with(IOIO, [info, count.into()], bit(SCRATCH))
+    }
+
+    /// Asks by the MSR for whatever `request` is; the answer is in RAX.
+    pub fn request_by_msr(&mut self, request: u64) -> Result<(), IcedError> {
+        self.mov(rax, request)?;
+        self.ask_by_msr()?;
+        self.mov(ecx, MSR)?;
+        self.rdmsr()?;
+        self.shl(rdx, 32)?;
+        self.or(rax, rdx)
+    }
+
+    /// Exits by the page for whatever `code` is, with two numbers that say what for, and with `fields` besides.
+    pub fn exit_by_page(&mut self, code: u64, infos: [u64; 2], fields: &[(Field, u64)]) -> Result<(), IcedError> {
+        self.page()?;
+        let mut valid = 0;
+        for (field, value) in fields {
+            self.mov(r14, *value)?;
+            self.mov(qword_ptr(r15 + *field as i32), r14)?;
+            valid |= bit(*field as i32);
+        }
+        self.exit_with(code, infos, valid)
+    }
+
+    /// Loads RAX from a field of the page.
+    pub fn load_field(&mut self, field: Field) -> Result<(), IcedError> {
+        self.page()?;
+        self.mov(rax, qword_ptr(r15 + field as i32))
+    }
+
+    /// Asks by the page, at once, for a change of each of these pages to a side, from the first one to the last. The host's
+    /// answer is in RAX: 0 if all is done.
+    pub fn page_states_by_page(&mut self, changes: &[(u64, Side)]) -> Result<(), IcedError> {
+        self.page()?;
+        let header = (changes.len() as u64).wrapping_sub(1) << 16 & 0xffff_0000;
+        let entries = changes.iter().map(|(gpa, to)| operation(*to) << 52 | gpa);
+        for (place, value) in (BUFFER..).step_by(8).zip([header].into_iter().chain(entries)) {
+            self.mov(r14, value)?;
+            self.mov(qword_ptr(r15 + place), r14)?;
+        }
+        self.mov(r14d, r15d)?;
+        self.add(r14d, BUFFER)?;
+        self.mov(qword_ptr(r15 + SCRATCH), r14)?;
+        self.exit(PAGE_STATE_CHANGE, 0, bit(SCRATCH))?;
+        self.mov(rax, qword_ptr(r15 + EXIT_INFO_2))
     }
 }
