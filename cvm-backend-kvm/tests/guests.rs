@@ -1,11 +1,12 @@
 //! What is plain KVM's own, beyond the contract: its hypercall, its device file, what of memory the
-//! kernel swaps, and kernels as their makers build them.
+//! kernel swaps, what it takes by itself, and kernels as their makers build them.
 
 mod common;
 
 use common::*;
 use cvm_backend_kvm::{Error as KvmError, KvmPlatform};
 use cvm_core::doorbell::Transport;
+use cvm_core::interrupt::Guarding;
 use cvm_core::linux::{Kernel, LinuxImage};
 use cvm_core::memory::ConversionTotals;
 use cvm_core::{Error, Lifecycle, LifecycleAnswer, PAGE_SIZE, PageState, Platform, Protection, Vm, VmConfig};
@@ -153,4 +154,14 @@ fn private_memory_is_swapped_just_where_the_kernel_can_count_it() {
         // It has whichever of the two there is.
         _ => {}
     }
+}
+
+#[test]
+fn each_isolation_has_its_guard_and_the_best_transport_that_works() {
+    let Some(platform) = kvm() else { return };
+    let launch = load(&platform, VmConfig { transport: None, ..config(1) }, |a| a.end(0));
+    let best = if platform.hypercalls_work() { Transport::Hypercall } else { Transport::Doorbell };
+    assert_eq!(launch.transport(), best);
+    let guarding = if isolation() == Protection::Vault { Guarding::Enforced } else { Guarding::Library };
+    assert_eq!(Guest::from_launch(launch).vm.guarding(), guarding);
 }
