@@ -61,8 +61,8 @@ fn the_firmware_measures_what_is_predicted_whatever_is_loaded() {
     }
 }
 
-/// Asks for a conversion of one page by the MSR (AMD publication 56421, section 2.3.1); the upper half of the answer, which
-/// is 0 for success, is in RAX.
+/// Asks for a conversion of one page by the MSR (AMD publication 56421, section 2.3.1); the upper half of the answer,
+/// which is 0 for success, is in RAX.
 fn ask(a: &mut Assembler, gpa: u64, to: Side) -> Result<(), IcedError> {
     let operation = if to == Side::Private { 1 } else { 2 };
     a.request_by_msr(operation << 52 | gpa | 0x14)?;

@@ -111,7 +111,7 @@ impl Loaded {
     }
 }
 
-/// Loads all that a guest without a boot page needs, and keeps it: each vCPU starts at the code that `write` has written.
+/// Loads all that a guest without a boot page needs, and keeps it: each vCPU starts at the code that `write` wrote.
 pub fn load(
     host: &Host,
     config: VmConfig,

@@ -69,7 +69,7 @@ pub fn with_more(asids: &Asids, more: u64) -> Asids {
     asids
 }
 
-/// Waits until as many are taken: for VMs with a guest_memfd the kernel gives them back after the last descriptor is closed.
+/// Waits until as many are taken: the kernel gives those of SEV-SNP back after the last descriptor is closed.
 pub fn assert_asids(expected: &Asids) {
     let start = Instant::now();
     while asids() != *expected {

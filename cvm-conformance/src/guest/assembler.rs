@@ -62,7 +62,7 @@ impl Assembler {
         self.doorbell == Doorbell::Port
     }
 
-    /// What a vCPU does first: it makes its way to the host. The code that [`Bench::load`](crate::Bench::load) loads has it.
+    /// What a vCPU does first: it makes its way to the host. What [`Bench::load`](crate::Bench::load) loads begins so.
     pub fn begin(&mut self) -> Result<(), IcedError> {
         match (self.interface.exits, self.interface.transport) {
             (Exits::Ghcb, Transport::PageState) => self.make_ghcb(),

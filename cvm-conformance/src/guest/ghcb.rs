@@ -315,8 +315,8 @@ impl Assembler {
         self.mov(rax, qword_ptr(r15 + field as i32))
     }
 
-    /// Asks by the page, at once, for a change of each of these pages to a side, from the first one to the last. The host's
-    /// answer is in RAX: 0 if all is done.
+    /// Asks by the page, at once, for a change of each of these pages to a side, from the first one to the last. The
+    /// host's answer is in RAX: 0 if all is done.
     pub fn page_states_by_page(&mut self, changes: &[(u64, Side)]) -> Result<(), IcedError> {
         self.page()?;
         let header = (changes.len() as u64).wrapping_sub(1) << 16 & 0xffff_0000;
