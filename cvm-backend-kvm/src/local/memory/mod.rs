@@ -129,7 +129,9 @@ pub(crate) fn shared_view(backing: &Backing, layout: &Layout) -> Result<SharedMe
         let len = usize::try_from(range.len())?;
         Ok((GuestAddress(range.start().0), len, Some(FileOffset::new(file, offset))))
     });
-    let mapped = GuestMemoryMmap::from_ranges_with_files(regions.collect::<Result<Vec<_>, BoxError>>()?)?;
+    let mapped = GuestMemoryMmap::from_ranges_with_files(regions.collect::<Result<Vec<_>, BoxError>>()?);
+    // What vm-memory says has its source in it.
+    let mapped = mapped.map_err(|error| format!("failed to map the shared side: {error}"))?;
     Ok(SharedMemory::new(mapped, Arc::new(PageStateMap::new(layout.slots().clone())?))?)
 }
 
