@@ -70,6 +70,8 @@ pub struct Bench<'a, P> {
     /// What protects its guests.
     pub protection: Protection,
     is_emulated: bool,
+    /// Whether the main of this program is the suite's.
+    pub(crate) is_of_suite: bool,
     open: &'a (dyn Fn() -> Result<P, BoxError> + Sync),
     held: &'a (dyn Fn() -> Vec<(String, u64)> + Sync),
 }
@@ -78,7 +80,8 @@ impl<'a, P: Platform> Bench<'a, P> {
     /// A platform whose guests have this protection, for tests of a backend's own that want guests as the suite has them. For
     /// the last argument see [`Subject::is_emulated`].
     pub fn new(platform: &'a P, protection: Protection, is_emulated: bool) -> Self {
-        Self { platform, protection, is_emulated, open: &|| Err("it was opened elsewhere".into()), held: &Vec::new }
+        let open = &|| Err("it was opened elsewhere".into());
+        Self { platform, protection, is_emulated, is_of_suite: false, open, held: &Vec::new }
     }
 
     /// The same with a way to [open](Subject::open) the platform once more, and one to [count](Subject::held) what VMs take
@@ -88,7 +91,7 @@ impl<'a, P: Platform> Bench<'a, P> {
         open: &'a (dyn Fn() -> Result<P, BoxError> + Sync),
         held: &'a (dyn Fn() -> Vec<(String, u64)> + Sync),
     ) -> Self {
-        Self { open, held, ..self }
+        Self { is_of_suite: true, open, held, ..self }
     }
 
     /// The platform once more.
