@@ -1201,16 +1201,6 @@ fn a_vault_that_dies_while_it_is_loaded_ends_the_launch() {
     assert_eq!(open_files(), files);
 }
 
-#[test]
-fn a_vm_that_is_dropped_takes_its_vault_along() {
-    let Some(vaults) = vaults() else { return };
-    let files = open_files();
-    let mut guest = Guest::from_launch(load(&vaults.platform, config(1), witness));
-    assert_eq!(guest.run(), SAYS_SECRET);
-    assert_eq!(children().len(), 1);
-    assert_leaves_nothing(guest, files);
-}
-
 /// Names the program that a test is to take for a vault: it is run anew for each.
 const PROGRAM: &str = "CVM_TEST_PROGRAM";
 

@@ -144,24 +144,6 @@ fn a_page_that_fails_once_behind_others_is_given_again_and_measured_once() {
 }
 
 #[test]
-fn a_launch_that_is_given_up_leaves_nothing_wherever_it_is() {
-    let Some(host) = host(Protection::SevSnp) else { return };
-    let before = processor::asids();
-    let held = host.platform.launch(config(1)).unwrap();
-    assert_eq!(processor::asids(), processor::with_more(&before, 1));
-    drop(held);
-    processor::assert_asids(&before);
-    drop(launch(&host).unwrap());
-    processor::assert_asids(&before);
-    let mut vm = launch(&host).unwrap().seal().unwrap();
-    let vcpus = vm.take_vcpus();
-    drop(vm);
-    assert_eq!(processor::asids(), processor::with_more(&before, 1), "a vcpu keeps its vm");
-    drop(vcpus);
-    processor::assert_asids(&before);
-}
-
-#[test]
 fn a_launch_among_signals_measures_every_page_once_and_leaves_nothing() {
     signals::among(|| {
         let Some(host) = host(Protection::SevSnp) else { return };
