@@ -1,9 +1,9 @@
 //! What a vault gives up, so that nobody gets into it and little gets out.
 
-#![allow(unsafe_code, reason = "descriptors are closed by number")]
+#![allow(unsafe_code, reason = "two system calls that no library has as they are needed here")]
 
 use crate::Error;
-use landlock::{ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, Scope};
+use landlock::{ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetStatus, Scope};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, clear_ambient_capability_set, remove_capability_from_bounding_set, set_capabilities,
@@ -16,6 +16,7 @@ use seccompiler::{
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::ptr::null;
 
 /// The first thing that a vault does: nobody looks into it from now on. `keep` is the only descriptor that it has kept.
 pub(super) fn close_the_doors(keep: u32) -> Result<(), Error> {
@@ -59,13 +60,35 @@ pub(super) fn lock_down() -> Result<(), Error> {
             .create()?
             .restrict_self()
     };
-    landlock().map_err(|error| Error::vault("restrict itself by landlock")(io::Error::other(error)))?;
+    let has_landlock = has_landlock()?;
+    let restricted =
+        landlock().map_err(|error| Error::vault("restrict itself by landlock")(io::Error::other(error)))?;
+    if has_landlock && restricted.ruleset == RulesetStatus::NotEnforced {
+        let source = io::Error::other("the kernel has it, and it is not enforced");
+        return Err(Error::vault("restrict itself by landlock")(source));
+    }
     let filters = filters().map_err(|error| Error::vault("make a filter of system calls")(io::Error::other(error)))?;
     // The list last: it does not have the call that sets a filter.
     filters.iter().try_for_each(|filter| {
         seccompiler::apply_filter(filter)
             .map_err(|error| Error::vault("filter its system calls")(io::Error::other(error)))
     })
+}
+
+/// Whether the kernel has landlock and lets this process use it. Else the rules are left out, but not for any other failure.
+fn has_landlock() -> Result<bool, Error> {
+    /// `LANDLOCK_CREATE_RULESET_VERSION` (Linux include/uapi/linux/landlock.h).
+    const VERSION: u32 = 1;
+    // SAFETY: without rules the call makes nothing: it tells its version.
+    let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, null::<u8>(), 0usize, VERSION) };
+    if version > 0 {
+        return Ok(true);
+    }
+    let source = io::Error::last_os_error();
+    match source.raw_os_error() {
+        Some(libc::ENOSYS | libc::EOPNOTSUPP | libc::EPERM) => Ok(false),
+        _ => Err(Error::vault("ask for landlock")(source)),
+    }
 }
 
 /// The one argument in which a call must be as said.
