@@ -3,6 +3,7 @@
 use crate::clause::{Clause, Verdict};
 use crate::clauses::{self, killed};
 use crate::faults;
+use crate::quality;
 use crate::subject::{Bench, Departure, Subject};
 use cvm_core::BoxError;
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -61,11 +62,7 @@ fn judge(declared: Option<&Departure>, found: std::thread::Result<Verdict>) -> O
     match (declared, found) {
         (None, Ok(Verdict::Met)) => Outcome::Met,
         (None, Ok(Verdict::NotOffered(why))) => Outcome::Failed(format!("it is not offered, and not declared: {why}")),
-        (None, Err(panic)) => {
-            let said = panic.downcast_ref::<String>().map(String::as_str);
-            let said = said.or_else(|| panic.downcast_ref::<&str>().copied());
-            Outcome::Failed(said.unwrap_or("it panicked").to_owned())
-        }
+        (None, Err(panic)) => Outcome::Failed(quality::said(&*panic).to_owned()),
         (Some(departure), Ok(Verdict::Met)) => {
             Outcome::Failed(format!("it is met: there is nothing to declare ({})", departure.reason))
         }

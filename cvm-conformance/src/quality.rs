@@ -1,6 +1,13 @@
 //! What an error has to say, whatever it is of.
 
+use std::any::Any;
 use std::error::Error;
+
+/// What a panic said.
+pub(crate) fn said(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("it panicked")
+}
 
 /// An error with its sources.
 pub(crate) fn told(error: &(dyn Error + 'static)) -> String {

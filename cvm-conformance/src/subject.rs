@@ -63,6 +63,16 @@ pub trait Subject: Send + Sync + 'static {
     }
 }
 
+/// Where a launch has what a guest needs.
+pub(crate) struct Places {
+    pub(crate) boot_page: Gpa,
+    pub(crate) tables: Gpa,
+    pub(crate) code: Gpa,
+}
+
+/// Where guests have it that are not in want of room.
+const PLACES: Places = Places { boot_page: Gpa(guest::BOOT_PAGE), tables: Gpa(guest::TABLES), code: Gpa(guest::CODE) };
+
 /// A subject on this host, for the check of a clause.
 pub struct Bench<'a, P> {
     /// The platform.
@@ -133,12 +143,23 @@ impl<'a, P: Platform> Bench<'a, P> {
         first: impl FnOnce(&Self, &mut Launch<P::Loader>) -> Result<(), Error>,
         write: impl FnOnce(&mut Assembler) -> Result<(), IcedError>,
     ) -> Result<Launch<P::Loader>, Error> {
+        self.load_at(&PLACES, config, first, write)
+    }
+
+    /// The same with other places for it.
+    pub(crate) fn load_at(
+        &self,
+        places: &Places,
+        config: VmConfig,
+        first: impl FnOnce(&Self, &mut Launch<P::Loader>) -> Result<(), Error>,
+        write: impl FnOnce(&mut Assembler) -> Result<(), IcedError>,
+    ) -> Result<Launch<P::Loader>, Error> {
         let mut launch = self.platform.launch(config)?;
         first(self, &mut launch)?;
-        let code = self.assemble(&launch, guest::CODE, |a| a.begin().and_then(|()| write(a)));
-        launch.load(Gpa(guest::CODE), &code, PageKind::Measured)?;
-        launch.start_in_long_mode(Gpa(guest::CODE), Gpa(guest::TABLES), Gpa(guest::BOOT_PAGE))?;
-        launch.load_boot_page(Gpa(guest::BOOT_PAGE), [0; 4])?;
+        let code = self.assemble(&launch, places.code.0, |a| a.begin().and_then(|()| write(a)));
+        launch.load(places.code, &code, PageKind::Measured)?;
+        launch.start_in_long_mode(places.code, places.tables, places.boot_page)?;
+        launch.load_boot_page(places.boot_page, [0; 4])?;
         Ok(launch)
     }
 

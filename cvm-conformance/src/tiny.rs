@@ -2,17 +2,16 @@
 
 use crate::Bench;
 use crate::guest::{self, Assembler};
-use cvm_core::{Error, Gpa, GpaRange, Launch, PAGE_SIZE, PageKind, Platform, VmConfig};
+use crate::subject::Places;
+use cvm_core::{Error, Gpa, GpaRange, Launch, PAGE_SIZE, Platform, VmConfig};
 use iced_x86::IcedError;
 
 /// All memory is below the end of the pages by which vCPUs talk to their host.
 const START: u64 = 0x3c_0000;
 const END: u64 = guest::GHCB + guest::MAX_GHCBS * PAGE_SIZE;
 
-/// The boot page, and what it is followed by.
-const BOOT_PAGE: u64 = START;
-const TABLES: u64 = START + 0x4000;
-const CODE: u64 = START + 0x1_4000;
+/// The boot page is followed by two that a trusted entity fills.
+const PLACES: Places = Places { boot_page: Gpa(START), tables: Gpa(START + 0x4000), code: Gpa(START + 0x1_4000) };
 
 /// Pages that no launch loads.
 pub(crate) const DATA: u64 = START + 0x1_8000;
@@ -33,10 +32,5 @@ pub(crate) fn load<P: Platform>(
     config: VmConfig,
     write: impl FnOnce(&mut Assembler) -> Result<(), IcedError>,
 ) -> Result<Launch<P::Loader>, Error> {
-    let mut launch = bench.platform.launch(config)?;
-    let code = bench.assemble(&launch, CODE, |a| a.begin().and_then(|()| write(a)));
-    launch.load(Gpa(CODE), &code, PageKind::Measured)?;
-    launch.start_in_long_mode(Gpa(CODE), Gpa(TABLES), Gpa(BOOT_PAGE))?;
-    launch.load_boot_page(Gpa(BOOT_PAGE), [0; 4])?;
-    Ok(launch)
+    bench.load_at(&PLACES, config, |_, _| Ok(()), write)
 }

@@ -27,7 +27,7 @@ pub(crate) fn is_ghcb(gpa: Gpa, pages: u64) -> bool {
 }
 
 /// Whether a vCPU asks for the page by which it talks to its host, as its code begins.
-fn is_of_ghcb(request: &ConversionRequest) -> bool {
+pub(crate) fn is_of_ghcb(request: &ConversionRequest) -> bool {
     is_ghcb(request.gpa(), request.pages())
 }
 

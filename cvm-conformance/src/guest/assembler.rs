@@ -209,7 +209,7 @@ impl Assembler {
     /// Gives up `pages` pages from `gpa` on before they are [asked](Assembler::ask) to be shared.
     pub fn rescind(&mut self, gpa: u64, pages: u64) -> Result<(), IcedError> {
         self.mov(rbx, gpa / PAGE_SIZE)?;
-        if self.validates { self.validate(pages, false) } else { Ok(()) }
+        self.validate(pages, false)
     }
 
     /// Accepts `pages` pages from `gpa` on, as [`Assembler::accept_frame`].
@@ -220,12 +220,7 @@ impl Assembler {
 
     /// Accepts `pages` pages from the page frame in RBX on: no launch has loaded anything in the large pages that they are in.
     pub fn accept_frame(&mut self, pages: u64) -> Result<(), IcedError> {
-        if self.validates { self.validate(pages, true) } else { Ok(()) }
-    }
-
-    /// Gives up the page in the page frame in RBX before it is shared.
-    pub(super) fn rescind_frame(&mut self) -> Result<(), IcedError> {
-        if self.validates { self.validate(1, false) } else { Ok(()) }
+        self.validate(pages, true)
     }
 
     /// The same as [`Assembler::ask`] for the page frame in RBX.
@@ -288,8 +283,12 @@ impl Assembler {
         self.rdpmc()
     }
 
-    /// Has the processor take pages from the page frame in RBX on for valid, or not (AMD64 APM volume 3, PVALIDATE).
-    fn validate(&mut self, pages: u64, valid: bool) -> Result<(), IcedError> {
+    /// Has the processor take pages from the page frame in RBX on for valid, or not (AMD64 APM volume 3, PVALIDATE), if it looks
+    /// at that.
+    pub(super) fn validate(&mut self, pages: u64, valid: bool) -> Result<(), IcedError> {
+        if !self.validates {
+            return Ok(());
+        }
         let mut again = self.create_label();
         self.mov(r14, rbx)?;
         self.shl(r14, 12)?;

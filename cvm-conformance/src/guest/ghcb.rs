@@ -107,7 +107,7 @@ impl Assembler {
     pub(super) fn make_ghcb(&mut self) -> Result<(), IcedError> {
         self.mov(rbx, GHCB / PAGE_SIZE)?;
         self.add(rbx, rdi)?;
-        self.rescind_frame()?;
+        self.validate(1, false)?;
         self.mov(rax, operation(Side::Shared) << 52 | u64::from(PAGE_STATE))?;
         self.shl(rbx, 12)?;
         self.or(rax, rbx)?;
@@ -226,6 +226,20 @@ impl Assembler {
         self.mov(rax, qword_ptr(r15 + RAX))
     }
 
+    /// Names the page's buffer as what the exit is about.
+    fn name_buffer(&mut self) -> Result<(), IcedError> {
+        self.mov(r14d, r15d)?;
+        self.add(r14d, BUFFER)?;
+        self.mov(qword_ptr(r15 + SCRATCH), r14)
+    }
+
+    /// Asks for the changes that are in the buffer. The host's answer is in RAX: 0 if all is done.
+    fn change_page_states(&mut self) -> Result<(), IcedError> {
+        self.name_buffer()?;
+        self.exit(PAGE_STATE_CHANGE, 0, bit(SCRATCH))?;
+        self.mov(rax, qword_ptr(r15 + EXIT_INFO_2))
+    }
+
     /// Changes the state of `pages` pages from the page frame in RBX on, as many at once as can be. EAX is 0 if all is done.
     pub(super) fn page_state_by_ghcb(&mut self, pages: u64, to: Side) -> Result<(), IcedError> {
         let mut out = self.create_label();
@@ -251,11 +265,7 @@ impl Assembler {
                 self.dec(eax)?;
                 self.jne(again)?;
             }
-            self.mov(r14d, r15d)?;
-            self.add(r14d, BUFFER)?;
-            self.mov(qword_ptr(r15 + SCRATCH), r14)?;
-            self.exit(PAGE_STATE_CHANGE, 0, bit(SCRATCH))?;
-            self.mov(rax, qword_ptr(r15 + EXIT_INFO_2))?;
+            self.change_page_states()?;
             left -= entries;
             if left == 0 {
                 break;
@@ -281,9 +291,7 @@ impl Assembler {
         // A string, repeated, of bytes, by a 64-bit address (AMD64 APM volume 2, section 15.10.2).
         let info = u64::from(port) << 16 | 1 << 9 | 1 << 4 | 1 << 3 | 1 << 2 | u64::from(read);
         self.page()?;
-        self.mov(r14d, r15d)?;
-        self.add(r14d, BUFFER)?;
-        self.mov(qword_ptr(r15 + SCRATCH), r14)?;
+        self.name_buffer()?;
         self.exit_with(IOIO, [info, count.into()], bit(SCRATCH))
     }
 
@@ -325,10 +333,6 @@ impl Assembler {
             self.mov(r14, value)?;
             self.mov(qword_ptr(r15 + place), r14)?;
         }
-        self.mov(r14d, r15d)?;
-        self.add(r14d, BUFFER)?;
-        self.mov(qword_ptr(r15 + SCRATCH), r14)?;
-        self.exit(PAGE_STATE_CHANGE, 0, bit(SCRATCH))?;
-        self.mov(rax, qword_ptr(r15 + EXIT_INFO_2))
+        self.change_page_states()
     }
 }

@@ -1,13 +1,12 @@
 //! A guest that notices what is done to it, and a VMM that takes whatever comes.
 
-use crate::guest::{Assembler, GHCB, MAX_GHCBS, REPORT};
+use crate::guest::{Assembler, REPORT};
 use crate::held::descendants;
 use crate::tiny::{self, DATA};
-use crate::vmm::{LIMIT, drive};
+use crate::vmm::{LIMIT, drive, is_of_ghcb};
 use crate::{Bench, Guest, VmOf, quality};
 use cvm_core::{
-    Answer, ConversionRequest, Error, Exit, Gpa, Launch, PAGE_SIZE, PageState, Platform, Policy, Side, Vcpu, Vm,
-    VmConfig, Watchdog,
+    Answer, Error, Exit, Gpa, Launch, PAGE_SIZE, PageState, Platform, Policy, Side, Vcpu, Vm, VmConfig, Watchdog,
 };
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -293,8 +292,4 @@ impl<V: Vm> Run<'_, V> {
         }
         Err(cause.unwrap_or_default())
     }
-}
-
-fn is_of_ghcb(request: &ConversionRequest) -> bool {
-    (GHCB..GHCB + MAX_GHCBS * PAGE_SIZE).contains(&request.gpa().0)
 }

@@ -3,8 +3,8 @@
 use crate::Bench;
 use crate::faults::{Fault, with_fault};
 use crate::held::{Held, assert_back};
+use crate::quality::said;
 use cvm_core::Platform;
-use std::any::Any;
 use std::fmt::Debug;
 use std::io::{Write, stderr};
 use std::ops::Range;
@@ -47,10 +47,6 @@ impl Alarm {
 pub(super) fn every(range: Range<u64>, most: u64, turn: u64) -> impl Iterator<Item = u64> {
     let stride = (range.end - range.start).div_ceil(most).max(1);
     range.skip((turn % stride) as usize).step_by(stride as usize)
-}
-
-pub(super) fn said(panic: &(dyn Any + Send)) -> &str {
-    panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied()).unwrap_or("a panic")
 }
 
 /// Work, and what comes of it without a fault.
