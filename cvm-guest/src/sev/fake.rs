@@ -291,6 +291,16 @@ pub fn boot(protection: Protection, doorbell: Doorbell, memory: MemoryRange) -> 
 
 /// A vCPU whose GHCB is the first page of the host's memory; it has been loaded, and so has all memory below `accepted`.
 pub fn vcpu<'a>(host: &'a Host, pages: &'a Pages, boot: &BootPage) -> Result<GhcbVcpu<&'a Host, &'a Pages>, Error> {
+    vcpu_with(host, pages, boot, host.protection == Protection::SevSnp)
+}
+
+/// The same with a table of CPUID leaves, or without.
+pub fn vcpu_with<'a>(
+    host: &'a Host,
+    pages: &'a Pages,
+    boot: &BootPage,
+    has_table: bool,
+) -> Result<GhcbVcpu<&'a Host, &'a Pages>, Error> {
     let gpa = host.memory.gpa(0);
     pages.set(gpa.0 / PAGE_SIZE);
     let blocks: &'static [BlockRecord] = (0..64).map(|_| BlockRecord::new()).collect::<Vec<_>>().leak();
@@ -299,7 +309,7 @@ pub fn vcpu<'a>(host: &'a Host, pages: &'a Pages, boot: &BootPage) -> Result<Ghc
     struct Table([u8; PAGE_SIZE as usize]);
     let table = Box::leak(Box::new(Table([1; PAGE_SIZE as usize])));
     table.0[..4].copy_from_slice(&1u32.to_le_bytes());
-    let cpuid = (host.protection == Protection::SevSnp).then(|| CpuidTable::new(&table.0).unwrap());
+    let cpuid = has_table.then(|| CpuidTable::new(&table.0).unwrap());
     #[allow(unsafe_code, reason = "the pages are the test's own")]
     // SAFETY: the page is one that the test keeps for this.
     unsafe {

@@ -17,7 +17,8 @@ pub struct GhcbVcpu<E, V> {
     ghcb: Ghcb,
     doorbell: Doorbell,
     acceptance: Acceptance<'static>,
-    /// Only under SEV-SNP.
+    protection: Protection,
+    /// The secure processor's, under SEV-SNP alone.
     cpuid: Option<CpuidTable>,
 }
 
@@ -37,15 +38,15 @@ fn set_up(exit: &impl Exit, validate: &impl Validate, protection: Protection, gp
 
 impl<E: Exit, V: Validate> GhcbVcpu<E, V> {
     /// The vCPU that runs this, protected as `protection` says, which [`Protection::of`] has found in `boot`. Its GHCB will
-    /// be the page at `gpa`, which must have been loaded. `blocks` is the guest's record of accepted memory, and `cpuid` the
-    /// table at [`BootPage::cpuid`] if there is one.
+    /// be the page at `gpa`, which must have been loaded. `acceptance` is the guest's record of accepted memory, and `cpuid` the
+    /// table at [`BootPage::cpuid`], which SEV-SNP guests must have and others cannot.
     ///
     /// # Safety
     /// The page at `gpa` must be the guest's, used for nothing else, and mapped writable at `gpa + boot.shared_at` too.
     ///
     /// # Errors
-    /// [`Error::BootPage`] for a doorbell that this version does not know; faults of the host. What is left of the page then
-    /// is unknown.
+    /// [`Error::BootPage`] for a doorbell that this version does not know, a protection without a GHCB, and a table of CPUID
+    /// leaves that is missing or that nobody vouches for; faults of the host, after which the contents of the page are unknown.
     #[allow(unsafe_code, reason = "only the caller knows what else uses the page")]
     pub unsafe fn new(
         exit: E,
@@ -57,13 +58,19 @@ impl<E: Exit, V: Validate> GhcbVcpu<E, V> {
         cpuid: Option<CpuidTable>,
     ) -> Result<Self, Error> {
         let doorbell = boot.doorbell().ok_or(Error::BootPage("doorbell"))?;
+        match (protection, cpuid) {
+            (Protection::SevSnp, Some(_)) | (Protection::SevEs, None) => {}
+            // Without the table the guest would have to believe the host.
+            (Protection::SevSnp, None) | (Protection::SevEs, Some(_)) => return Err(Error::BootPage("cpuid table")),
+            (Protection::None | Protection::Sev, _) => return Err(Error::BootPage("protection")),
+        }
         let page = GpaRange::new(gpa.0, PAGE_SIZE).map_err(|_| Fault::NoPage(gpa.0))?;
         let version = set_up(&exit, &validate, protection, gpa)?;
         // SAFETY: passed on to the caller; the page is shared now.
         let region = unsafe { SharedRegion::new(page, boot.shared_at)? };
         region.zero(0, region.len())?;
         let ghcb = Ghcb::new(region, version)?;
-        Ok(Self { exit, validate, ghcb, doorbell, acceptance, cpuid })
+        Ok(Self { exit, validate, ghcb, doorbell, acceptance, protection, cpuid })
     }
 
     /// What a step gave, or the end of the guest.
@@ -78,7 +85,7 @@ impl<E: Exit, V: Validate> GhcbVcpu<E, V> {
 
     /// Whether this is SEV-SNP.
     pub(super) fn is_snp(&self) -> bool {
-        self.cpuid.is_some()
+        self.protection == Protection::SevSnp
     }
 
     /// What the processor says of itself: EAX, EBX, ECX, EDX. Under SEV-SNP the secure processor vouches for it, and under
@@ -176,7 +183,7 @@ impl<E: Exit, V: Validate> Machine for GhcbVcpu<E, V> {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::super::event::code;
-    use super::super::fake::{Host, Pages, TERMINATED, boot, vcpu};
+    use super::super::fake::{Host, Pages, TERMINATED, boot, vcpu, vcpu_with};
     use super::super::ghcb::offset;
     use super::*;
     use crate::Platform;
@@ -234,6 +241,26 @@ mod tests {
         let setting = Setting::new(Protection::SevEs, Doorbell::Port);
         setting.vcpu();
         assert_eq!(*setting.host.msrs.borrow(), [2]);
+    }
+
+    #[test]
+    fn the_protection_decides_whether_there_is_a_table_of_cpuid_leaves() {
+        let cases = [
+            (Protection::SevSnp, true, None),
+            (Protection::SevSnp, false, Some("cpuid table")),
+            (Protection::SevEs, true, Some("cpuid table")),
+            (Protection::SevEs, false, None),
+            (Protection::Sev, false, Some("protection")),
+            (Protection::None, false, Some("protection")),
+        ];
+        for (protection, has_table, refused) in cases {
+            let Setting { host, pages, boot } = &Setting::new(protection, Doorbell::Port);
+            let made = vcpu_with(host, pages, boot, has_table);
+            match refused {
+                Some(what) => assert_eq!(made.err(), Some(Error::BootPage(what)), "{protection:?}, {has_table}"),
+                None => assert_eq!(made.unwrap().is_snp(), protection == Protection::SevSnp),
+            }
+        }
     }
 
     #[test]
