@@ -1,0 +1,70 @@
+//! The examples, run as a user runs them. What needs KVM is skipped, loudly, where there is none; with the variable
+//! `CVM_REQUIRE_KVM` set that is a failure.
+
+mod bad_input;
+mod io_overhead;
+mod measure;
+mod others;
+mod tiny_guest;
+
+use serde_json::Value;
+use std::fs::OpenOptions;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// Where cargo has put an example; it builds them before it runs this.
+fn example(name: &str) -> PathBuf {
+    let this = std::env::current_exe().unwrap();
+    let path = this.parent().and_then(Path::parent).unwrap().join("examples").join(name);
+    assert!(path.is_file(), "{} is not built: run `cargo build --examples`", path.display());
+    path
+}
+
+/// Whether guests can run here.
+fn kvm() -> bool {
+    match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => true,
+        Err(error) if std::env::var_os("CVM_REQUIRE_KVM").is_some() => panic!("/dev/kvm is required: {error}"),
+        Err(error) => {
+            eprintln!("SKIPPED: /dev/kvm cannot be opened: {error}");
+            false
+        }
+    }
+}
+
+fn run(name: &str, arguments: &[&str]) -> Output {
+    let output = Command::new(example(name)).args(arguments).output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(!errors.contains("panicked"), "{name} {arguments:?} panicked: {errors}");
+    output
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+/// Boots the tiny guest and returns the JSON and whether the exit status was 0.
+fn boot(arguments: &[&str]) -> (Value, bool) {
+    let output = run("boot_tiny_guest", &[arguments, &["--json"]].concat());
+    let json = serde_json::from_str(&stdout(&output)).unwrap_or_else(|error| {
+        panic!("{arguments:?} gave no json: {error}\n{}\n{}", stdout(&output), stderr(&output))
+    });
+    (json, output.status.success())
+}
+
+/// Boots the tiny guest, which must go well, and has far longer than it needs where processors are emulated.
+fn boot_well(arguments: &[&str]) -> Value {
+    let (json, success) = boot(&[arguments, &["--timeout", "240"]].concat());
+    assert!(success && json["ok"] == true, "{arguments:?}: {json:#}");
+    json
+}
+
+/// Whether this host offers a kind of protection.
+fn offered(protection: &str) -> bool {
+    let offers: Value = serde_json::from_str(&stdout(&run("probe", &["--json"]))).unwrap();
+    offers.as_array().unwrap().iter().any(|offer| offer["protection"] == protection && offer["offered"] == true)
+}
