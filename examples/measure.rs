@@ -1,6 +1,6 @@
 //! What a launch of AMD SEV, SEV-ES or SEV-SNP is measured as, computed from its files.
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use cvm::doorbell::Doorbell;
 use cvm::image::Image;
 use cvm::sev::{CpuSignature, Firmware, KernelHashes, SevFeatures, Vcpus, Vmm, igvm, sev, snp};
@@ -29,23 +29,19 @@ struct Options {
 #[derive(Debug, Subcommand)]
 enum Mode {
     /// SEV-SNP: SHA-384 over a chain of pages
-    Snp {
-        #[command(flatten)]
-        files: Files,
-        #[command(flatten)]
-        vcpus: VcpuOptions,
-        #[command(flatten)]
-        elf: ElfOptions,
-        /// What is active in the guest, as the bits of SEV_FEATURES
-        #[arg(long, value_name = "BITS", default_value = "0x1", value_parser = number)]
-        features: u64,
-    },
+    Snp(Snp),
     /// SEV-ES: SHA-256 of firmware, hashes of a kernel, and vCPUs
     SevEs {
         #[command(flatten)]
         files: Files,
+        /// How many vCPUs
+        #[arg(long, value_name = "N")]
+        vcpus: u32,
         #[command(flatten)]
-        vcpus: VcpuOptions,
+        states: States,
+        /// What is active in the guest, as the bits of SEV_FEATURES
+        #[arg(long, value_name = "BITS", default_value = "0", value_parser = number)]
+        features: u64,
     },
     /// SEV: SHA-256 of firmware and hashes of a kernel
     Sev {
@@ -55,14 +51,41 @@ enum Mode {
 }
 
 #[derive(Debug, Args)]
+#[command(group(ArgGroup::new("subject").args(["ovmf", "igvm", "elf"]).required(true)))]
+struct Snp {
+    /// The firmware; on Debian, the package ovmf-amdsev has one that checks kernels
+    #[arg(long, value_name = "FILE", requires = "vcpus")]
+    ovmf: Option<PathBuf>,
+    /// An IGVM file instead, which says all that there is to measure
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["vcpus", "vmm", "features", "kernel", "model"])]
+    igvm: Option<PathBuf>,
+    #[command(flatten)]
+    kernel: KernelOptions,
+    /// How many vCPUs, with --ovmf and --elf
+    #[arg(long, value_name = "N")]
+    vcpus: Option<u32>,
+    #[command(flatten)]
+    states: States,
+    #[command(flatten)]
+    elf: ElfOptions,
+    /// What is active in the guest, as the bits of SEV_FEATURES
+    #[arg(long, value_name = "BITS", default_value = "0x1", value_parser = number)]
+    features: u64,
+}
+
+/// Firmware, and a kernel beside it.
+#[derive(Debug, Args)]
 struct Files {
     /// The firmware; on Debian, the package ovmf-amdsev has one that checks kernels
-    #[arg(long, value_name = "FILE", required_unless_present_any = ["igvm", "elf"])]
-    ovmf: Option<PathBuf>,
-    /// An IGVM file instead, which says all that there is to measure; with snp only
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["ovmf", "kernel"])]
-    igvm: Option<PathBuf>,
-    /// A kernel that the VMM loads beside it
+    #[arg(long, value_name = "FILE")]
+    ovmf: PathBuf,
+    #[command(flatten)]
+    kernel: KernelOptions,
+}
+
+#[derive(Debug, Args)]
+struct KernelOptions {
+    /// A kernel that the VMM loads beside the firmware
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
     /// The kernel's initial RAM disk
@@ -73,19 +96,26 @@ struct Files {
     append: Option<String>,
 }
 
+/// Which processor the vCPUs are, and who makes their initial states. QEMU's states have the processor's signature.
 #[derive(Debug, Args)]
-struct VcpuOptions {
-    /// How many vCPUs
-    #[arg(long, value_name = "N", required_unless_present = "igvm", conflicts_with = "igvm")]
-    vcpus: Option<u32>,
-    /// QEMU's name of their model, such as EPYC-v4
-    #[arg(long, value_name = "MODEL", required_unless_present_any = ["vcpu_sig", "igvm", "elf"],
-          conflicts_with_all = ["vcpu_sig", "igvm", "elf"])]
+#[command(group(ArgGroup::new("model").args(["vcpu_type", "vcpu_sig", "vcpu_family"])))]
+struct States {
+    /// QEMU's name of the vCPUs' model, such as EPYC-v4
+    #[arg(long, value_name = "MODEL")]
     vcpu_type: Option<CpuSignature>,
-    /// Their signature, CPUID leaf 1 EAX, instead
-    #[arg(long, value_name = "NUMBER", value_parser = signature, conflicts_with_all = ["igvm", "elf"])]
+    /// The model's signature instead: CPUID leaf 1 EAX
+    #[arg(long, value_name = "NUMBER", value_parser = signature)]
     vcpu_sig: Option<CpuSignature>,
-    /// Who makes their initial state
+    /// The model's family instead, with its extended part added
+    #[arg(long, value_name = "NUMBER", value_parser = byte, requires = "vcpu_model")]
+    vcpu_family: Option<u8>,
+    /// With --vcpu-family: the model in it, with its extended part
+    #[arg(long, value_name = "NUMBER", value_parser = byte, requires = "vcpu_family")]
+    vcpu_model: Option<u8>,
+    /// With --vcpu-family: the stepping
+    #[arg(long, value_name = "NUMBER", value_parser = stepping, default_value = "0", requires = "vcpu_family")]
+    vcpu_stepping: u8,
+    /// Who makes the vCPUs' initial states
     #[arg(long, value_enum, default_value = "qemu")]
     vmm: VmmName,
 }
@@ -94,7 +124,7 @@ struct VcpuOptions {
 #[derive(Debug, Args)]
 struct ElfOptions {
     /// A guest of these crates instead of firmware: an ELF file, launched as boot_tiny_guest does
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["ovmf", "igvm", "kernel"])]
+    #[arg(long, value_name = "FILE", requires = "vcpus", conflicts_with_all = ["kernel", "vmm", "model"])]
     elf: Option<PathBuf>,
     /// With --elf: how much memory the guest has, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 64, requires = "elf")]
@@ -114,7 +144,8 @@ impl ElfOptions {
     /// Rehearses the launch.
     fn measure(&self, path: &Path, vcpus: u32, features: SevFeatures) -> Result<Value, Box<dyn Error>> {
         let image = Image::from_elf(&read(path)?).map_err(|error| format!("{}: {error}", path.display()))?;
-        let memory = self.memory.checked_mul(1 << 20).ok_or("there is no such amount of memory")?;
+        let memory = self.memory.checked_mul(1 << 20);
+        let memory = memory.ok_or_else(|| format!("--memory {}: the guest has at most 2^44 MiB", self.memory))?;
         let mut config = VmConfig::new(memory, vcpus)?;
         config.doorbell = if self.msr { Doorbell::Msr } else { Doorbell::Port };
         let mut launch = Launch::rehearse(config, snp::interface(self.private_bit))?;
@@ -144,29 +175,47 @@ fn signature(text: &str) -> Result<CpuSignature, String> {
     u32::try_from(number).map(CpuSignature).map_err(|error| error.to_string())
 }
 
-impl VcpuOptions {
-    fn vcpus(&self, features: SevFeatures) -> Vcpus {
+fn byte(text: &str) -> Result<u8, String> {
+    let number = number(text).map_err(|error| error.to_string())?;
+    u8::try_from(number).map_err(|error| error.to_string())
+}
+
+fn stepping(text: &str) -> Result<u8, String> {
+    byte(text).and_then(|stepping| if stepping > 15 { Err("a stepping is 0 to 15".into()) } else { Ok(stepping) })
+}
+
+impl States {
+    fn signature(&self) -> Option<CpuSignature> {
+        let numbers = self.vcpu_family.zip(self.vcpu_model);
+        let of_numbers = numbers.map(|(family, model)| CpuSignature::new(family, model, self.vcpu_stepping));
+        self.vcpu_type.or(self.vcpu_sig).or(of_numbers)
+    }
+
+    fn of(&self, count: u32, features: u64) -> Result<Vcpus, String> {
         let vmm = match self.vmm {
             VmmName::Qemu => Vmm::Qemu,
             VmmName::Ec2 => Vmm::Ec2,
             VmmName::Gce => Vmm::Gce,
         };
-        let signature = self.vcpu_type.or(self.vcpu_sig).unwrap_or(CpuSignature(0));
-        Vcpus { count: self.vcpus.unwrap_or(0), signature, vmm, features }
+        let signature = match (vmm, self.signature()) {
+            (_, Some(signature)) => signature,
+            (Vmm::Qemu, None) => {
+                return Err("the states that QEMU makes depend on the vcpus' model: \
+                            add --vcpu-type, --vcpu-sig, or --vcpu-family and --vcpu-model"
+                    .into());
+            }
+            (Vmm::Ec2 | Vmm::Gce, None) => CpuSignature(0),
+        };
+        Ok(Vcpus { count, signature, vmm, features: SevFeatures::from_bits_retain(features) })
     }
 }
 
-fn features(bits: u64) -> Result<SevFeatures, String> {
-    let known = SevFeatures::all().bits();
-    SevFeatures::from_bits(bits).ok_or_else(|| format!("the known bits among the features are {known:#x}"))
-}
-
 fn read(path: &Path) -> Result<Vec<u8>, String> {
-    fs::read(path).map_err(|error| format!("reading {}: {error}", path.display()))
+    fs::read(path).map_err(|error| format!("failed to read {}: {error}", path.display()))
 }
 
-impl Files {
-    fn kernel(&self) -> Result<Option<KernelHashes>, Box<dyn Error>> {
+impl KernelOptions {
+    fn hashes(&self) -> Result<Option<KernelHashes>, Box<dyn Error>> {
         let Some(kernel) = &self.kernel else { return Ok(None) };
         let initrd = self.initrd.as_deref().map(read).transpose()?.unwrap_or_default();
         let command_line = self.append.as_deref().unwrap_or_default().as_bytes();
@@ -174,44 +223,70 @@ impl Files {
     }
 }
 
-fn measure(mode: &Mode) -> Result<Value, Box<dyn Error>> {
-    let (Mode::Snp { files, .. } | Mode::SevEs { files, .. } | Mode::Sev { files }) = mode;
-    if let Some(path) = &files.igvm {
-        let file = read(path)?;
-        let Mode::Snp { .. } = mode else {
-            return Err("an igvm file is measured for snp only: `measure snp --igvm FILE`".into());
-        };
-        let file = igvm::parse(&file).map_err(|error| format!("{}: {error}", path.display()))?;
-        let (digest, policy) = (igvm::measurement(&file)?.to_string(), igvm::policy(&file)?.bits());
-        return Ok(json!({ "mode": "snp", "digest": digest, "policy": format!("{policy:#x}") }));
-    }
-    if let Mode::Snp { elf: elf @ ElfOptions { elf: Some(path), .. }, vcpus, features: bits, .. } = mode {
-        return elf.measure(path, vcpus.vcpus.unwrap_or(0), features(*bits)?);
-    }
-    let path = files.ovmf.as_deref().ok_or("it takes a firmware, an igvm file or an elf file")?;
-    let (image, kernel) = (read(path)?, files.kernel()?);
-    let firmware = Firmware::parse(&image).map_err(|error| {
-        format!(
-            "{}: {error}; it takes an image of OVMF, which Debian's packages ovmf and ovmf-amdsev have",
-            path.display()
-        )
+/// What all of firmware has to say, and `digest` computes of it and of a kernel.
+fn of_firmware(
+    path: &Path,
+    kernel: &KernelOptions,
+    mode: &str,
+    digest: impl FnOnce(&Firmware<'_>, Option<&KernelHashes>) -> Result<String, cvm::sev::Error>,
+) -> Result<Value, Box<dyn Error>> {
+    let (image, kernel) = (read(path)?, kernel.hashes()?);
+    let name = path.display();
+    let no_image = "an image of OVMF is in each of Debian's packages ovmf and ovmf-amdsev";
+    let firmware = Firmware::parse(&image).map_err(|error| format!("{name}: {error}; {no_image}"))?;
+    let digest = digest(&firmware, kernel.as_ref()).map_err(|error| match error {
+        cvm::sev::Error::FirmwareLacks { .. } => format!("{name}: {error}; that of Debian's package ovmf-amdsev does"),
+        error => format!("{name}: {error}"),
     })?;
-    let (name, digest) = match mode {
-        Mode::Snp { vcpus, features: bits, .. } => {
-            let vcpus = vcpus.vcpus(features(*bits)?);
-            ("snp", snp::of_firmware(&firmware, &vcpus, kernel.as_ref())?.to_string())
-        }
-        Mode::SevEs { vcpus, .. } => {
-            let vcpus = vcpus.vcpus(SevFeatures::empty());
-            ("sev-es", sev::of_firmware(&firmware, Some(&vcpus), kernel.as_ref())?.to_string())
-        }
-        Mode::Sev { .. } => ("sev", sev::of_firmware(&firmware, None, kernel.as_ref())?.to_string()),
-    };
-    let sections = firmware.sections().iter();
+    // What only SEV-SNP reads can be damaged or missing in the others.
+    let sections = firmware.sections().unwrap_or_default().into_iter();
     let sections =
         sections.map(|section| json!({ "kind": format!("{:?}", section.kind), "range": section.range.to_string() }));
     let sections = sections.collect::<Value>();
-    Ok(json!({ "mode": name, "digest": digest, "firmware": firmware.range().to_string(), "sections": sections }))
+    Ok(json!({ "mode": mode, "digest": digest, "firmware": firmware.range().to_string(), "sections": sections }))
+}
+
+impl Snp {
+    fn measure(&self) -> Result<Value, Box<dyn Error>> {
+        // The parser sees to it that there are vCPUs where they are needed.
+        let vcpus = self.vcpus.unwrap_or_default();
+        if let Some(path) = &self.igvm {
+            return of_igvm(path);
+        }
+        if let Some(path) = &self.elf.elf {
+            return self.elf.measure(path, vcpus, SevFeatures::from_bits_retain(self.features));
+        }
+        let path = self.ovmf.as_deref().ok_or("there is nothing to measure: add --ovmf, --igvm or --elf")?;
+        let vcpus = self.states.of(vcpus, self.features)?;
+        of_firmware(path, &self.kernel, "snp", |firmware, kernel| {
+            Ok(snp::of_firmware(firmware, &vcpus, kernel)?.to_string())
+        })
+    }
+}
+
+fn of_igvm(path: &Path) -> Result<Value, Box<dyn Error>> {
+    let file = read(path)?;
+    let measured = || {
+        let file = igvm::parse(&file)?;
+        Ok((igvm::measurement(&file)?, file.policy()))
+    };
+    let (digest, policy) = measured().map_err(|error: cvm::sev::Error| format!("{}: {error}", path.display()))?;
+    Ok(json!({ "mode": "snp", "digest": digest.to_string(), "policy": policy.map(|policy| format!("{policy:#x}")) }))
+}
+
+fn measure(mode: &Mode) -> Result<Value, Box<dyn Error>> {
+    match mode {
+        Mode::Snp(snp) => snp.measure(),
+        Mode::SevEs { files, vcpus, states, features } => {
+            let vcpus = states.of(*vcpus, *features)?;
+            of_firmware(&files.ovmf, &files.kernel, "sev-es", |firmware, kernel| {
+                Ok(sev::of_firmware(firmware, Some(&vcpus), kernel)?.to_string())
+            })
+        }
+        Mode::Sev { files } => of_firmware(&files.ovmf, &files.kernel, "sev", |firmware, kernel| {
+            Ok(sev::of_firmware(firmware, None, kernel)?.to_string())
+        }),
+    }
 }
 
 fn main() -> ExitCode {
@@ -219,9 +294,7 @@ fn main() -> ExitCode {
     let measured = match measure(&options.mode) {
         Ok(measured) => measured,
         Err(error) => {
-            let lacks = matches!(error.downcast_ref(), Some(cvm::sev::Error::FirmwareLacks { .. }));
-            let next = if lacks { "; that of Debian's package ovmf-amdsev has all that is asked for here" } else { "" };
-            eprintln!("error: {error}{next}");
+            eprintln!("error: {error}");
             return ExitCode::FAILURE;
         }
     };

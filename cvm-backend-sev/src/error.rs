@@ -36,7 +36,7 @@ pub enum Error {
         vcpus: u32,
     },
     /// No such vCPU model is known.
-    #[error("no vcpu model is called {name}; there are {}", crate::vcpu::names())]
+    #[error("no vcpu model is called {name:?}; known are {}, and their versions, as in EPYC-v4", crate::vcpu::names())]
     VcpuModel {
         /// What was asked for.
         name: String,

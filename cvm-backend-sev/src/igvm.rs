@@ -18,13 +18,12 @@ fn refuse(offset: usize, problem: impl Into<String>) -> Error {
 /// Reads a file for SEV-SNP.
 ///
 /// # Errors
-/// As [`Igvm::parse`]; [`Error::Igvm`] if it has no policy, [`Error::Policy`].
+/// As [`Igvm::parse`].
 pub fn parse(file: &[u8]) -> Result<Igvm<'_>, Error> {
-    let igvm = Igvm::parse(file, IgvmPlatform::SevSnp)?;
-    policy(&igvm).map(|_| igvm)
+    Ok(Igvm::parse(file, IgvmPlatform::SevSnp)?)
 }
 
-/// The guest policy that it asks for.
+/// The guest policy that it asks for. A launch needs it, and its measurement does not.
 ///
 /// # Errors
 /// [`Error::Igvm`] if it has none, [`Error::Policy`].
@@ -56,15 +55,13 @@ pub fn measurement(igvm: &Igvm<'_>) -> Result<Measurement, Error> {
     Ok(digest.measurement())
 }
 
-/// What it wants to be active in the guest: what its first vCPU has.
+/// What it wants to be active in the guest: what its first vCPU has. KVM refuses features that it does not have.
 ///
 /// # Errors
-/// [`Error::Igvm`] for a file without vCPUs, or with bits that are not known.
+/// [`Error::Igvm`] for a file without vCPUs.
 pub fn features(igvm: &Igvm<'_>) -> Result<SevFeatures, Error> {
-    let (offset, first) = igvm.contexts().next().ok_or_else(|| refuse(0, "it has no vcpus"))?;
-    let bits = vmsa::features(first.contents);
-    let features = SevFeatures::from_bits(bits);
-    features.ok_or_else(|| refuse(offset, format!("a vcpu has unknown bits among the features {bits:#x}")))
+    let (_, first) = igvm.contexts().next().ok_or_else(|| refuse(0, "it has no vcpus"))?;
+    Ok(SevFeatures::from_bits_retain(vmsa::features(first.contents)))
 }
 
 /// What a launch through KVM can start of it: there vCPUs are measured last, in the order of their indices, all at one address,

@@ -58,47 +58,27 @@ pub struct Section {
     pub range: GpaRange,
 }
 
-/// A firmware image whose metadata are sound.
+/// A firmware image. What its table says is judged where it is needed, so that damage in what only SEV-SNP reads refuses no
+/// other launch.
 #[derive(Clone)]
 pub struct Firmware<'a> {
     image: &'a [u8],
     range: GpaRange,
-    reset_vector: Option<u32>,
-    hash_table: Option<Gpa>,
-    sections: Vec<Section>,
+    table: Result<Vec<Entry<'a>>, Error>,
 }
 
 impl<'a> Firmware<'a> {
-    /// Reads what an image says. One that has no table says nothing, which is enough for plain SEV.
+    /// Finds the table of an image. An image without a table says nothing, which is enough for plain SEV.
     ///
     /// # Errors
-    /// [`Error::Pages`] when it is not made of whole pages or longer than [`MAX_BYTES`], [`Error::Firmware`] when it is
-    /// damaged: lengths and offsets that lead outside, entries or sections that are there twice, overlap, or are of no known
-    /// kind.
+    /// [`Error::Pages`] when it is not made of whole pages or longer than [`MAX_BYTES`].
     pub fn parse(image: &'a [u8]) -> Result<Self, Error> {
         let len = image.len() as u64;
         let start = Gpa(END.saturating_sub(len));
         if image.len() > MAX_BYTES {
             return Err(Error::Pages { gpa: start, len, problem: "no firmware is as long" });
         }
-        let range = pages(start, len)?;
-        let mut firmware = Self { image, range, reset_vector: None, hash_table: None, sections: Vec::new() };
-        let mut metadata = None;
-        for entry in table(image)? {
-            let seen = match entry.guid {
-                RESET_BLOCK => firmware.reset_vector.replace(entry.number(0)?).is_some(),
-                HASH_TABLE => firmware.hash_table.replace(entry.hash_table()?).is_some(),
-                METADATA => metadata.replace(entry.number(0)?).is_some(),
-                _ => false,
-            };
-            if seen {
-                return Err(damaged(entry.offset, "an entry of the table is there twice"));
-            }
-        }
-        if let Some(from_end) = metadata {
-            firmware.sections = sections(image, from_end, range)?;
-        }
-        Ok(firmware)
+        Ok(Self { image, range: pages(start, len)?, table: table(image) })
     }
 
     /// All of the image.
@@ -111,27 +91,44 @@ impl<'a> Firmware<'a> {
         self.range
     }
 
+    /// The one entry of the table with this name.
+    fn entry(&self, guid: Guid) -> Result<Option<&Entry<'a>>, Error> {
+        let mut found = self.table.as_ref().map_err(Clone::clone)?.iter().filter(|entry| entry.guid == guid);
+        match (found.next(), found.next()) {
+            (entry, None) => Ok(entry),
+            (_, Some(twice)) => Err(damaged(twice.offset, "an entry of the table is there twice")),
+        }
+    }
+
     /// The sections of memory to be prepared, in the order in which they are measured. No two have a page in common, nor
-    /// one with the image.
-    pub fn sections(&self) -> &[Section] {
-        &self.sections
+    /// one with the image. Sections of memory without a page are left out, as the VMMs load nothing for them.
+    ///
+    /// # Errors
+    /// [`Error::Firmware`] when table or metadata are damaged: lengths and offsets that lead outside, an entry that is there
+    /// twice, sections that overlap; another version of the metadata than 1, a section of an unknown kind, and one that has to
+    /// have one page and does not.
+    pub fn sections(&self) -> Result<Vec<Section>, Error> {
+        let metadata = self.entry(METADATA)?;
+        metadata.map_or(Ok(Vec::new()), |entry| sections(self.image, entry.number(0)?, self.range))
     }
 
     /// Where vCPUs other than the first start.
     ///
     /// # Errors
-    /// [`Error::FirmwareLacks`] if it does not say.
+    /// [`Error::FirmwareLacks`] if it does not say; [`Error::Firmware`] for a damaged table.
     pub fn reset_vector(&self) -> Result<u32, Error> {
-        let vector = self.reset_vector.filter(|vector| *vector != 0);
+        let vector = self.entry(RESET_BLOCK)?.map(|entry| entry.number(0)).transpose()?;
+        let vector = vector.filter(|vector| *vector != 0);
         vector.ok_or(Error::FirmwareLacks { lacks: "does not say where vcpus other than the first start" })
     }
 
     /// Where it expects the hashes of a kernel.
     ///
     /// # Errors
-    /// [`Error::FirmwareLacks`] if nowhere.
+    /// [`Error::FirmwareLacks`] if nowhere; [`Error::Firmware`] for a damaged table, and one that has no room for them.
     pub fn hash_table(&self) -> Result<Gpa, Error> {
-        let table = self.hash_table.filter(|gpa| gpa.0 != 0);
+        let table = self.entry(HASH_TABLE)?.map(Entry::hash_table).transpose()?;
+        let table = table.filter(|gpa| gpa.0 != 0);
         table.ok_or(Error::FirmwareLacks { lacks: "has no place for the hashes of a kernel: it would not check them" })
     }
 }
@@ -140,8 +137,8 @@ impl fmt::Debug for Firmware<'_> {
     /// All but the image.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut debug = f.debug_struct("Firmware");
-        debug.field("range", &self.range).field("reset_vector", &self.reset_vector);
-        debug.field("hash_table", &self.hash_table).field("sections", &self.sections).finish_non_exhaustive()
+        debug.field("range", &self.range).field("reset_vector", &self.reset_vector());
+        debug.field("hash_table", &self.hash_table()).field("sections", &self.sections()).finish_non_exhaustive()
     }
 }
 
@@ -166,6 +163,7 @@ fn damaged(offset: usize, problem: impl Into<String>) -> Error {
 }
 
 /// An entry of the table.
+#[derive(Clone)]
 struct Entry<'a> {
     guid: Guid,
     /// Where its data are.
@@ -243,11 +241,15 @@ fn sections(image: &[u8], from_end: u32, firmware: GpaRange) -> Result<Vec<Secti
         let (gpa, len, kind) = (number(at)?, number(at + 4)?, number(at + 8)?);
         let kind =
             SectionKind::from_u32(kind).ok_or_else(|| damaged(at + 8, format!("a section of kind {kind:#x}")))?;
-        let range = pages(Gpa(gpa.into()), len.into()).map_err(|error| damaged(at, error.to_string()))?;
         let one = !matches!(kind, SectionKind::Memory | SectionKind::SvsmCallingArea);
-        if one && range.len() != PAGE_SIZE {
-            return Err(damaged(at + 4, format!("a section of kind {:#x} is one page, not {range}", kind as u32)));
+        if one && u64::from(len) != PAGE_SIZE {
+            return Err(damaged(at + 4, format!("the section {kind:?} is one page, not {len:#x} bytes at {gpa:#x}")));
         }
+        // Images that are made for another technology have them.
+        if len == 0 {
+            continue;
+        }
+        let range = pages(Gpa(gpa.into()), len.into()).map_err(|error| damaged(at, error.to_string()))?;
         sections.push(Section { kind, range });
     }
     // The firmware takes each page once.

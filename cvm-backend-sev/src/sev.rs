@@ -23,7 +23,8 @@ impl std::fmt::Display for SevDigest {
 /// The digest of a launch of OVMF by QEMU: the image, the hashes of a kernel if there is one, and with SEV-ES the vCPUs.
 ///
 /// # Errors
-/// [`Error::FirmwareLacks`] when the firmware does not check a kernel, or does not say where vCPUs start; [`Error::Vcpus`].
+/// [`Error::FirmwareLacks`] when the firmware does not check a kernel, or does not say where vCPUs other than the first start;
+/// [`Error::Firmware`] when it is damaged where that is said; [`Error::Vcpus`].
 pub fn of_firmware(
     firmware: &Firmware<'_>,
     es: Option<&Vcpus>,

@@ -24,10 +24,10 @@ pub struct Vcpus {
 }
 
 impl Vcpus {
-    /// Their states: the first starts at the reset vector, the others where the firmware says.
+    /// Their states: the first starts at the reset vector, the others, if there are any, where the firmware says.
     ///
     /// # Errors
-    /// [`Error::Vcpus`] for none or more than [`MAX_VCPUS`]; [`Error::FirmwareLacks`].
+    /// [`Error::Vcpus`] for none or more than [`MAX_VCPUS`]; as [`Firmware::reset_vector`].
     pub(crate) fn with_states<T>(
         &self,
         firmware: &Firmware<'_>,
@@ -37,7 +37,8 @@ impl Vcpus {
             return Err(Error::Vcpus { vcpus: self.count });
         }
         let state = |start| Vmsa::reset(self.vmm, start, self.signature, self.features);
-        let (first, others) = (state(RESET_VECTOR), state(firmware.reset_vector()?));
+        let others = if self.count == 1 { RESET_VECTOR } else { firmware.reset_vector()? };
+        let (first, others) = (state(RESET_VECTOR), state(others));
         Ok(then(States { first: Some(&first), others: &others, left: self.count - 1 }))
     }
 }
@@ -105,7 +106,8 @@ pub(crate) fn page_type(kind: PageKind) -> PageType {
 /// vCPUs. With a kernel its hashes are in the page that the firmware has for them, which is otherwise zero.
 ///
 /// # Errors
-/// [`Error::Vcpus`]; [`Error::FirmwareLacks`] when it does not say where vCPUs start, or does not check a kernel.
+/// [`Error::Vcpus`]; [`Error::FirmwareLacks`] when it does not say where vCPUs other than the first start, or does not check a
+/// kernel; as [`Firmware::sections`].
 pub fn of_firmware(
     firmware: &Firmware<'_>,
     vcpus: &Vcpus,
@@ -113,7 +115,7 @@ pub fn of_firmware(
 ) -> Result<Measurement, Error> {
     let mut digest = LaunchDigest::new();
     digest.normal(firmware.range().start(), firmware.image())?;
-    let mut sections: Vec<_> = firmware.sections().iter().collect();
+    let mut sections = firmware.sections()?;
     if vcpus.vmm == Vmm::Ec2 {
         // It prepares what the firmware is told about the processor last.
         sections.sort_by_key(|section| section.kind == SectionKind::Cpuid);

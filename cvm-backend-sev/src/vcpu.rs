@@ -25,35 +25,23 @@ const MILAN: CpuSignature = CpuSignature::new(25, 1, 1);
 const GENOA: CpuSignature = CpuSignature::new(25, 17, 0);
 const TURIN: CpuSignature = CpuSignature::new(26, 0, 0);
 
-/// QEMU's models of EPYC processors and their signatures (`target/i386/cpu.c`, QEMU 10.1).
-pub const MODELS: [(&str, CpuSignature); 22] = [
-    ("EPYC", NAPLES),
-    ("EPYC-IBPB", NAPLES),
-    ("EPYC-v1", NAPLES),
-    ("EPYC-v2", NAPLES),
-    ("EPYC-v3", NAPLES),
-    ("EPYC-v4", NAPLES),
-    ("EPYC-v5", NAPLES),
-    ("EPYC-Rome", ROME),
-    ("EPYC-Rome-v1", ROME),
-    ("EPYC-Rome-v2", ROME),
-    ("EPYC-Rome-v3", ROME),
-    ("EPYC-Rome-v4", ROME),
-    ("EPYC-Rome-v5", ROME),
-    ("EPYC-Milan", MILAN),
-    ("EPYC-Milan-v1", MILAN),
-    ("EPYC-Milan-v2", MILAN),
-    ("EPYC-Milan-v3", MILAN),
-    ("EPYC-Genoa", GENOA),
-    ("EPYC-Genoa-v1", GENOA),
-    ("EPYC-Genoa-v2", GENOA),
-    ("EPYC-Turin", TURIN),
-    ("EPYC-Turin-v1", TURIN),
-];
+/// QEMU's models of EPYC processors and their signatures (`target/i386/cpu.c`). The versions of a model, which follow its name
+/// as in `EPYC-v4`, have its signature.
+pub const MODELS: [(&str, CpuSignature); 5] =
+    [("EPYC", NAPLES), ("EPYC-Rome", ROME), ("EPYC-Milan", MILAN), ("EPYC-Genoa", GENOA), ("EPYC-Turin", TURIN)];
+
+/// Another name of `EPYC-v2`.
+const IBPB: &str = "EPYC-IBPB";
 
 /// The names of [`MODELS`], for messages.
 pub(crate) fn names() -> String {
     MODELS.map(|(name, _)| name).join(", ")
+}
+
+/// The name of a model without its version, if it has one.
+fn without_version(name: &str) -> &str {
+    let is_number = |version: &&str| !version.is_empty() && version.bytes().all(|byte| byte.is_ascii_digit());
+    name.rsplit_once("-v").filter(|(_, version)| is_number(version)).map_or(name, |(model, _)| model)
 }
 
 impl FromStr for CpuSignature {
@@ -61,7 +49,10 @@ impl FromStr for CpuSignature {
 
     /// The signature of a model of QEMU's, by its name.
     fn from_str(name: &str) -> Result<Self, Error> {
-        let model = MODELS.iter().find(|(model, _)| *model == name);
+        if name == IBPB {
+            return Ok(NAPLES);
+        }
+        let model = MODELS.iter().find(|(model, _)| *model == without_version(name));
         model.map(|(_, signature)| *signature).ok_or_else(|| Error::VcpuModel { name: name.to_owned() })
     }
 }
@@ -78,10 +69,21 @@ mod tests {
 
     #[test]
     fn models_have_the_signatures_of_their_processors() {
-        for (name, signature) in [("EPYC-v4", 0x80_0f12), ("EPYC-Milan", 0xa0_0f11), ("EPYC-Genoa-v2", 0xa1_0f10)] {
+        for (name, signature) in [
+            ("EPYC-v4", 0x80_0f12),
+            ("EPYC-IBPB", 0x80_0f12),
+            ("EPYC-Rome-v5", 0x83_0f10),
+            ("EPYC-Milan", 0xa0_0f11),
+            ("EPYC-Milan-v4", 0xa0_0f11),
+            ("EPYC-Genoa-v3", 0xa1_0f10),
+            ("EPYC-Turin-v2", 0xb0_0f00),
+            ("EPYC-Turin-v30", 0xb0_0f00),
+        ] {
             assert_eq!(name.parse(), Ok(CpuSignature(signature)), "{name}");
         }
-        let error = "EPYC-Naples".parse::<CpuSignature>().unwrap_err().to_string();
-        assert!(error.contains("EPYC-Naples") && error.contains("EPYC-Turin"), "{error}");
+        for name in ["EPYC-Naples", "EPYC-v", "EPYC-v4x", "EPYC-v1-v1", "EPYC-Milan-4", "-v1", ""] {
+            let error = name.parse::<CpuSignature>().unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains("EPYC-Turin"), "{error}");
+        }
     }
 }

@@ -18,7 +18,8 @@ pub enum Vmm {
 }
 
 bitflags::bitflags! {
-    /// What is active in a guest: `SEV_FEATURES` (AMD64 APM volume 2, table B-4, offset 0x3b0).
+    /// What is active in a guest: `SEV_FEATURES` (AMD64 APM volume 2, table B-4, offset 0x3b0). Any 64 bits are valid here, as a
+    /// measurement can be computed with features that have no name yet.
     #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
     pub struct SevFeatures: u64 {
         /// SEV-SNP.
@@ -49,6 +50,12 @@ bitflags::bitflags! {
         const VMSA_REG_PROTECTION = 1 << 14;
         /// The sibling thread is idle while the guest runs.
         const SMT_PROTECTION = 1 << 15;
+        /// The processor virtualises the guest's interrupt controller, and the host cannot write to it.
+        const SECURE_AVIC = 1 << 16;
+        /// Indirect branch prediction is flushed when the guest is entered.
+        const IBPB_ON_ENTRY = 1 << 21;
+        // Bits without a name are features of later processors: they are measured all the same.
+        const _ = !0;
     }
 }
 

@@ -10,7 +10,8 @@ fuzz_target!(|file: &[u8]| {
     let mut image = vec![0; file.len().next_multiple_of(4096) - file.len()];
     image.extend(file);
     let Ok(firmware) = Firmware::parse(&image) else { return };
-    let mut ranges: Vec<_> = firmware.sections().iter().map(|section| section.range).collect();
+    let sections = firmware.sections();
+    let mut ranges: Vec<_> = sections.iter().flatten().map(|section| section.range).collect();
     ranges.push(firmware.range());
     ranges.sort();
     assert!(ranges.windows(2).all(|pair| pair[0].end() <= pair[1].start()), "{ranges:?}");
@@ -22,9 +23,11 @@ fuzz_target!(|file: &[u8]| {
     for vmm in [Vmm::Qemu, Vmm::Ec2, Vmm::Gce] {
         let vcpus = Vcpus { count: 2, signature: CpuSignature(0), vmm, features: SevFeatures::SNP_ACTIVE };
         let without = snp::of_firmware(&firmware, &vcpus, None);
-        assert_eq!(without.is_ok(), firmware.reset_vector().is_ok());
+        let has_vector = firmware.reset_vector().is_ok();
+        assert_eq!(without.is_ok(), has_vector && sections.is_ok());
         let with = snp::of_firmware(&firmware, &vcpus, Some(&kernel));
         assert!(with.is_err() || with != without);
-        assert_eq!(sev::of_firmware(&firmware, Some(&vcpus), None).is_ok(), without.is_ok());
+        assert_eq!(sev::of_firmware(&firmware, Some(&vcpus), None).is_ok(), has_vector);
     }
+    assert!(sev::of_firmware(&firmware, None, None).is_ok());
 });

@@ -2,6 +2,7 @@
 //! `CVM_REQUIRE_KVM` set that is a failure.
 
 mod bad_input;
+mod command_line;
 mod io_overhead;
 mod measure;
 mod others;

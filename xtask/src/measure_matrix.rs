@@ -170,7 +170,7 @@ fn program() -> Result<PathBuf> {
 fn measure(program: &Path, case: &[String]) -> Result<Option<String>> {
     let output = Command::new(program).args(case).output().context(|| format!("running {}", program.display()))?;
     let errors = String::from_utf8_lossy(&output.stderr);
-    match (output.status.code(), errors.starts_with("error: the firmware ")) {
+    match (output.status.code(), errors.contains(": the firmware ")) {
         (Some(0), _) => {}
         (Some(1), true) => return Ok(None),
         _ => return Err(Error::new(format!("{} failed: {errors}", case.join(" ")))),

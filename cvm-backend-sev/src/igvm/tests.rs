@@ -188,14 +188,18 @@ fn a_state_has_its_fields_where_the_table_says() {
 }
 
 #[test]
-fn a_file_without_a_sound_policy_is_refused() {
-    let (mut file, _) = file(directives());
+fn a_file_without_a_sound_policy_is_measured_and_not_launched() {
+    let (mut file, expected) = file(directives());
     // The bit of the policy that has to be one.
     let place = file.windows(8).position(|bytes| bytes == POLICY.to_le_bytes()).unwrap();
     file[place + 2] = 0;
-    assert!(matches!(parse(&file), Err(Error::Policy { .. })));
+    let igvm = parse(&file).unwrap();
+    assert!(matches!(policy(&igvm), Err(Error::Policy { .. })));
+    assert_eq!(measurement(&igvm), Ok(expected));
     file[place + 8] = OTHER as u8;
-    assert!(parse(&file).unwrap_err().to_string().contains("no policy"));
+    let igvm = parse(&file).unwrap();
+    assert!(policy(&igvm).unwrap_err().to_string().contains("no policy"));
+    assert_eq!(measurement(&igvm), Ok(expected));
 }
 
 #[test]

@@ -61,14 +61,17 @@ fn an_image_says_how_it_is_launched() {
     let firmware = Firmware::parse(&image).unwrap();
     assert_eq!(firmware.range().to_string(), "0xffffd000..0x100000000");
     assert_eq!((firmware.reset_vector(), firmware.hash_table()), (Ok(0x80_b004), Ok(Gpa(0x81_0c00))));
-    let sections: Vec<_> = firmware.sections().iter().map(|section| (section.range.start().0, section.kind)).collect();
+    let sections: Vec<_> =
+        firmware.sections().unwrap().iter().map(|section| (section.range.start().0, section.kind)).collect();
     assert_eq!(sections[4..], [(0x81_1000, SectionKind::Memory), (0x81_0000, SectionKind::KernelHashes)]);
 }
 
 #[test]
 fn an_image_without_a_table_says_nothing() {
     let firmware = Firmware::parse(&[0; 0x1000]).unwrap();
-    assert!(firmware.sections().is_empty() && firmware.reset_vector().is_err() && firmware.hash_table().is_err());
+    assert!(
+        firmware.sections().unwrap().is_empty() && firmware.reset_vector().is_err() && firmware.hash_table().is_err()
+    );
 }
 
 #[test]
@@ -90,22 +93,36 @@ fn a_table_that_cannot_be_is_refused_with_the_place() {
     ] {
         let mut image = image();
         image[at..at + 2].copy_from_slice(&bytes);
-        let error = Firmware::parse(&image).unwrap_err();
-        assert!(error.to_string().contains(problem), "{error}");
+        let firmware = Firmware::parse(&image).unwrap();
+        let errors = [firmware.reset_vector().err(), firmware.hash_table().err(), firmware.sections().err()];
+        for error in errors.map(Option::unwrap) {
+            assert!(error.to_string().contains(problem), "{error}");
+        }
     }
     let [reset, hashes, metadata] = entries().try_into().unwrap();
-    for (entries, problem) in [
-        (vec![reset.clone(), metadata.clone(), reset.clone()], "twice"),
-        (vec![metadata.clone(), hashes, metadata], "twice"),
-        (vec![entry(RESET_BLOCK, &[])], "too short"),
-        (vec![entry(HASH_TABLE, &[0x81_0c00])], "too short"),
-        (vec![entry(HASH_TABLE, &[0x81_0c00, 0xaf])], "0xaf bytes"),
-        (vec![entry(METADATA, &[LEN as u32 + 1])], "before the end"),
-        (vec![entry(METADATA, &[LEN as u32])], "ASEV"),
-        (vec![entry(METADATA, &[3])], "ASEV"),
+    type Read = fn(&Firmware<'_>) -> Option<Error>;
+    let (vector, table): (Read, Read) = (|image| image.reset_vector().err(), |image| image.hash_table().err());
+    let sections: Read = |image| image.sections().err();
+    for (entries, reader, problem) in [
+        (vec![reset.clone(), metadata.clone(), reset.clone()], vector, "twice"),
+        (vec![metadata.clone(), hashes.clone(), metadata], sections, "twice"),
+        (vec![hashes.clone(), hashes], table, "twice"),
+        (vec![entry(RESET_BLOCK, &[])], vector, "too short"),
+        (vec![entry(HASH_TABLE, &[0x81_0c00])], table, "too short"),
+        (vec![entry(HASH_TABLE, &[0x81_0c00, 0xaf])], table, "0xaf bytes"),
+        (vec![entry(METADATA, &[])], sections, "too short"),
+        (vec![entry(METADATA, &[LEN as u32 + 1])], sections, "before the end"),
+        (vec![entry(METADATA, &[LEN as u32])], sections, "ASEV"),
+        (vec![entry(METADATA, &[3])], sections, "ASEV"),
     ] {
-        let error = Firmware::parse(&made_of(&SECTIONS, &entries)).unwrap_err();
+        let image = made_of(&SECTIONS, &entries);
+        let firmware = Firmware::parse(&image).unwrap();
+        let error = reader(&firmware).unwrap();
         assert!(error.to_string().contains(problem), "{error}");
+        // What the damaged entry does not concern is read all the same.
+        for other in [vector, table, sections].into_iter().filter(|other| !std::ptr::fn_addr_eq(*other, reader)) {
+            assert!(!matches!(other(&firmware), Some(Error::Firmware { .. })), "{problem}");
+        }
     }
 }
 
@@ -113,26 +130,39 @@ fn a_table_that_cannot_be_is_refused_with_the_place() {
 fn sections_that_cannot_be_are_refused() {
     for (section, problem) in [
         ((0x82_0000, 0x1000, 5), "kind 0x5"),
-        ((0x82_0000, 0, 1), "0x0 bytes"),
+        ((0x82_0000, 0, 5), "kind 0x5"),
+        ((0, 0, 2), "Secrets is one page, not 0x0 bytes"),
+        ((0, 0, 3), "Cpuid is one page, not 0x0 bytes"),
+        ((0, 0, 0x10), "KernelHashes is one page, not 0x0 bytes"),
         ((0x82_0000, 0x1001, 1), "whole pages"),
         ((0x82_0001, 0x1000, 1), "whole pages"),
-        ((0x82_0000, 0x2000, 2), "is one page"),
+        ((0x82_0000, 0x2000, 2), "Secrets is one page, not 0x2000 bytes"),
         ((0x80_8000, 0x1000, 1), "overlap"),
         ((0xffff_e000, 0x1000, 1), "overlap"),
         ((0xffff_c000, 0xffff_f000, 1), "overlap"),
     ] {
         let mut sections = SECTIONS.to_vec();
         sections.push(section);
-        let error = Firmware::parse(&made_of(&sections, &entries())).unwrap_err();
+        let image = made_of(&sections, &entries());
+        let firmware = Firmware::parse(&image).unwrap();
+        let error = firmware.sections().unwrap_err();
         assert!(error.to_string().contains(problem), "{section:x?}: {error}");
+        assert_eq!((firmware.reset_vector(), firmware.hash_table()), (Ok(0x80_b004), Ok(Gpa(0x81_0c00))));
     }
     // Length, version and number of sections.
     for (at, value, problem) in [(4, 0x57u32, "6 sections"), (4, 0x7000, "6 sections"), (8, 2, "version 2")] {
         let mut image = image();
         image[METADATA_AT + at..][..4].copy_from_slice(&value.to_le_bytes());
-        let error = Firmware::parse(&image).unwrap_err();
+        let error = Firmware::parse(&image).unwrap().sections().unwrap_err();
         assert!(error.to_string().contains(problem), "{error}");
     }
+}
+
+#[test]
+fn memory_sections_without_a_page_are_left_out() {
+    let empty = [(0, 0, 4), (0, 0, 1), (0x80_0001, 0, 1)];
+    let [all, empty] = [&SECTIONS[..], &[&empty, &SECTIONS[..]].concat()].map(|list| made_of(list, &entries()));
+    assert_eq!(Firmware::parse(&empty).unwrap().sections(), Firmware::parse(&all).unwrap().sections());
 }
 
 proptest! {
@@ -145,8 +175,9 @@ proptest! {
         for (at, byte) in changes {
             image[if in_table { LEN - 0x100 } else { METADATA_AT } + at] = byte;
         }
-        if let Ok(firmware) = Firmware::parse(&image) {
-            let mut ranges: Vec<_> = firmware.sections().iter().map(|section| section.range).collect();
+        let firmware = Firmware::parse(&image).unwrap();
+        if let Ok(sections) = firmware.sections() {
+            let mut ranges: Vec<_> = sections.iter().map(|section| section.range).collect();
             ranges.push(firmware.range());
             ranges.sort();
             prop_assert!(ranges.windows(2).all(|pair| pair[0].end() <= pair[1].start()));

@@ -58,7 +58,9 @@ fn what_firmware_does_not_offer_is_refused() {
     }
     let silent = [0; 0x1000];
     let silent = Firmware::parse(&silent).unwrap();
-    assert!(matches!(of_firmware(&silent, &qemu(1), None), Err(Error::FirmwareLacks { .. })));
+    // The first vCPU starts at the reset vector, whatever the firmware says.
+    assert!(of_firmware(&silent, &qemu(1), None).is_ok());
+    assert!(matches!(of_firmware(&silent, &qemu(2), None), Err(Error::FirmwareLacks { .. })));
 }
 
 #[test]

@@ -37,6 +37,9 @@ pub(super) mod kind {
     pub const DIRECTIVES: std::ops::RangeInclusive<u32> = 0x301..=0x313;
 }
 
+/// The version of every platform that files are read for.
+const PLATFORM_VERSION: u16 = 1;
+
 /// Flags of a page.
 pub(super) const LARGE: u32 = 1;
 const UNMEASURED: u32 = 1 << 1;
@@ -50,13 +53,21 @@ impl<'a> Igvm<'a> {
     ///
     /// # Errors
     /// [`IgvmError::Header`] if it is no IGVM file of version 1 or 2 for x86-64, or not for the platform; if headers lie outside
-    /// of it, are out of order, or are of unknown kinds that may not be ignored; for data outside of it, pages of 2 MiB, unknown
-    /// types of pages, parameters without an area, and areas that are used twice or have more than 64 MiB.
+    /// of it, are out of order, or are of unknown kinds that may not be ignored; for another version of the platform than 1; for
+    /// data outside of it, pages of 2 MiB, unknown types of pages, parameters without an area, and areas that are used twice or have more than 64 MiB.
     pub fn parse(file: &'a [u8], platform: IgvmPlatform) -> Result<Self, IgvmError> {
         let headers = headers(file)?;
         let mut mask = None;
         for header in headers.iter().filter(|header| header.kind == kind::PLATFORM) {
-            if header.bytes(5)? == [platform as u8] && mask.replace(header.u32(0)?).is_some() {
+            if header.bytes(5)? != [platform as u8] {
+                continue;
+            }
+            let version = header.u16(6)?;
+            if version != PLATFORM_VERSION {
+                let problem = format!("version {version} of the platform {}, and not 1", platform.name());
+                return Err(refuse(header.offset, problem));
+            }
+            if mask.replace(header.u32(0)?).is_some() {
                 return Err(refuse(header.offset, format!("it has the platform {} twice", platform.name())));
             }
         }

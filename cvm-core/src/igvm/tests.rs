@@ -213,6 +213,7 @@ fn headers_that_cannot_be_are_refused() {
         (first(kind::PLATFORM), kind::ENVIRONMENT, "later sections"),
         (first(kind::PLATFORM) + 4, u32::MAX, "longer than all headers"),
         (header(kind::PLATFORM, 0), 3, "not for the platform native"),
+        (header(kind::PLATFORM, 4), 2 << 16, "version 2 of the platform native, and not 1"),
         (header(kind::PARAMETER_AREA, 4), 1, "too long"),
         (header(kind::PARAMETER_AREA, 12), file.len() as u32, "outside the file"),
         (header(kind::VP_COUNT, 0), 1, "no area 1"),
