@@ -8,6 +8,7 @@ use kvm_bindings::{KVMIO, kvm_run, kvm_signal_mask};
 use kvm_ioctls::VcpuFd;
 use libc::{c_int, c_void, pthread_t, siginfo_t};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use std::cell::Cell;
 use std::io;
 use std::mem::offset_of;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -67,14 +68,21 @@ impl Drop for ImmediateExit {
 #[derive(Debug, Default)]
 struct State {
     requested: bool,
-    /// The thread that is in KVM_RUN, or about to be, or just back.
+    /// The thread that is in KVM_RUN, about to enter it, or just back. It lives for as long as it is named here.
     thread: Option<pthread_t>,
-    /// The last thread that was there: it lets the signal through.
-    prepared: Option<pthread_t>,
 }
 
-/// Lets the signal through to this thread, whose mask it may have inherited from somebody who blocks all signals.
+thread_local! {
+    /// Whether this thread has unblocked the signal. A thread that exits takes its answer along, whereas its `pthread_t`
+    /// soon names another thread.
+    static IS_UNBLOCKED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Unblocks the signal on this thread, which may have inherited a mask that blocks every signal.
 fn unblock() {
+    if IS_UNBLOCKED.replace(true) {
+        return;
+    }
     // SAFETY: the set is initialised by sigemptyset before it is used, and all pointers are to this stack.
     unsafe {
         let mut set = std::mem::zeroed();
@@ -176,11 +184,8 @@ impl Kicker {
     pub(crate) fn enter(&self) -> Entered<'_> {
         // SAFETY: it has no preconditions.
         let this = unsafe { libc::pthread_self() };
-        let mut state = self.state();
-        if state.prepared.replace(this) != Some(this) {
-            unblock();
-        }
-        state.thread = Some(this);
+        unblock();
+        self.state().thread = Some(this);
         Entered(self)
     }
 }
@@ -215,5 +220,58 @@ pub(crate) struct Entered<'a>(&'a Kicker);
 impl Drop for Entered<'_> {
     fn drop(&mut self) {
         self.0.state().thread = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+
+    impl ImmediateExit {
+        /// A page of this process in place of a vCPU's.
+        fn detached() -> Self {
+            // SAFETY: without MAP_FIXED the kernel chooses an address where nothing is.
+            let page = unsafe {
+                rustix::mm::mmap_anonymous(null_mut(), PAGE, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)
+            };
+            Self { page: NonNull::new(page.unwrap()).unwrap() }
+        }
+    }
+
+    /// Blocks the signal on this thread; returns whether it was blocked already.
+    fn block() -> bool {
+        // SAFETY: the sets are initialised before they are used, and all pointers are to this stack.
+        unsafe {
+            let (mut ours, mut before) = (std::mem::zeroed(), std::mem::zeroed());
+            libc::sigemptyset(&mut ours);
+            libc::sigaddset(&mut ours, signal());
+            libc::pthread_sigmask(libc::SIG_BLOCK, &ours, &mut before);
+            libc::sigismember(&before, signal()) == 1
+        }
+    }
+
+    #[test]
+    fn the_signal_is_unblocked_on_a_thread_that_has_the_pthread_t_of_an_earlier_one() {
+        let kicker = Kicker { state: Mutex::default(), immediate_exit: ImmediateExit::detached() };
+        // Threads inherit the mask of the one that starts them.
+        block();
+        let enter = || {
+            assert!(block(), "the thread does not inherit the mask");
+            let _entered = kicker.enter();
+            // SAFETY: it has no preconditions.
+            (unsafe { libc::pthread_self() }, block())
+        };
+        let mut names = Vec::new();
+        // The C library keeps the stack of a thread that has exited for the next one, and the pthread_t with it.
+        while names.len() < 100 {
+            let (name, is_blocked) = thread::scope(|scope| scope.spawn(enter).join().unwrap());
+            assert!(!is_blocked, "thread {} lets no kick through", names.len());
+            if names.contains(&name) {
+                return;
+            }
+            names.push(name);
+        }
+        panic!("no pthread_t was used a second time");
     }
 }
