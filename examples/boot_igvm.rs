@@ -1,7 +1,11 @@
 //! Boots what an IGVM file describes, on plain KVM: what there is without a protecting processor.
 
+#![deny(clippy::print_stdout, clippy::print_stderr, reason = "they panic where the stream is closed or full")]
+
 #[path = "common/options.rs"]
 mod options;
+#[path = "common/program.rs"]
+mod program;
 
 use clap::Parser;
 use cvm::boot::{ALL_ACCEPTED, BootPage, Exits, MAGIC, MemoryRange};
@@ -15,8 +19,8 @@ use igvm::{Arch, IgvmDirectiveHeader, IgvmFile, IgvmPlatformHeader, IgvmRevision
 use igvm_defs::{
     IGVM_VHS_SUPPORTED_PLATFORM, IgvmNativeVpContextX64, IgvmPageDataFlags, IgvmPageDataType, IgvmPlatformType,
 };
-use options::{IsolationChoice, chain};
-use std::io::Write;
+use options::IsolationChoice;
+use program::{note, print, print_bytes};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -116,11 +120,11 @@ fn tiny_guest() -> Result<Vec<u8>, BoxError> {
     Ok(file)
 }
 
-fn run(options: &Options) -> Result<u32, BoxError> {
+fn run(options: Options) -> Result<ExitCode, BoxError> {
     if let Some(path) = &options.save {
         let written = std::fs::write(path, tiny_guest()?);
         written.map_err(|error| format!("failed to write {}: {error}", path.display()))?;
-        return Ok(0);
+        return Ok(ExitCode::SUCCESS);
     }
     let file = match &options.file {
         None => tiny_guest()?,
@@ -134,7 +138,7 @@ fn run(options: &Options) -> Result<u32, BoxError> {
         KvmPlatform::open(Path::new("/dev/kvm"), options.isolation.map(Protection::from))?.launch(config)?;
     launch.load_igvm(&image, &options.append)?;
     let mut vm = launch.seal()?;
-    println!("measurement: {}", vm.transcript().measurement());
+    print(format_args!("measurement: {}", vm.transcript().measurement()))?;
 
     let mut vcpus = vm.take_vcpus();
     let watchdog = Watchdog::new(Duration::from_secs(options.timeout), vcpus.iter().map(Vcpu::kicker).collect())?;
@@ -142,11 +146,11 @@ fn run(options: &Options) -> Result<u32, BoxError> {
     for vcpu in &mut vcpus {
         loop {
             match vcpu.run()? {
-                Exit::Console(byte) => std::io::stdout().write_all(&[byte])?,
+                Exit::Console(byte) => print_bytes(&[byte])?,
                 Exit::Conversion(request) => {
                     let outcome = vm.convert(&request);
                     if let Some(cause) = outcome.cause() {
-                        eprintln!("not done: {cause}");
+                        note(format_args!("not done: {cause}"));
                     }
                     vcpu.answer_conversion(outcome)?;
                 }
@@ -155,7 +159,8 @@ fn run(options: &Options) -> Result<u32, BoxError> {
                     vcpu.answer_read(u64::MAX)?
                 }
                 Exit::DoorbellWrite { .. } | Exit::PortWrite { .. } | Exit::MsrWrite { .. } => {}
-                Exit::Ended { code } => return Ok(code),
+                Exit::Ended { code: 0 } => return Ok(ExitCode::SUCCESS),
+                Exit::Ended { code } => return Err(format!("the guest ended with {code}").into()),
                 Exit::Halted => break,
                 Exit::Kicked if watchdog.fired() => {
                     return Err("the guest ran too long; --timeout gives it more".into());
@@ -165,20 +170,10 @@ fn run(options: &Options) -> Result<u32, BoxError> {
             }
         }
     }
-    Ok(0)
+    Ok(ExitCode::SUCCESS)
 }
 
 fn main() -> ExitCode {
     cvm::kvm::vault::init();
-    match run(&Options::parse()) {
-        Ok(0) => ExitCode::SUCCESS,
-        Ok(code) => {
-            eprintln!("error: the guest ended with {code}");
-            ExitCode::FAILURE
-        }
-        Err(error) => {
-            eprintln!("error: {}", chain(&*error));
-            ExitCode::FAILURE
-        }
-    }
+    program::run(run)
 }

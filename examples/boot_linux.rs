@@ -4,15 +4,19 @@
 //! machines, and it does not know here that it is protected. An access where there is no memory ends it. Your own
 //! package needs the feature `linux` of `cvm` for this.
 
+#![deny(clippy::print_stdout, clippy::print_stderr, reason = "they panic where the stream is closed or full")]
+
 #[path = "common/options.rs"]
 mod options;
+#[path = "common/program.rs"]
+mod program;
 
 use clap::Parser;
 use cvm::kvm::KvmPlatform;
 use cvm::linux::{Kernel, LinuxImage};
 use cvm::{BoxError, Exit, Platform, Protection, Vcpu, Vm, VmConfig, Watchdog};
-use options::{IsolationChoice, chain};
-use std::io::Write;
+use options::IsolationChoice;
+use program::{print, print_bytes};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -61,7 +65,7 @@ fn read(path: &Path) -> Result<Vec<u8>, BoxError> {
     std::fs::read(path).map_err(|error| format!("failed to read {}: {error}", path.display()).into())
 }
 
-fn run(options: &Options) -> Result<(), BoxError> {
+fn run(options: Options) -> Result<ExitCode, BoxError> {
     let file = read(&options.kernel)?;
     let initrd = options.initrd.as_deref().map(read).transpose()?;
     let kernel = if file.starts_with(b"\x7fELF") { Kernel::Elf(&file) } else { Kernel::BzImage(&file) };
@@ -71,17 +75,13 @@ fn run(options: &Options) -> Result<(), BoxError> {
         KvmPlatform::open(Path::new("/dev/kvm"), options.isolation.map(Protection::from))?.launch(config)?;
     launch.load_linux(&image)?;
     let mut vm = launch.seal()?;
-    println!("measurement: {}", vm.transcript().measurement());
+    print(format_args!("measurement: {}", vm.transcript().measurement()))?;
 
     let mut vcpu = vm.take_vcpus().remove(0);
     let watchdog = Watchdog::new(Duration::from_secs(options.timeout), vec![vcpu.kicker()])?;
-    let mut console = std::io::stdout().lock();
     loop {
         match vcpu.run()? {
-            Exit::PortWrite { port: SERIAL, value, .. } => {
-                console.write_all(&[value as u8])?;
-                console.flush()?;
-            }
+            Exit::PortWrite { port: SERIAL, value, .. } => print_bytes(&[value as u8])?,
             Exit::PortRead { port: LINE_STATUS, .. } => vcpu.answer_read(EMPTY)?,
             Exit::PortRead { port: TIMER, .. } => vcpu.answer_read(0)?,
             // No device is there: reads give ones, and writes go nowhere.
@@ -97,11 +97,5 @@ fn run(options: &Options) -> Result<(), BoxError> {
 
 fn main() -> ExitCode {
     cvm::kvm::vault::init();
-    match run(&Options::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {}", chain(&*error));
-            ExitCode::FAILURE
-        }
-    }
+    program::run(run)
 }

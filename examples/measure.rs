@@ -1,12 +1,17 @@
 //! What a launch of AMD SEV, SEV-ES or SEV-SNP is measured as, computed from its files.
 
+#![deny(clippy::print_stdout, clippy::print_stderr, reason = "they panic where the stream is closed or full")]
+
+#[path = "common/program.rs"]
+mod program;
+
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use cvm::doorbell::Doorbell;
 use cvm::image::Image;
 use cvm::sev::{CpuSignature, Firmware, KernelHashes, SevFeatures, Vcpus, Vmm, igvm, sev, snp};
-use cvm::{Gpa, Launch, VmConfig};
+use cvm::{BoxError, Gpa, Launch, VmConfig};
+use program::print;
 use serde_json::{Value, json};
-use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -142,7 +147,7 @@ struct ElfOptions {
 
 impl ElfOptions {
     /// Rehearses the launch.
-    fn measure(&self, path: &Path, vcpus: u32, features: SevFeatures) -> Result<Value, Box<dyn Error>> {
+    fn measure(&self, path: &Path, vcpus: u32, features: SevFeatures) -> Result<Value, BoxError> {
         let image = Image::from_elf(&read(path)?).map_err(|error| format!("{}: {error}", path.display()))?;
         let memory = self.memory.checked_mul(1 << 20);
         let memory = memory.ok_or_else(|| format!("--memory {}: the guest has at most 2^44 MiB", self.memory))?;
@@ -215,7 +220,7 @@ fn read(path: &Path) -> Result<Vec<u8>, String> {
 }
 
 impl KernelOptions {
-    fn hashes(&self) -> Result<Option<KernelHashes>, Box<dyn Error>> {
+    fn hashes(&self) -> Result<Option<KernelHashes>, BoxError> {
         let Some(kernel) = &self.kernel else { return Ok(None) };
         let initrd = self.initrd.as_deref().map(read).transpose()?.unwrap_or_default();
         let command_line = self.append.as_deref().unwrap_or_default().as_bytes();
@@ -229,7 +234,7 @@ fn of_firmware(
     kernel: &KernelOptions,
     mode: &str,
     digest: impl FnOnce(&Firmware<'_>, Option<&KernelHashes>) -> Result<String, cvm::sev::Error>,
-) -> Result<Value, Box<dyn Error>> {
+) -> Result<Value, BoxError> {
     let (image, kernel) = (read(path)?, kernel.hashes()?);
     let name = path.display();
     let no_image = "an image of OVMF is in each of Debian's packages ovmf and ovmf-amdsev";
@@ -247,7 +252,7 @@ fn of_firmware(
 }
 
 impl Snp {
-    fn measure(&self) -> Result<Value, Box<dyn Error>> {
+    fn measure(&self) -> Result<Value, BoxError> {
         // The parser sees to it that there are vCPUs where they are needed.
         let vcpus = self.vcpus.unwrap_or_default();
         if let Some(path) = &self.igvm {
@@ -264,7 +269,7 @@ impl Snp {
     }
 }
 
-fn of_igvm(path: &Path) -> Result<Value, Box<dyn Error>> {
+fn of_igvm(path: &Path) -> Result<Value, BoxError> {
     let file = read(path)?;
     let measured = || {
         let file = igvm::parse(&file)?;
@@ -274,7 +279,7 @@ fn of_igvm(path: &Path) -> Result<Value, Box<dyn Error>> {
     Ok(json!({ "mode": "snp", "digest": digest.to_string(), "policy": policy.map(|policy| format!("{policy:#x}")) }))
 }
 
-fn measure(mode: &Mode) -> Result<Value, Box<dyn Error>> {
+fn measure(mode: &Mode) -> Result<Value, BoxError> {
     match mode {
         Mode::Snp(snp) => snp.measure(),
         Mode::SevEs { files, vcpus, states, features } => {
@@ -290,27 +295,24 @@ fn measure(mode: &Mode) -> Result<Value, Box<dyn Error>> {
 }
 
 fn main() -> ExitCode {
-    let options = Options::parse();
-    let measured = match measure(&options.mode) {
-        Ok(measured) => measured,
-        Err(error) => {
-            eprintln!("error: {error}");
-            return ExitCode::FAILURE;
-        }
-    };
+    program::run(run)
+}
+
+fn run(options: Options) -> Result<ExitCode, BoxError> {
+    let measured = measure(&options.mode)?;
     if options.json {
-        println!("{measured:#}");
-        return ExitCode::SUCCESS;
+        print(format_args!("{measured:#}"))?;
+        return Ok(ExitCode::SUCCESS);
     }
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     for fact in ["firmware", "policy"] {
         if let Some(value) = measured[fact].as_str() {
-            println!("{fact:<16}{value}");
+            print(format_args!("{fact:<16}{value}"))?;
         }
     }
     for section in measured["sections"].as_array().into_iter().flatten() {
-        println!("{:<16}{}", text(&section["kind"]), text(&section["range"]));
+        print(format_args!("{:<16}{}", text(&section["kind"]), text(&section["range"])))?;
     }
-    println!("{}", text(&measured["digest"]));
-    ExitCode::SUCCESS
+    print(text(&measured["digest"]))?;
+    Ok(ExitCode::SUCCESS)
 }

@@ -1,10 +1,17 @@
 //! What this host offers of each kind of protection, and what exactly lacks for the rest.
 
+#![deny(clippy::print_stdout, clippy::print_stderr, reason = "they panic where the stream is closed or full")]
+
+#[path = "common/program.rs"]
+mod program;
+
 use clap::Parser;
-use cvm::Platform;
 use cvm::kvm::KvmPlatform;
 use cvm::sev::kvm::SevPlatform;
+use cvm::{BoxError, Platform};
+use program::print;
 use serde_json::json;
+use std::process::ExitCode;
 
 /// Say what this host offers of each kind of protection, and what lacks for the rest and how to get it.
 ///
@@ -17,9 +24,12 @@ struct Options {
     json: bool,
 }
 
-fn main() {
+fn main() -> ExitCode {
     cvm::kvm::vault::init();
-    let options = Options::parse();
+    program::run(run)
+}
+
+fn run(options: Options) -> Result<ExitCode, BoxError> {
     let offers: Vec<_> = KvmPlatform::probe().into_iter().chain(SevPlatform::probe()).collect();
     if options.json {
         let offers = offers.iter().map(|offer| {
@@ -30,17 +40,18 @@ fn main() {
                 "protection": protection, "offered": missing.is_empty(), "missing": missing, "notes": offer.notes,
             })
         });
-        println!("{:#}", offers.collect::<serde_json::Value>());
-        return;
+        print(format_args!("{:#}", offers.collect::<serde_json::Value>()))?;
+        return Ok(ExitCode::SUCCESS);
     }
     for offer in offers {
         let verdict = if offer.missing.is_empty() { "offered" } else { "not offered" };
-        println!("{:<18}{verdict}", offer.protection.to_string());
+        print(format_args!("{:<18}{verdict}", offer.protection.to_string()))?;
         for missing in offer.missing {
-            println!("  lacks  {}\n  needs  {}", missing.what, missing.remedy);
+            print(format_args!("  lacks  {}\n  needs  {}", missing.what, missing.remedy))?;
         }
         for note in offer.notes {
-            println!("  note   {note}");
+            print(format_args!("  note   {note}"))?;
         }
     }
+    Ok(ExitCode::SUCCESS)
 }

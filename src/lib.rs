@@ -23,6 +23,9 @@
 
 pub use cvm_core::*;
 
+/// The crate whose traits and types this API uses: guest addresses, and access to the shared pages.
+pub use vm_memory;
+
 #[cfg(feature = "kvm")]
 pub use cvm_backend_kvm as kvm;
 

@@ -3,6 +3,8 @@
 //! What the guest prints counts for nothing: every check looks at facts that the VMM can see itself. The exit status is
 //! 0 only if all of them are as they should be.
 
+#![deny(clippy::print_stdout, clippy::print_stderr, reason = "they panic where the stream is closed or full")]
+
 mod attempts;
 #[path = "../common/block.rs"]
 mod block;
@@ -11,6 +13,8 @@ mod machine;
 #[path = "../common/options.rs"]
 mod options;
 mod outcome;
+#[path = "../common/program.rs"]
+mod program;
 #[path = "../common/virtio.rs"]
 #[allow(dead_code, reason = "a device without a thread of its own needs less")]
 mod virtio;
@@ -24,8 +28,9 @@ use cvm::sev::kvm::SevPlatform;
 use cvm::{BoxError, Gpa, Launch, Platform, Policy, Protection, Vm, VmConfig};
 use disk::Disk;
 use machine::Machine;
-use options::{IsolationChoice, chain};
+use options::IsolationChoice;
 use outcome::{Outcome, Run};
+use program::{chain, conclude};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -255,21 +260,9 @@ fn boot<P: Platform>(options: &Options, platform: &P, protection: Protection) ->
 
 fn main() -> ExitCode {
     cvm::kvm::vault::init();
-    let options = Options::parse();
-    let outcome = match run(&options) {
-        Ok(outcome) => outcome,
-        Err(error) => {
-            eprintln!("error: {}", chain(&*error));
-            return ExitCode::FAILURE;
-        }
-    };
-    if options.json {
-        match serde_json::to_string_pretty(&outcome) {
-            Ok(json) => println!("{json}"),
-            Err(error) => eprintln!("error: {error}"),
-        }
-    } else {
-        print!("{outcome}");
-    }
-    if outcome.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    program::run(|options: Options| {
+        let outcome = run(&options)?;
+        let found = if options.json { serde_json::to_string_pretty(&outcome)? } else { outcome.to_string() };
+        Ok(conclude(found, outcome.ok)?)
+    })
 }

@@ -3,7 +3,7 @@
 use crate::attempts::Attempt;
 use crate::disk::Disk;
 use crate::machine::{End, Machine};
-use crate::options::chain;
+use crate::program::chain;
 use cvm::doorbell::Transport;
 use cvm::interrupt::Guarding;
 use cvm::sev::SevFeatures;

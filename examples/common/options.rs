@@ -23,9 +23,3 @@ impl From<IsolationChoice> for Protection {
         }
     }
 }
-
-/// The error with its sources, each behind a colon.
-pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    std::iter::successors(error.source(), |error| error.source())
-        .fold(error.to_string(), |text, source| format!("{text}: {source}"))
-}

@@ -3,6 +3,8 @@
 //! Both guests are launched on the same KVM with the same isolation, and take turns, so that what disturbs one disturbs
 //! the other as well. Every I/O is checked: reads and received frames by the guest, writes and sent frames by the VMM.
 
+#![deny(clippy::print_stdout, clippy::print_stderr, reason = "they panic where the stream is closed or full")]
+
 #[path = "../common/block.rs"]
 mod block;
 mod chart;
@@ -14,6 +16,8 @@ mod net;
 #[path = "../common/options.rs"]
 mod options;
 mod outcome;
+#[path = "../common/program.rs"]
+mod program;
 mod responder;
 #[path = "../common/virtio.rs"]
 mod virtio;
@@ -24,8 +28,10 @@ use cvm::kvm::KvmPlatform;
 use cvm::{BoxError, Protection};
 use guest::{Guest, Sample};
 use io_guest::{Case, MAX_DATAGRAM, Operation};
-use options::{IsolationChoice, chain};
+use options::IsolationChoice;
 use outcome::{Outcome, Row};
+use program::{conclude, note};
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -138,10 +144,21 @@ impl<V: cvm::Vm> Pair<V> {
     }
 }
 
+/// Shows how far the measurement is: case by case on a terminal, round by round in a file.
+fn progress(round: u32, rounds: u32, case: usize, cases: usize) {
+    let mut stderr = std::io::stderr();
+    if stderr.is_terminal() {
+        let end = if case == cases && round == rounds { "\n" } else { "" };
+        let _ = stderr.write_all(format!("\rround {round} of {rounds}, case {case:2} of {cases}{end}").as_bytes());
+    } else if case == 1 {
+        note(format_args!("round {round} of {rounds}"));
+    }
+}
+
 fn run(options: &Options) -> Result<Outcome, BoxError> {
     let platform = KvmPlatform::open(&options.kvm, options.isolation.map(Protection::from))?;
     let nonce = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), std::process::id());
-    eprintln!("launching two guests with isolation {}", platform.protection());
+    note(format_args!("launching two guests with isolation {}", platform.protection()));
     let mut pair = Pair {
         protected: Guest::new(&platform, true, nonce)?,
         unprotected: Guest::new(&platform, false, nonce)?,
@@ -160,12 +177,11 @@ fn run(options: &Options) -> Result<Outcome, BoxError> {
     }
     for round in 0..options.rounds {
         for (index, row) in rows.iter_mut().enumerate() {
-            eprint!("\rround {} of {}, case {:2} of {}", round + 1, options.rounds, index + 1, cases.len());
+            progress(round + 1, options.rounds, index + 1, cases.len());
             let samples = pair.measure(row.operation, row.size, row.count)?;
             row.add(samples);
         }
     }
-    eprintln!();
     Ok(Outcome::new(
         platform.protection(),
         options.rounds,
@@ -178,27 +194,16 @@ fn write(path: &Path, text: &str) -> Result<(), BoxError> {
     std::fs::write(path, text).map_err(|error| format!("failed to write {}: {error}", path.display()).into())
 }
 
-fn report(options: &Options) -> Result<bool, BoxError> {
-    let outcome = run(options)?;
+fn report(options: Options) -> Result<ExitCode, BoxError> {
+    let outcome = run(&options)?;
     if let Some(path) = &options.svg {
         write(path, &chart::draw(&outcome))?;
     }
-    if options.json {
-        println!("{}", serde_json::to_string_pretty(&outcome)?);
-    } else {
-        print!("{outcome}");
-    }
-    Ok(outcome.ok)
+    let found = if options.json { serde_json::to_string_pretty(&outcome)? } else { outcome.to_string() };
+    Ok(conclude(found, outcome.ok)?)
 }
 
 fn main() -> ExitCode {
     cvm::kvm::vault::init();
-    match report(&Options::parse()) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("error: {}", chain(&*error));
-            ExitCode::FAILURE
-        }
-    }
+    program::run(report)
 }

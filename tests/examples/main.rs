@@ -6,6 +6,7 @@ mod command_line;
 mod io_overhead;
 mod measure;
 mod others;
+mod output;
 mod tiny_guest;
 
 use serde_json::Value;

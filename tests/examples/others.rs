@@ -10,7 +10,7 @@ fn the_smallest_vmm_greets_and_is_refused() {
     if !kvm() {
         return;
     }
-    let output = run("minimal_vmm", &[]);
+    let output = run("minimal_vmm", &[concat!(env!("CARGO_MANIFEST_DIR"), "/guests/tiny/tiny-guest.elf")]);
     let text = stdout(&output);
     assert!(output.status.success(), "{text}\n{}", stderr(&output));
     assert!(text.contains("hello from protected memory"), "{text}");

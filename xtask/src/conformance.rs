@@ -15,6 +15,7 @@ use clap::Args;
 use serde::Deserialize;
 
 use crate::error::{Context, Error, Result};
+use crate::program::{note, print};
 use crate::{tools, workspace};
 
 /// The report, from the workspace's root.
@@ -82,13 +83,13 @@ impl Conformance {
         for (run, lines) in runs.iter().zip(&results) {
             for line in lines.iter().filter(|line| line.outcome == "failed") {
                 failed += 1;
-                eprintln!(
+                note(format_args!(
                     "{} {} {}: {}",
                     place(run),
                     line.clause,
                     line.name,
                     line.reason.as_deref().unwrap_or_default()
-                );
+                ));
             }
         }
         if failed > 0 {
@@ -106,11 +107,11 @@ impl Conformance {
             if kept.trim_end() != everywhere.trim_end() {
                 return Err(Error::new(format!("{REPORT} is not what came of it: run `cargo xtask conformance`")));
             }
-            println!("{REPORT} is what came of it");
+            print(format_args!("{REPORT} is what came of it"))?;
         } else {
             let here = format!("{everywhere}\n{HOST_HEADING}\n\n{}", table(&lines(false)));
             fs::write(&path, here).context(|| format!("writing {REPORT}"))?;
-            println!("{REPORT} is written");
+            print(format_args!("{REPORT} is written"))?;
         }
         Ok(ExitCode::SUCCESS)
     }
@@ -160,9 +161,9 @@ fn all(runs: &[Run<'_>]) -> Result<Vec<Vec<Line>>> {
     let work = || {
         while let Some((index, run)) = order.get(next.fetch_add(1, Ordering::Relaxed)).copied() {
             let begin = Instant::now();
-            println!("{}: running", place(run));
+            note(format_args!("{}: running", place(run)));
             let result = one(run);
-            println!("{}: {} s", place(run), begin.elapsed().as_secs());
+            note(format_args!("{}: {} s", place(run), begin.elapsed().as_secs()));
             if let Ok(mut results) = results.lock() {
                 results.insert(index, result);
             }

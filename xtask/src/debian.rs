@@ -7,6 +7,7 @@ use std::process::Command;
 use tempfile::TempDir;
 
 use crate::error::{Context, Error, Result};
+use crate::program::note;
 use crate::{tools, workspace};
 
 /// The suite that has the recent compilers and kernels. No suite need be this machine's: packages
@@ -27,7 +28,7 @@ pub fn fetch(suite: &str, package: &str, version: &str, part: &str, into: &Path)
     };
     let scratch = make().context(|| format!("making a directory next to {name}"))?;
 
-    eprintln!("fetching {package} from Debian's {suite}");
+    note(format_args!("fetching {package} from Debian's {suite}"));
     let archive = Apt::new(suite)?.download(&format!("{package}={version}"), scratch.path())?;
     let unpacked = scratch.path().join("unpacked");
     let mut dpkg = Command::new(tools::find("dpkg-deb", "dpkg")?);

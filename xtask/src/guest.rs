@@ -11,6 +11,7 @@ use std::{env, fs};
 use clap::Args;
 
 use crate::error::{Context, Error, Result};
+use crate::program::print;
 use crate::rust_src::Rustc;
 use crate::{tools, workspace};
 
@@ -76,10 +77,10 @@ impl Guest {
             let image = fs::read(&image).context(|| format!("reading {}", image.display()))?;
             if self.check {
                 committed.check_image(&image)?;
-                println!("{} is what its sources give", source.image);
+                print(format_args!("{} is what its sources give", source.image))?;
             } else {
                 committed.write(&rustc, &image)?;
-                println!("wrote {}, {} bytes", source.image, image.len());
+                print(format_args!("wrote {}, {} bytes", source.image, image.len()))?;
             }
         }
         Ok(ExitCode::SUCCESS)

@@ -19,6 +19,7 @@ use clap::Args;
 
 use crate::cpio::Archive;
 use crate::error::{Context, Error, Result};
+use crate::program::{OutputError, note, print_bytes};
 use crate::{l1_kernel, tools, workspace};
 
 /// A CPU whose nested KVM is AMD's, with the size of physical addresses SEV counts on.
@@ -74,7 +75,7 @@ impl L1 {
         match vm.wait(Duration::from_secs(self.timeout))? {
             End::Exit(status) => Ok(ExitCode::from(status)),
             End::TimedOut => {
-                eprintln!("l1: no end within {} s", self.timeout);
+                note(format_args!("l1: no end within {} s", self.timeout));
                 Ok(ExitCode::from(TIMED_OUT))
             }
             End::Lost => {
@@ -190,7 +191,7 @@ enum End {
 /// A running VM; it is killed when dropped.
 struct Vm {
     qemu: Child,
-    console: Receiver<io::Result<()>>,
+    console: Receiver<Result<()>>,
     status: Receiver<Option<u8>>,
 }
 
@@ -205,7 +206,7 @@ impl Vm {
         let errors = qemu.stderr.take().ok_or_else(missing)?;
 
         let (done, console) = mpsc::channel();
-        thread::spawn(move || done.send(forward_console(output)));
+        thread::spawn(move || done.send(forward_console(output, print_bytes)));
         let (ended, status) = mpsc::channel();
         thread::spawn(move || ended.send(forward_errors(errors)));
         Ok(Self { qemu, console, status })
@@ -221,7 +222,7 @@ impl Vm {
             return Ok(End::TimedOut);
         }
         if let Ok(forwarded) = console {
-            forwarded.context(|| "passing on what the command wrote".into())?;
+            forwarded?;
         }
         let status = self.status.recv().ok().flatten();
         Ok(status.map_or(End::Lost, End::Exit))
@@ -241,13 +242,11 @@ impl Drop for Vm {
 }
 
 /// Copies the VM's console to the standard output, line by line, without the kernel's farewell.
-fn forward_console(console: impl Read) -> io::Result<()> {
-    let mut stdout = io::stdout().lock();
+fn forward_console(console: impl Read, print: impl Fn(&[u8]) -> Result<(), OutputError>) -> Result<()> {
     let mut console = BufReader::new(console);
     let mut line = Vec::new();
-    while console.read_until(b'\n', &mut line)? > 0 {
-        stdout.write_all(&without_kernel_noise(&line))?;
-        stdout.flush()?;
+    while console.read_until(b'\n', &mut line).context(|| "reading the VM's console".into())? > 0 {
+        print(&without_kernel_noise(&line))?;
         line.clear();
     }
     Ok(())
@@ -260,7 +259,7 @@ fn forward_errors(errors: impl Read) -> Option<u8> {
     for line in BufReader::new(errors).lines().map_while(io::Result::ok) {
         match line.trim_end().strip_prefix(EXIT_MARK) {
             Some(number) => status = number.parse().ok(),
-            None => eprintln!("{line}"),
+            None => note(line),
         }
     }
     status
@@ -425,6 +424,13 @@ mod tests {
         assert!(needs_loader(&this));
         assert!(!needs_loader(&this[..0x38]));
         assert!(!needs_loader(&[0xff; 256]));
+    }
+
+    #[test]
+    fn a_reader_that_closed_the_pipe_ends_the_forwarding_as_what_it_is() {
+        let closed = |_: &[u8]| Err(io::Error::from(io::ErrorKind::BrokenPipe).into());
+        let error = forward_console(&b"one\ntwo\n"[..], closed).unwrap_err();
+        assert!(matches!(&error, Error::Output(error) if error.is_closed()), "{error:?}");
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::thread;
 use clap::Args;
 
 use crate::error::{Context, Error, Result};
+use crate::program::{note, print};
 use crate::{debian, tools, workspace};
 
 /// The version the patches are made for, as Debian's package has it in its name.
@@ -41,7 +42,7 @@ impl L1Kernel {
     pub fn run(&self) -> Result<ExitCode> {
         let (kernel, recipe) = (path(), Recipe::read()?);
         if kernel.exists() && recipe.made(&kernel) {
-            println!("{} is up to date", kernel.display());
+            print(format_args!("{} is up to date", kernel.display()))?;
             return Ok(ExitCode::SUCCESS);
         }
         check_needed()?;
@@ -56,7 +57,7 @@ impl L1Kernel {
         let built = build(source.path())?;
         fs::rename(&built, &kernel).context(|| format!("moving the kernel to {}", kernel.display()))?;
         recipe.write(&kernel)?;
-        println!("built {}", kernel.display());
+        print(format_args!("built {}", kernel.display()))?;
         Ok(ExitCode::SUCCESS)
     }
 }
@@ -126,7 +127,7 @@ fn unpack(source: &Path) -> Result<()> {
             )
         })?;
     }
-    eprintln!("unpacking {}", archive.display());
+    note(format_args!("unpacking {}", archive.display()));
     tools::run(Command::new("tar").arg("-xf").arg(archive).arg("--strip-components=1").current_dir(source))
 }
 
@@ -151,7 +152,7 @@ fn build(source: &Path) -> Result<PathBuf> {
     };
     let mut merge = Command::new("scripts/kconfig/merge_config.sh");
     merge.arg(".config").arg(input(CONFIG));
-    eprintln!("building the kernel: about fifteen minutes of CPU time, {jobs} jobs");
+    note(format_args!("building the kernel: about fifteen minutes of CPU time, {jobs} jobs"));
     for mut step in [make("tinyconfig"), merge, make("bzImage")] {
         tools::run(step.current_dir(source).stdout(Stdio::null()))?;
     }

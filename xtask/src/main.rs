@@ -9,6 +9,8 @@
 //! - [`memcheck`]: the tests of the guest's library under valgrind
 //! - [`ratios`]: the results of the benchmarks against their targets
 
+#![deny(clippy::print_stdout, clippy::print_stderr, reason = "they panic where the stream is closed or full")]
+
 mod conformance;
 mod cpio;
 mod debian;
@@ -19,6 +21,8 @@ mod l1;
 mod l1_kernel;
 mod measure_matrix;
 mod memcheck;
+#[path = "../../examples/common/program.rs"]
+mod program;
 mod ratios;
 mod rust_src;
 mod tools;
@@ -27,6 +31,8 @@ mod workspace;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+
+use crate::error::{Error, Result};
 
 /// Maintenance of the workspace.
 #[derive(Parser)]
@@ -49,18 +55,23 @@ enum Task {
 }
 
 fn main() -> ExitCode {
-    let done = guest::run_as_rustc().unwrap_or_else(|| match Cli::parse().task {
-        Task::Conformance(task) => task.run(),
-        Task::Fuzz(task) => task.run(),
-        Task::Guest(task) => task.run(),
-        Task::L1(task) => task.run(),
-        Task::L1Kernel(task) => task.run(),
-        Task::MeasureMatrix(task) => task.run(),
-        Task::Memcheck(task) => task.run(),
-        Task::Ratios(task) => task.run(),
-    });
-    done.unwrap_or_else(|error| {
-        eprintln!("error: {error}");
-        ExitCode::FAILURE
-    })
+    match guest::run_as_rustc() {
+        Some(done) => program::end(done.map_err(Error::boxed)),
+        None => program::run(|cli: Cli| cli.task.run().map_err(Error::boxed)),
+    }
+}
+
+impl Task {
+    fn run(&self) -> Result<ExitCode> {
+        match self {
+            Self::Conformance(task) => task.run(),
+            Self::Fuzz(task) => task.run(),
+            Self::Guest(task) => task.run(),
+            Self::L1(task) => task.run(),
+            Self::L1Kernel(task) => task.run(),
+            Self::MeasureMatrix(task) => task.run(),
+            Self::Memcheck(task) => task.run(),
+            Self::Ratios(task) => task.run(),
+        }
+    }
 }

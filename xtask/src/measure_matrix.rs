@@ -8,6 +8,7 @@ use std::process::{Command, ExitCode, Stdio};
 use clap::Args;
 
 use crate::error::{Context, Error, Result};
+use crate::program::{note, print};
 use crate::{debian, tools, workspace};
 
 /// The other implementation, from Python's package index.
@@ -62,14 +63,14 @@ impl MeasureMatrix {
             if given.as_deref() != expected.as_deref() {
                 different += 1;
                 let [given, expected] = [given, expected.clone()].map(|digest| digest.unwrap_or("refused".into()));
-                eprintln!("{}:\n  here   {given}\n  other  {expected}", case.join(" "));
+                note(format_args!("{}:\n  here   {given}\n  other  {expected}", case.join(" ")));
             }
             if (index + 1) % 100 == 0 {
-                eprintln!("{} of {} compared", index + 1, cases.len());
+                note(format_args!("{} of {} compared", index + 1, cases.len()));
             }
         }
         let refused = expected.iter().filter(|digest| digest.is_none()).count();
-        println!("{} cases, {refused} of them refused: {different} are different", cases.len());
+        print(format_args!("{} cases, {refused} of them refused: {different} are different", cases.len()))?;
         Ok(if different == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }
@@ -79,7 +80,7 @@ fn python(directory: &Path) -> Result<PathBuf> {
     let environment = directory.join(REFERENCE);
     let python = environment.join("bin/python");
     if !environment.join("complete").exists() {
-        eprintln!("fetching {REFERENCE} from Python's package index");
+        note(format_args!("fetching {REFERENCE} from Python's package index"));
         let make = Command::new(tools::find("python3", "python3")?).args(["-m", "venv"]).arg(&environment).status();
         if !make.is_ok_and(|status| status.success()) {
             return Err(Error::new("python3 -m venv failed; on Debian: apt-get install python3-venv"));

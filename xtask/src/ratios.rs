@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Error, Result};
+use crate::program::print;
 use crate::workspace;
 use targets::{Measure, TARGETS, Target};
 
@@ -35,9 +36,9 @@ impl Ratios {
         let report = Report::new(TARGETS, &results)?;
         if self.json {
             let rows = serde_json::to_string_pretty(&report.rows);
-            println!("{}", rows.context(|| "writing JSON".into())?);
+            print(rows.context(|| "writing JSON".into())?)?;
         } else {
-            println!("{report}");
+            print(report)?;
         }
         Ok(ExitCode::SUCCESS)
     }
