@@ -157,18 +157,46 @@ impl PublicKey {
     }
 }
 
-/// A private key of an image's or of its author's.
+/// A private key of an image's or of its author's. It is zeroed when it is dropped.
 #[derive(Clone)]
 pub struct PrivateKey(SigningKey);
 
+/// The labels of private keys in PEM: those of PKCS #8 and of SEC 1.
+const KEY_LABELS: [&str; 2] = ["PRIVATE KEY", "EC PRIVATE KEY"];
+
+/// The block of PEM that holds a private key; text and blocks of other things, such as the parameters of its curve, may come
+/// before and after it.
+fn key_block(pem: &str) -> Result<&str, Error> {
+    let begin = |label: &str| pem.find(&format!("-----BEGIN {label}-----"));
+    let found = KEY_LABELS.into_iter().filter_map(|label| Some((begin(label)?, label))).min();
+    let Some((start, label)) = found else {
+        return Err(refuse(match begin("ENCRYPTED PRIVATE KEY") {
+            Some(_) => "the private key is encrypted: decrypt it by openssl pkcs8",
+            None => "there is no private key in pem",
+        }));
+    };
+    let end = format!("-----END {label}-----");
+    let len = pem[start..].find(&end).ok_or_else(|| refuse("the private key in pem has no end"))?;
+    Ok(&pem[start..start + len + end.len()])
+}
+
 impl PrivateKey {
-    /// A key of P-384 in PEM, as PKCS #8 or SEC 1 have it.
+    /// A key of P-384 in PEM, as PKCS #8 or SEC 1 have it: the first private key among the blocks.
+    ///
+    /// # Errors
+    /// [`Error::IdBlock`] if there is none, it is encrypted, or not one of P-384.
+    pub fn from_pem(pem: &str) -> Result<Self, Error> {
+        let key = p384::SecretKey::from_pem(key_block(pem)?);
+        key.map(|key| Self(key.into())).map_err(|_| refuse("the private key in pem is not one of P-384"))
+    }
+
+    /// A key of P-384 in DER, as PKCS #8 or SEC 1 have it.
     ///
     /// # Errors
     /// [`Error::IdBlock`] if it is something else.
-    pub fn from_pem(pem: &str) -> Result<Self, Error> {
-        let key = p384::SecretKey::from_pem(pem);
-        key.map(|key| Self(key.into())).map_err(|_| refuse("a private key is not one of P-384 in PEM"))
+    pub fn from_der(der: &[u8]) -> Result<Self, Error> {
+        let key = p384::SecretKey::from_der(der);
+        key.map(|key| Self(key.into())).map_err(|_| refuse("a private key is not one of P-384 in DER"))
     }
 
     /// Its public key.
@@ -183,6 +211,12 @@ impl PrivateKey {
         bytes[..NUMBER_BYTES].copy_from_slice(&little_endian(&r));
         bytes[NUMBER_BYTES..2 * NUMBER_BYTES].copy_from_slice(&little_endian(&s));
         bytes
+    }
+}
+
+impl std::fmt::Debug for PrivateKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PrivateKey").finish_non_exhaustive()
     }
 }
 

@@ -9,6 +9,7 @@ use ctr::cipher::{KeyIvInit, StreamCipher};
 use cvm_core::Gpa;
 use hmac::Mac;
 use std::fmt;
+use zeroize::{Zeroize, ZeroizeOnDrop};
 
 /// Length of the header of a packet for the firmware: flags, initialisation vector, MAC (Secure Encrypted Virtualization API,
 /// section 6.6, `LAUNCH_SECRET`).
@@ -21,7 +22,7 @@ const MOST: usize = 4096;
 /// What the MAC of a launch secret begins with, to tell it from other packets.
 const CONTEXT_LAUNCH_SECRET: u8 = 1;
 
-/// The keys between a guest's owner and the firmware of its platform, for one launch.
+/// The keys between a guest's owner and the firmware of its platform, for one launch. They are zeroed when they are dropped.
 #[derive(Clone)]
 pub struct TransportKeys {
     encryption: [u8; 16],
@@ -57,9 +58,10 @@ impl TransportKeys {
         if !(1..=MOST).contains(&len) {
             return Err(Error::Secret { len, problem: "it takes 1 to 4096" });
         }
-        let mut data = secret.to_vec();
-        data.resize(len.next_multiple_of(BLOCK), 0);
-        Ctr128BE::<Aes128>::new(&self.encryption.into(), &iv.into()).apply_keystream(&mut data);
+        // Of the full length from the start: one that grew would leave the plaintext behind.
+        let mut data = vec![0; len.next_multiple_of(BLOCK)];
+        data[..len].copy_from_slice(secret);
+        Ctr128BE::<Aes128>::new((&self.encryption).into(), &iv.into()).apply_keystream(&mut data);
         let (flags, len) = (0u32.to_le_bytes(), (data.len() as u32).to_le_bytes());
         let mac = self.mac(&[&[CONTEXT_LAUNCH_SECRET], &flags, &iv, &len, &len, &data, &launch.measurement]);
         let mut header = [0; HEADER_BYTES];
@@ -75,9 +77,18 @@ impl TransportKeys {
     }
 }
 
+impl Drop for TransportKeys {
+    fn drop(&mut self) {
+        self.encryption.zeroize();
+        self.integrity.zeroize();
+    }
+}
+
+impl ZeroizeOnDrop for TransportKeys {}
+
 impl fmt::Debug for TransportKeys {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("TransportKeys")
+        f.debug_struct("TransportKeys").finish_non_exhaustive()
     }
 }
 
@@ -136,6 +147,21 @@ mod tests {
         ];
         assert!(lies.iter().all(|lie| !keys().approves(lie, &digest)));
         assert!(!keys().approves(&launch, &SevDigest([8; 32])));
+    }
+
+    #[test]
+    fn keys_are_zeroed_when_they_are_dropped_and_not_printed() {
+        fn are_zeroed<T: ZeroizeOnDrop>() {}
+        are_zeroed::<TransportKeys>();
+        are_zeroed::<Ctr128BE<Aes128>>();
+        let mut kept = std::mem::ManuallyDrop::new(TransportKeys::new([0x5a; 16], [0xa5; 16]));
+        assert_eq!(format!("{:?}", *kept), "TransportKeys { .. }");
+        #[allow(unsafe_code, reason = "what is left of a dropped value is what this is about")]
+        // SAFETY: the value is not used as one again; its fields are arrays of bytes, which any bytes are.
+        unsafe {
+            std::mem::ManuallyDrop::drop(&mut kept);
+        }
+        assert_eq!((kept.encryption, kept.integrity), ([0; 16], [0; 16]));
     }
 
     #[test]

@@ -8,6 +8,7 @@ use cvm_core::{Gpa, PAGE_SIZE, Transcript};
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
+use zeroize::Zeroizing;
 
 /// What a launch has loaded, as SHA-256 over all of it in the order of loading (AMD publication 55766,
 /// section 6.3, `LAUNCH_UPDATE_DATA`).
@@ -151,9 +152,9 @@ impl SevDigest {
 /// An HMAC by a key of the owner's.
 pub(crate) fn hmac(key: &[u8; 16]) -> Hmac<Sha256> {
     // Shorter keys than a block are filled up with zeros, as HMAC has it.
-    let mut block = [0; 64];
+    let mut block = Zeroizing::new([0; 64]);
     block[..16].copy_from_slice(key);
-    Hmac::new(&block.into())
+    Hmac::new((&*block).into())
 }
 
 #[cfg(test)]

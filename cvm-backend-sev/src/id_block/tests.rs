@@ -148,8 +148,55 @@ fn an_author_need_not_be() {
     assert_eq!(auth.verify(&block()).unwrap(), (id.public(), None));
 }
 
+/// What `openssl ecparam -name secp384r1 -genkey` writes before the key.
+const PARAMETERS: &str = "\
+-----BEGIN EC PARAMETERS-----
+BgUrgQQAIg==
+-----END EC PARAMETERS-----
+";
+
+#[test]
+fn a_private_key_is_found_in_what_tools_write() {
+    for (pem, key) in [ID, AUTHOR].into_iter().zip(<[PrivateKey; 2]>::from(keys())) {
+        let expected = key.public();
+        let attributes = format!("Bag Attributes\n    friendlyName: owner\n{pem}\n");
+        let certificate = "-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n";
+        for text in [
+            format!("{PARAMETERS}{pem}"),
+            format!("{PARAMETERS}{pem}\n").replace('\n', "\r\n"),
+            attributes,
+            format!("{certificate}{pem}\n{certificate}"),
+        ] {
+            assert_eq!(PrivateKey::from_pem(&text).map(|key| key.public()), Ok(expected), "{text}");
+        }
+        let (_, der) = p384::pkcs8::SecretDocument::from_pem(pem).unwrap();
+        assert_eq!(PrivateKey::from_der(der.as_bytes()).map(|key| key.public()), Ok(expected));
+        assert!(PrivateKey::from_der(&der.as_bytes()[1..]).is_err());
+    }
+    assert_eq!(PrivateKey::from_pem(&format!("{ID}\n{AUTHOR}")).unwrap().public(), keys().0.public());
+}
+
+#[test]
+fn private_keys_are_zeroed_when_they_are_dropped_and_not_printed() {
+    fn are_zeroed<T: zeroize::ZeroizeOnDrop>() {}
+    are_zeroed::<SigningKey>();
+    assert_eq!(format!("{:?}", keys().0), "PrivateKey { .. }");
+}
+
 #[test]
 fn what_is_no_key_is_refused() {
-    assert!(PrivateKey::from_pem(&ID.replace("MIG2", "MIG3")).is_err());
+    for (pem, problem) in [
+        (ID.replace("MIG2", "MIG3"), "not one of P-384"),
+        // The curve P-256.
+        (ID.replace("BSuBBAAi", "BSuBBAAj"), "not one of P-384"),
+        (ID.replace("PRIVATE", "ENCRYPTED PRIVATE"), "is encrypted"),
+        (PARAMETERS.to_owned(), "no private key"),
+        (ID[..100].to_owned(), "has no end"),
+        (ID.replace("END PRIVATE", "END EC PRIVATE"), "has no end"),
+        (String::new(), "no private key"),
+    ] {
+        let error = PrivateKey::from_pem(&pem).unwrap_err().to_string();
+        assert!(error.contains(problem), "{error}");
+    }
     assert!(PublicKey::from_bytes(&[0; KEY_BYTES]).is_err());
 }

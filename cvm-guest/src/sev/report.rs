@@ -12,6 +12,7 @@ use aes_gcm::{Aes256Gcm, Tag};
 use core::fmt;
 use cvm_core::{Gpa, PAGE_SIZE};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+use zeroize::Zeroizing;
 
 /// How many bytes a report has.
 pub const REPORT_LEN: usize = 1184;
@@ -40,8 +41,8 @@ impl SecretsPage {
         Self(page)
     }
 
-    fn key(&self) -> [u8; KEY_LEN] {
-        core::array::from_fn(|index| self.0[KEY + index])
+    fn key(&self) -> Zeroizing<[u8; KEY_LEN]> {
+        Zeroizing::new(core::array::from_fn(|index| self.0[KEY + index]))
     }
 
     /// How many messages went to and fro.
@@ -58,7 +59,7 @@ impl SecretsPage {
 
     /// Whether the key can be used: it was not given up, and there are numbers left for a message and its answer.
     fn is_usable(&self) -> bool {
-        self.key() != [0; KEY_LEN] && self.count() < u32::MAX - 1
+        *self.key() != [0; KEY_LEN] && self.count() < u32::MAX - 1
     }
 
     /// Takes the number of the next message; that of its answer is one higher. Neither will be used again, whatever comes
@@ -230,7 +231,7 @@ impl Reporter {
         if !vcpu.is_snp() {
             return Err(Fault::SnpOnly.into());
         }
-        let cipher = Aes256Gcm::new(&self.secrets.key().into());
+        let cipher = Aes256Gcm::new((&*self.secrets.key()).into());
         let number = self.secrets.take_number()?;
         let answered = self.exchange(vcpu, &cipher, number, data, certificates);
         match answered {

@@ -123,7 +123,7 @@ fn assert_given_up(setting: &Setting) {
     let again = setting.report(&mut setting.reporter(), None);
     assert_eq!(again, Err(Fault::KeyDisabled.into()));
     assert_eq!(setting.numbers().len(), before);
-    assert_eq!(setting.secrets().key(), [0; KEY_LEN]);
+    assert_eq!(*setting.secrets().key(), [0; KEY_LEN]);
 }
 
 #[test]
@@ -302,4 +302,13 @@ proptest! {
         numbers.dedup();
         prop_assert_eq!(numbers.len(), count);
     }
+}
+
+#[test]
+fn copies_of_the_key_are_zeroed_when_they_are_dropped() {
+    fn are_zeroed<T: zeroize::ZeroizeOnDrop>(_: &T) {}
+    let setting = Setting::new(|_, _, _| 0);
+    let key = setting.secrets().key();
+    are_zeroed(&key);
+    are_zeroed(&Aes256Gcm::new((&*key).into()));
 }
