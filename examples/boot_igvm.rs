@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 use tiny_guest::{BOOT_PAGE, IMAGE, MIN_MEMORY, PAGE_TABLES, Task};
-use zerocopy::{FromBytes, FromZeros, IntoBytes};
+use zerocopy::{FromBytes, FromZeros};
 
 /// Boot what an IGVM file describes, and print what it says.
 ///
@@ -96,7 +96,7 @@ fn tiny_guest() -> Result<Vec<u8>, BoxError> {
             None => add(range.start().0, &vec![0; range.len() as usize]),
         }
     }
-    add(BOOT_PAGE, boot_page.as_bytes());
+    add(BOOT_PAGE, &boot_page.to_bytes());
     add(PAGE_TABLES, &tables);
     let state = VcpuState::long_mode(image.entry(), Gpa(PAGE_TABLES), 0, Gpa(BOOT_PAGE));
     let page = native_page(&state);

@@ -41,6 +41,6 @@ pub use id_block::{IdAuth, IdBlock};
 pub use kernel::KernelHashes;
 pub use ovmf::Firmware;
 pub use policy::{SevFlags, SevPolicy, SnpFlags, SnpPolicy};
-pub use snp::Vcpus;
+pub use snp::{HostData, Vcpus};
 pub use vcpu::CpuSignature;
 pub use vmsa::{SevFeatures, Vmm, Vmsa};

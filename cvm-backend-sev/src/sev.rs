@@ -45,6 +45,9 @@ pub fn of_firmware(
 /// The digest of a launch through this project's contract: pages in the order in which they were loaded, zeros among them, and
 /// with SEV-ES (`es`, what is active in the guest) the vCPUs in that of their indices, as KVM makes their states.
 ///
+/// The launch configuration is in it by the boot page, which has its digest. SEV and SEV-ES have no other place for it: they do
+/// not bind a guest without a boot page to its configuration.
+///
 /// SEV hashes the contents themselves, of which a transcript has just the SHA-384. So `contents` gives those of each page;
 /// they are checked.
 ///
@@ -66,7 +69,8 @@ pub fn of_transcript<'a>(
             },
             Entry::Page { gpa, .. } => return Err(Error::Transcript { gpa: *gpa, problem: NOT_MEASURED }),
             Entry::Zero { range } => digest.zeros(range.pages()),
-            Entry::Config { .. } | Entry::Vcpu { .. } => {}
+            // The configuration is in the boot page; vCPUs come last.
+            Entry::Config(_) | Entry::Vcpu { .. } => {}
         }
     }
     Ok(digest.finish(transcript, es))

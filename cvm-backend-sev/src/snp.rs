@@ -4,9 +4,9 @@ use crate::digest::LaunchDigest;
 use crate::ovmf::{Firmware, SectionKind};
 use crate::vmsa::RESET_VECTOR;
 use crate::{CpuSignature, Error, KernelHashes, PageType, SevFeatures, Vmm, Vmsa};
-use cvm_core::boot::{Exits, Interface};
+use cvm_core::boot::{Exits, FreshMemory, Interface};
 use cvm_core::doorbell::Transport;
-use cvm_core::launch::{Entry, MAX_VCPUS, PageKind};
+use cvm_core::launch::{ConfigDigest, Entry, MAX_VCPUS, PageKind};
 use cvm_core::{Measurement, PAGE_SIZE, Transcript};
 use std::collections::BTreeMap;
 
@@ -61,6 +61,28 @@ impl<'a> Iterator for States<'a> {
     }
 }
 
+/// What a launch has in HOST_DATA, 32 bytes that the firmware does not interpret and that every report of the guest shows
+/// (AMD publication 56860, `SNP_LAUNCH_FINISH` and `ATTESTATION_REPORT`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum HostData {
+    /// The first 32 of the 48 bytes of the launch configuration's [`ConfigDigest`]. So a report binds the configuration of
+    /// every guest, also of one without a boot page, such as firmware or an IGVM file.
+    #[default]
+    ConfigDigest,
+    /// These bytes. A report then binds the configuration by the measurement alone, and only of a guest with a boot page.
+    Custom([u8; 32]),
+}
+
+impl HostData {
+    /// The bytes in a report of a guest with this configuration.
+    pub fn bytes(&self, config: &ConfigDigest) -> [u8; 32] {
+        match self {
+            Self::ConfigDigest => std::array::from_fn(|index| config.0[index]),
+            Self::Custom(bytes) => *bytes,
+        }
+    }
+}
+
 /// What a guest of SEV-SNP has to know of the platform, on a processor on which this bit of page-table entries makes memory
 /// private: CPUID leaf 0x8000001f, EBX, the low six bits.
 pub const fn interface(private_bit: u8) -> Interface {
@@ -69,6 +91,7 @@ pub const fn interface(private_bit: u8) -> Interface {
         exits: Exits::Ghcb,
         private_bit: Some(private_bit),
         acceptance: true,
+        fresh_memory: FreshMemory::Undefined,
         vouched_pages: true,
     }
 }
@@ -76,13 +99,15 @@ pub const fn interface(private_bit: u8) -> Interface {
 /// The expected measurement of a launch through this project's contract: pages in the order in which they were loaded, then
 /// the vCPUs in that of their indices, as KVM makes their states.
 ///
-/// The configuration is not measured: SEV-SNP has no place for it but in its policy and host data.
+/// The launch configuration is in it by the boot page, which has its digest. A guest without a boot page is bound to its
+/// configuration by [`HostData`] alone, which a report has beside the measurement.
 pub fn of_transcript(transcript: &Transcript, features: SevFeatures) -> Measurement {
     let mut digest = LaunchDigest::new();
     let mut vcpus = BTreeMap::new();
     for entry in transcript.entries() {
         match entry {
-            Entry::Config { .. } => {}
+            // It is in the boot page and in HOST_DATA.
+            Entry::Config(_) => {}
             Entry::Page { kind, gpa, contents } => digest.extend(page_type(*kind), *gpa, contents),
             Entry::Zero { range } => digest.without_contents(PageType::Zero, *range),
             Entry::Vcpu { index, state } => _ = vcpus.insert(*index, Vmsa::long_mode(state, features)),

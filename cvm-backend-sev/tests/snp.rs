@@ -8,7 +8,7 @@ mod common;
 use common::*;
 use cvm_backend_sev::id_block::PrivateKey;
 use cvm_backend_sev::kvm::{Error as SevError, SnpOptions};
-use cvm_backend_sev::snp::of_transcript;
+use cvm_backend_sev::snp::{HostData, of_transcript};
 use cvm_backend_sev::{FirmwareError, IdAuth, IdBlock, SnpFlags, SnpPolicy, Vmsa};
 use cvm_conformance::Converted;
 use cvm_core::doorbell::Transport;
@@ -176,7 +176,9 @@ fn the_firmware_takes_a_signed_id_block_and_refuses_a_launch_that_is_another() {
     };
     for author in [None, Some(key(AUTHOR))] {
         let auth = IdAuth::sign(&block, &key(ID), author.as_ref());
-        host = host.with_snp(SnpOptions::default().id_block(block, auth).host_data([0xab; 32]).without_vcek());
+        host = host.with_snp(
+            SnpOptions::default().id_block(block, auth).host_data(HostData::Custom([0xab; 32])).without_vcek(),
+        );
         seal(&host).unwrap();
         if processor::is_faked() {
             let (log, finish) = (processor::log(), processor::snp_finish());

@@ -154,6 +154,13 @@ impl InterruptPolicy {
         self.level
     }
 
+    /// All that it consists of: the accepted vectors, those of them that are levels, and the limit.
+    pub(crate) fn parts(&self) -> ([u64; 4], [u64; 4], Option<NonZeroU32>) {
+        // No `..` here: what is added has to be measured too.
+        let Self { accepted, level, most_per_second } = *self;
+        (accepted, level, most_per_second)
+    }
+
     /// How many interrupts it accepts on each vCPU in a second; nothing if there is no limit.
     pub fn most_per_second(&self) -> Option<NonZeroU32> {
         self.most_per_second

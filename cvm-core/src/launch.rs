@@ -12,10 +12,12 @@
 //! What a launch will be measured as can be known before, see [`Rehearsal`].
 
 mod config;
+mod encoding;
 mod rehearsal;
 mod transcript;
 
 pub use config::{APIC_PAGE, MAX_MEMORY, MAX_VCPUS, VmConfig};
+pub use encoding::ConfigDigest;
 pub use rehearsal::{Never, Rehearsal};
 pub use transcript::{Entry, Measurement, PageKind, Transcript, digest};
 
@@ -28,8 +30,7 @@ use crate::memory::Slots;
 use crate::x86::{self, VcpuState};
 use crate::{BoxError, Error, Gpa, GpaRange, PAGE_SIZE};
 use std::collections::BTreeMap;
-use std::num::NonZeroU32;
-use zerocopy::{FromZeros, IntoBytes};
+use zerocopy::FromZeros;
 
 /// What a guest accepts memory by, in bytes: where what was loaded ends for it.
 const LARGE_PAGE: u64 = 2 << 20;
@@ -66,6 +67,7 @@ pub struct Launch<L> {
     loader: L,
     config: VmConfig,
     interface: Interface,
+    digest: ConfigDigest,
     memory: Slots,
     loaded: BTreeMap<Gpa, GpaRange>,
     /// What the guest was told to be accepted: memory below this.
@@ -83,22 +85,17 @@ impl<L: Loader> Launch<L> {
     pub fn new(loader: L, config: VmConfig, interface: impl Into<Interface>) -> Result<Self, Error> {
         config.check()?;
         let memory = Slots::new(&config.memory)?;
-        let first = Entry::Config {
-            vcpus: config.vcpus,
-            interrupts: config.interrupts.bits(),
-            levels: config.interrupts.level_bits(),
-            most_interrupts: config.interrupts.most_per_second().map_or(0, NonZeroU32::get),
-            policy: config.policy,
-            interrupt_controller: config.interrupt_controller,
-        };
+        let interface = interface.into();
+        let digest = config.digest(&interface);
         Ok(Self {
             loader,
-            interface: interface.into(),
+            interface,
             memory,
             loaded: BTreeMap::new(),
             accepted: None,
             vcpus: vec![false; config.vcpus as usize],
-            transcript: Transcript { entries: vec![first] },
+            digest,
+            transcript: Transcript { entries: vec![Entry::Config(digest)] },
             config,
             failed: false,
         })
@@ -117,6 +114,11 @@ impl<L: Loader> Launch<L> {
     /// How the guest will find the platform.
     pub fn interface(&self) -> &Interface {
         &self.interface
+    }
+
+    /// The digest of the configuration and the interface: what the guest finds in its boot page.
+    pub fn config_digest(&self) -> ConfigDigest {
+        self.digest
     }
 
     /// Passes on the result of a backend's step, after whose failure nothing else works.
@@ -236,18 +238,18 @@ impl<L: Loader> Launch<L> {
     /// Loads a measured [`BootPage`] at `gpa`, with `argument` for the guest. Where the trusted entity has pages for the guest,
     /// they follow: that of secrets, and that of CPUID leaves.
     ///
-    /// Where a guest has to accept memory that was not loaded, it is told here from what address on: the next multiple of
-    /// 2 MiB above all that was loaded so far. So what lies above must be loaded before; what is not loaded below will be
-    /// zero, which is measured at the seal.
+    /// Where a guest has to accept or to initialise memory that was not loaded, it is told here from what address on: the next
+    /// multiple of 2 MiB above all that was loaded so far. So what lies above must be loaded before; what is not loaded below
+    /// will be loaded as zeros, which are measured, at the seal.
     ///
     /// # Errors
     /// As [`Launch::load`].
     pub fn load_boot_page(&mut self, gpa: Gpa, argument: [u64; 4]) -> Result<(), Error> {
         let following = |page: u64| gpa.0.saturating_add(page * PAGE_SIZE);
-        let Interface { transport, exits, private_bit, acceptance, vouched_pages } = self.interface;
+        let Interface { transport, exits, private_bit, acceptance: _, fresh_memory, vouched_pages } = self.interface;
         let last = self.loaded.values().next_back().map_or(0, |range| range.end().0);
         let accepted = last.max(following(1 + 2 * u64::from(vouched_pages))).checked_next_multiple_of(LARGE_PAGE);
-        let accepted = accepted.filter(|_| acceptance).unwrap_or(boot::ALL_ACCEPTED);
+        let accepted = accepted.filter(|_| !self.interface.is_all_accepted()).unwrap_or(boot::ALL_ACCEPTED);
         let mut page = BootPage {
             magic: boot::MAGIC,
             vcpus: self.config.vcpus,
@@ -257,6 +259,8 @@ impl<L: Loader> Launch<L> {
             shared_at: if private_bit.is_some() { x86::SHARED_AT } else { 0 },
             accepted,
             argument,
+            fresh_memory: fresh_memory as u64,
+            config: self.digest.0,
             ..BootPage::new_zeroed()
         };
         if vouched_pages {
@@ -265,7 +269,7 @@ impl<L: Loader> Launch<L> {
         for (entry, range) in page.memory.iter_mut().zip(&self.config.memory) {
             *entry = MemoryRange { start: range.start().0, len: range.len() };
         }
-        self.load(gpa, page.as_bytes(), PageKind::Measured)?;
+        self.load(gpa, &page.to_bytes(), PageKind::Measured)?;
         if vouched_pages {
             for (gpa, kind) in [(page.secrets, PageKind::Secrets), (page.cpuid, PageKind::Cpuid)] {
                 let range = GpaRange::new(gpa, PAGE_SIZE).map_err(|error| Error::Layout(error.to_string()))?;
@@ -276,7 +280,7 @@ impl<L: Loader> Launch<L> {
         Ok(())
     }
 
-    /// Declares zero what the guest was told to be accepted and was not loaded.
+    /// Declares zero what lies below the address that the guest was told, and was not loaded.
     fn fill(&mut self) -> Result<(), Error> {
         let Some(accepted) = self.accepted else { return Ok(()) };
         let mut holes = Vec::new();

@@ -10,7 +10,7 @@ pub use tables::identity_map;
 use crate::Gpa;
 use zerocopy::{Immutable, IntoBytes, KnownLayout};
 
-/// The first state of a vCPU that starts in 64-bit mode with flat segments and interrupts off. Measured as its bytes.
+/// The first state of a vCPU that starts in 64-bit mode with flat segments and interrupts off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct VcpuState {

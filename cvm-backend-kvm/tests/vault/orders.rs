@@ -239,7 +239,8 @@ fn honest_boot_page() -> Vec<u8> {
         ..zerocopy::FromZeros::new_zeroed()
     };
     page.memory[0].len = MEMORY;
-    page.as_bytes().to_vec()
+    page.config = config.digest(&Transport::Doorbell.into()).0;
+    page.to_bytes().to_vec()
 }
 
 #[test]

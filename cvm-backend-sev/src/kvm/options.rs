@@ -2,6 +2,7 @@
 
 use super::command::{Attribute, attribute};
 use super::{CpuidCorrection, Error};
+use crate::snp::HostData;
 use crate::{IdAuth, IdBlock, SevFeatures, SnpFlags, SnpPolicy};
 use cvm_core::Policy;
 use kvm_bindings::CpuId;
@@ -23,7 +24,7 @@ pub struct SnpOptions {
     features: SevFeatures,
     pub(super) gosvw: [u8; 16],
     pub(super) id: Option<(IdBlock, IdAuth)>,
-    pub(super) host_data: [u8; 32],
+    pub(super) host_data: HostData,
     pub(super) no_vcek: bool,
     pub(super) cpuid: Option<Change>,
     pub(super) judge: Option<Judge>,
@@ -60,8 +61,8 @@ impl SnpOptions {
         Self { id: Some((block, auth)), ..self }
     }
 
-    /// Bytes of the host's that reports of the guest will have.
-    pub fn host_data(self, host_data: [u8; 32]) -> Self {
+    /// What reports of the guest will have in HOST_DATA: the digest of the launch configuration, unless this says otherwise.
+    pub fn host_data(self, host_data: HostData) -> Self {
         Self { host_data, ..self }
     }
 

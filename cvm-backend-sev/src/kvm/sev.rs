@@ -15,7 +15,7 @@ use crate::owner::Secret;
 use crate::sev::{LaunchMeasurement, NOT_MEASURED, Running, SevDigest};
 use crate::{SevFeatures, SevFlags, SevPolicy};
 use cvm_backend_kvm::backend::{GuestMemory, Host, LocalVcpu, LocalVm, Machine, PinnedMemory, Traits};
-use cvm_core::boot::{Exits, Interface};
+use cvm_core::boot::{Exits, FreshMemory, Interface};
 use cvm_core::doorbell::Transport;
 use cvm_core::export::Export;
 use cvm_core::launch::{Loader, Transcript, VmConfig};
@@ -108,6 +108,7 @@ pub(super) fn interface(es: bool, config: &VmConfig, private_bit: u8) -> Result<
         exits: if es { Exits::Ghcb } else { Exits::Direct },
         private_bit: Some(private_bit),
         acceptance: false,
+        fresh_memory: FreshMemory::Undefined,
         vouched_pages: false,
     })
 }

@@ -172,6 +172,7 @@ impl Loader for SnpLoader {
         // What the vCPUs are given here is measured by the command that follows.
         self.machine.set_states()?;
         self.machine.settle_states()?;
+        let config = transcript.config().ok_or("the transcript has no launch configuration")?;
         let mut block = self.options.id.as_ref().map(|(block, _)| block.to_bytes());
         let mut auth = self.options.id.as_ref().map(|(_, auth)| Box::new(*auth.as_bytes()));
         let mut finish = kvm_sev_snp_launch_finish {
@@ -180,7 +181,7 @@ impl Loader for SnpLoader {
             id_block_en: block.is_some().into(),
             auth_key_en: self.options.id.as_ref().is_some_and(|(_, auth)| auth.has_author()).into(),
             vcek_disabled: self.options.no_vcek.into(),
-            host_data: self.options.host_data,
+            host_data: self.options.host_data.bytes(&config),
             ..Default::default()
         };
         // SAFETY: the data is what the kernel has for the command; its addresses lead to a block and signatures of the sizes

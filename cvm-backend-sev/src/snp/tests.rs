@@ -115,3 +115,12 @@ fn a_transcript_is_measured_page_by_page_and_then_its_vcpus() {
         "7af0fc2039fee0252786be60df5d68b87277d5c9d2814508d095793f370ddecc23fd54c1d65a9e58d9ed1358cfdae7bc"
     );
 }
+
+#[test]
+fn host_data_is_the_first_two_thirds_of_the_configurations_digest_unless_it_is_said_otherwise() {
+    let mut digest = [0xdd; 48];
+    digest[..32].copy_from_slice(b"0123456789abcdef0123456789abcdef");
+    let digest = cvm_core::launch::ConfigDigest(digest);
+    assert_eq!(HostData::default().bytes(&digest), *b"0123456789abcdef0123456789abcdef");
+    assert_eq!(HostData::Custom([7; 32]).bytes(&digest), [7; 32]);
+}

@@ -57,6 +57,11 @@ impl Assembler {
         self.interface.acceptance
     }
 
+    /// Whether memory that was not loaded is usable as it is, and zero.
+    pub fn is_all_accepted(&self) -> bool {
+        self.interface.is_all_accepted()
+    }
+
     /// Whether the doorbell is a port, so that it has no upper half.
     pub fn is_by_port(&self) -> bool {
         self.doorbell == Doorbell::Port

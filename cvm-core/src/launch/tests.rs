@@ -1,5 +1,5 @@
 use super::*;
-use crate::boot::Exits;
+use crate::boot::{Exits, FreshMemory};
 use crate::doorbell::Doorbell;
 use crate::interrupt::{Guarding, InterruptController, InterruptPolicy};
 use crate::memory::{Allocated, Conversion, ConversionListener, ConversionRequest, ConversionTotals, SharedMemory};
@@ -137,6 +137,7 @@ fn an_apic_has_its_page_to_itself_and_takes_no_levels() {
 #[test]
 fn pages_are_padded_split_at_slots_and_measured_in_order() {
     let mut launch = launch();
+    let config = launch.config().clone();
     launch.load(Gpa(15 * PAGE_SIZE), &[7; PAGE_SIZE as usize + 1], PageKind::Measured).unwrap();
     launch.load(Gpa(64 * PAGE_SIZE), &[9; 8], PageKind::Unmeasured).unwrap();
     launch.zero(range(70, 2)).unwrap();
@@ -158,14 +159,7 @@ fn pages_are_padded_split_at_slots_and_measured_in_order() {
     let digest = |bytes: &[u8]| -> [u8; 48] { Sha384::digest(bytes).into() };
     let page = |kind, page: u64, contents| Entry::Page { kind, gpa: Gpa(page * PAGE_SIZE), contents };
     let entries = [
-        Entry::Config {
-            vcpus: 1,
-            interrupts: [0; 4],
-            levels: [0; 4],
-            most_interrupts: 0,
-            policy: Policy::empty(),
-            interrupt_controller: InterruptController::None,
-        },
+        Entry::Config(config.digest(&Transport::Doorbell.into())),
         page(PageKind::Measured, 15, digest(&[7; PAGE_SIZE as usize])),
         page(PageKind::Measured, 16, digest(&padded)),
         page(PageKind::Unmeasured, 64, [0; 48]),
@@ -179,56 +173,28 @@ fn pages_are_padded_split_at_slots_and_measured_in_order() {
 fn the_measurement_is_the_documented_chain() {
     let transcript = Transcript {
         entries: vec![
-            Entry::Config {
-                vcpus: 2,
-                interrupts: [0, 0x101, 0, 0],
-                levels: [0, 0x100, 0, 0],
-                most_interrupts: 9,
-                policy: Policy::NO_SMT | Policy::FLUSH_L1D,
-                interrupt_controller: InterruptController::Apic,
-            },
+            Entry::Config(ConfigDigest([4; 48])),
             Entry::Page { kind: PageKind::Measured, gpa: Gpa(0x1000), contents: [5; 48] },
             Entry::Zero { range: range(2, 2) },
             Entry::Vcpu { index: 1, state: state() },
         ],
     };
-    // 32 bytes of accepted vectors, 32 of levels, 8 of the most interrupts, 8 of policy, 8 of the controller.
-    let mut promises = [0u8; 88];
-    (promises[8], promises[9], promises[41]) = (1, 1, 1);
-    (promises[64], promises[72], promises[80]) = (9, 5, 1);
+    // RIP, RSP, RDI, RSI, CR3.
+    let bytes = [0x1000u64, 0, 0, 0x3000, 0x2000].map(u64::to_le_bytes).concat();
     let lines: [(u64, u64, Vec<u8>); 5] = [
-        (16, 2, Sha384::digest(promises).to_vec()),
+        (16, 0, vec![4; 48]),
         (1, 0x1000, vec![5; 48]),
         (3, 0x2000, vec![0; 48]),
         (3, 0x3000, vec![0; 48]),
-        (17, 1, Sha384::digest(state().as_bytes()).to_vec()),
+        (17, 1, Sha384::digest(bytes).to_vec()),
     ];
-    let mut expected = Sha384::digest(b"cvm software launch 1").to_vec();
+    let mut expected = Sha384::digest(b"cvm software launch 2").to_vec();
     for (kind, place, contents) in lines {
         let line = [expected, kind.to_le_bytes().to_vec(), place.to_le_bytes().to_vec(), contents].concat();
         expected = Sha384::digest(line).to_vec();
     }
     assert_eq!(transcript.measurement().0.to_vec(), expected);
     assert_eq!(transcript.measurement().to_string().len(), 96);
-}
-
-#[test]
-fn what_interrupts_the_guest_how_is_measured() {
-    let none = InterruptPolicy::default();
-    let (edge, level) = (none.accept(0x41).unwrap(), none.accept_level(0x41).unwrap());
-    let most = NonZeroU32::new(1).unwrap();
-    let measured = [
-        (none, InterruptController::None),
-        (edge, InterruptController::None),
-        (level, InterruptController::None),
-        (edge.limit(most), InterruptController::None),
-        (edge, InterruptController::Apic),
-    ]
-    .map(|(interrupts, interrupt_controller)| {
-        let config = VmConfig { interrupts, interrupt_controller, ..VmConfig::new(PAGE_SIZE, 1).unwrap() };
-        Launch::new(Keeper::default(), config, Transport::Doorbell).unwrap().transcript.measurement().0
-    });
-    assert_eq!(std::collections::BTreeSet::from(measured).len(), measured.len());
 }
 
 #[test]
@@ -294,6 +260,32 @@ fn the_boot_page_says_what_the_launch_is() {
     assert_eq!((page.doorbell(), page.transport()), (Some(Doorbell::Port), Some(Transport::Doorbell)));
     assert_eq!(page.memory[2], MemoryRange { start: 64 * PAGE_SIZE, len: 16 * PAGE_SIZE });
     assert_eq!(page.memory[3], MemoryRange::default());
+    assert_eq!((page.accepted, page.fresh_memory()), (boot::ALL_ACCEPTED, Some(FreshMemory::Zero)));
+    assert_eq!(page.config, launch.config().digest(launch.interface()).0);
+}
+
+#[test]
+fn every_field_of_the_configuration_changes_the_boot_page() {
+    let loaded = |config: &VmConfig| {
+        let mut launch = Launch::new(Keeper::default(), config.clone(), Transport::Doorbell).unwrap();
+        launch.load_boot_page(Gpa(0x1000), [0; 4]).unwrap();
+        launch.loader.loads.remove(0).1
+    };
+    let base = VmConfig::new(16 * PAGE_SIZE, 1).unwrap();
+    let limit = std::num::NonZeroU32::MIN;
+    let configs = [
+        base.clone(),
+        VmConfig { memory: vec![range(0, 8), range(8, 8)], ..base.clone() },
+        VmConfig { vcpus: 2, ..base.clone() },
+        VmConfig { interrupts: base.interrupts.accept(0x41).unwrap(), ..base.clone() },
+        VmConfig { interrupts: base.interrupts.accept_level(0x41).unwrap(), ..base.clone() },
+        VmConfig { interrupts: base.interrupts.limit(limit), ..base.clone() },
+        VmConfig { interrupt_controller: InterruptController::Apic, ..base.clone() },
+        VmConfig { policy: Policy::NO_SMT, ..base.clone() },
+        VmConfig { doorbell: Doorbell::Msr, ..base },
+    ];
+    let pages: std::collections::BTreeSet<_> = configs.iter().map(loaded).collect();
+    assert_eq!(pages.len(), configs.len());
 }
 
 #[test]
@@ -305,6 +297,7 @@ fn a_guest_that_has_to_accept_memory_is_told_from_where_on_and_what_lies_below_i
         exits: Exits::Ghcb,
         private_bit: Some(51),
         acceptance: true,
+        fresh_memory: FreshMemory::Undefined,
         vouched_pages: true,
     };
     let mut launch = Launch::new(Keeper::default(), config, interface).unwrap();
@@ -329,6 +322,19 @@ fn a_guest_that_has_to_accept_memory_is_told_from_where_on_and_what_lies_below_i
         _ => None,
     });
     assert_eq!(root, Some(0x10_0000 | 1 << 51));
+}
+
+#[test]
+fn a_guest_whose_fresh_memory_is_undefined_is_told_from_where_on_and_finds_zeros_below() {
+    let interface = Interface { fresh_memory: FreshMemory::Undefined, ..Transport::Hypercall.into() };
+    let mut launch = Launch::new(Keeper::default(), VmConfig::new(4 << 20, 1).unwrap(), interface).unwrap();
+    launch.load_boot_page(Gpa(PAGE_SIZE), [0; 4]).unwrap();
+    let (page, _) = BootPage::read_from_prefix(&launch.loader.loads[0].1).unwrap();
+    assert_eq!((page.accepted, page.fresh_memory()), (2 << 20, Some(FreshMemory::Undefined)));
+    assert!(matches!(launch.zero(range(512, 1)), Err(Error::Layout(_))));
+    launch.set_vcpu(0, &state()).unwrap();
+    let zeros = launch.seal().unwrap().loads.split_off(1);
+    assert_eq!(zeros, [(range(0, 1), vec![], PageKind::Zero), (range(2, 510), vec![], PageKind::Zero)]);
 }
 
 proptest! {

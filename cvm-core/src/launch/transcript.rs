@@ -1,11 +1,10 @@
 //! What a launch consists of, and what it is measured as.
 
-use crate::interrupt::InterruptController;
+use super::ConfigDigest;
 use crate::x86::VcpuState;
-use crate::{Gpa, GpaRange, PAGE_SIZE, Policy};
+use crate::{Gpa, GpaRange, PAGE_SIZE};
 use sha2::{Digest, Sha384};
 use std::fmt;
-use zerocopy::IntoBytes;
 
 /// What a submitted page is to the measurement. The numbers are those of the transcript.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -26,21 +25,8 @@ pub enum PageKind {
 /// A line of the transcript.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Entry {
-    /// What the guest was promised before any page.
-    Config {
-        /// How many vCPUs.
-        vcpus: u32,
-        /// The accepted vectors as 256 bits.
-        interrupts: [u64; 4],
-        /// Those of them that are levels, as 256 bits.
-        levels: [u64; 4],
-        /// The most interrupts in a second; 0 for no limit.
-        most_interrupts: u32,
-        /// The policy.
-        policy: Policy,
-        /// The interrupt controller.
-        interrupt_controller: InterruptController,
-    },
+    /// What the guest was promised before any page: the digest of the whole configuration.
+    Config(ConfigDigest),
     /// One page with contents.
     Page {
         /// What it is to the measurement.
@@ -76,35 +62,42 @@ impl Transcript {
         &self.entries
     }
 
+    /// The digest of the launch configuration; nothing if the transcript has none.
+    pub fn config(&self) -> Option<ConfigDigest> {
+        self.entries.iter().find_map(|entry| match entry {
+            Entry::Config(digest) => Some(*digest),
+            Entry::Page { .. } | Entry::Zero { .. } | Entry::Vcpu { .. } => None,
+        })
+    }
+
     /// The measurement of software-only isolation: a chain of SHA-384.
     ///
-    /// It starts as SHA-384 of the ASCII text `cvm software launch 1`. Each page, vCPU and configuration makes it
+    /// It starts as SHA-384 of the ASCII text `cvm software launch 2`. Each page, vCPU and configuration makes it
     /// SHA-384 of: the measurement so far (48 bytes), a kind (8 bytes, little endian: the [`PageKind`], 16 for a
-    /// configuration, 17 for a vCPU), a place (8 bytes, little endian: the GPA, the number of vCPUs, the vCPU's index),
-    /// and a digest (48 bytes: of a page, the entry's; of a vCPU, SHA-384 of its state's bytes; of a configuration,
-    /// SHA-384 of five things, little endian: 32 bytes of accepted vectors, 32 of those that are levels, 8 of the most
-    /// interrupts in a second, 8 of the policy, 8 of the [`InterruptController`]; of a zero page, zeros).
+    /// configuration, 17 for a vCPU), a place (8 bytes, little endian: the GPA, 0 for a configuration, the vCPU's index),
+    /// and a digest (48 bytes: of a page, the entry's; of a vCPU, SHA-384 of its state's fields in their order,
+    /// 8 bytes each, little endian; of a configuration, its
+    /// [`ConfigDigest`]; of a zero page, zeros).
     pub fn measurement(&self) -> Measurement {
-        let mut chain = digest(b"cvm software launch 1");
+        let mut chain = digest(b"cvm software launch 2");
         let mut extend = |kind: u64, place: u64, contents: &[u8; 48]| {
             let next = Sha384::new().chain_update(chain).chain_update(kind.to_le_bytes());
             chain = next.chain_update(place.to_le_bytes()).chain_update(contents).finalize().into();
         };
         for entry in &self.entries {
             match entry {
-                Entry::Config { vcpus, interrupts, levels, most_interrupts, policy, interrupt_controller } => {
-                    let others = [u64::from(*most_interrupts), policy.bits(), *interrupt_controller as u64];
-                    let promises = interrupts.iter().chain(levels).chain(&others);
-                    let promises = promises.flat_map(|number| number.to_le_bytes()).collect::<Vec<_>>();
-                    extend(16, u64::from(*vcpus), &digest(&promises));
-                }
+                Entry::Config(config) => extend(16, 0, &config.0),
                 Entry::Page { kind, gpa, contents } => extend(*kind as u64, gpa.0, contents),
                 Entry::Zero { range } => {
                     for page in 0..range.pages() {
                         extend(PageKind::Zero as u64, range.start().0 + page * PAGE_SIZE, &[0; 48]);
                     }
                 }
-                Entry::Vcpu { index, state } => extend(17, u64::from(*index), &digest(state.as_bytes())),
+                Entry::Vcpu { index, state } => {
+                    let VcpuState { rip, rsp, rdi, rsi, cr3 } = *state;
+                    let state = [rip, rsp, rdi, rsi, cr3].map(u64::to_le_bytes);
+                    extend(17, u64::from(*index), &digest(state.as_flattened()));
+                }
             }
         }
         Measurement(chain)

@@ -117,7 +117,9 @@ fn boot_page<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
         assert_eq!(page.doorbell(), Some(config.doorbell));
         assert_eq!((page.transport(), page.exits()), (Some(interface.transport), Some(interface.exits)));
         assert_eq!(page.shared_at, interface.private_bit.map_or(0, |_| x86::SHARED_AT));
-        assert_eq!(page.accepted, if interface.acceptance { MEMORY } else { boot::ALL_ACCEPTED });
+        assert_eq!(page.accepted, if interface.is_all_accepted() { boot::ALL_ACCEPTED } else { MEMORY });
+        assert_eq!(page.fresh_memory(), Some(interface.fresh_memory));
+        assert_eq!(page.config, config.digest(&interface).0);
         let vouched = if interface.vouched_pages { (AT + PAGE_SIZE, AT + 2 * PAGE_SIZE) } else { (0, 0) };
         assert_eq!((page.secrets, page.cpuid), vouched);
         let mut memory = [MemoryRange::default(); boot::MAX_RANGES];
