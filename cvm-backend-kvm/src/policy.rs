@@ -45,8 +45,6 @@ impl Facts {
 
     fn refusal(&self, demand: Policy) -> Option<String> {
         match demand {
-            // Neither this library nor KVM emulates an access outside memory: local APICs never leave x2APIC mode.
-            Policy::NO_MMIO => None,
             Policy::NO_SMT => match self.smt_active.as_deref() {
                 Some("0") => None,
                 Some(_) => Some("smt is on: write off to /sys/devices/system/cpu/smt/control".into()),

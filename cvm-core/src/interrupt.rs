@@ -3,9 +3,10 @@
 use crate::doorbell::Trigger;
 use std::fmt;
 use std::num::NonZeroU32;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-/// Something that a host may want to inject into a vCPU.
+/// A maskable interrupt that a host may want to inject into a vCPU. A protected guest takes no other event: there is no
+/// value for an exception, an NMI, an SMI, INIT or a start-up signal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Event {
     /// An edge: a maskable interrupt with this vector, once.
@@ -19,16 +20,6 @@ pub enum Event {
         /// Whether the line is asserted from now on, or lowered.
         asserted: bool,
     },
-    /// A non-maskable interrupt.
-    Nmi,
-    /// An exception with its vector.
-    Exception(u8),
-    /// A system-management interrupt.
-    Smi,
-    /// An INIT signal.
-    Init,
-    /// A start-up signal.
-    Startup,
 }
 
 impl fmt::Display for Event {
@@ -37,11 +28,6 @@ impl fmt::Display for Event {
             Self::Interrupt(vector) => write!(f, "interrupt {vector:#x}"),
             Self::Line { vector, asserted: true } => write!(f, "raising the line of interrupt {vector:#x}"),
             Self::Line { vector, asserted: false } => write!(f, "lowering the line of interrupt {vector:#x}"),
-            Self::Nmi => f.write_str("an nmi"),
-            Self::Exception(vector) => write!(f, "exception {vector:#x}"),
-            Self::Smi => f.write_str("an smi"),
-            Self::Init => f.write_str("init"),
-            Self::Startup => f.write_str("start-up"),
         }
     }
 }
@@ -88,15 +74,12 @@ pub enum Refusal {
     /// The interrupt controller takes messages, which are edges.
     #[error("the local apic takes edges only: a level needs a vm without interrupt controller")]
     EdgesOnly,
-    /// The guest has had as many interrupts as it accepts in a second.
-    #[error("the guest accepts {most} interrupts in a second")]
+    /// The guest has had as many interrupts in the last second as it accepts.
+    #[error("the guest accepts {most} interrupts a second, and has had them")]
     TooMany {
         /// How many.
         most: NonZeroU32,
     },
-    /// Nothing but maskable interrupts is ever injected into a protected guest.
-    #[error("a protected guest takes maskable interrupts only")]
-    NotAnInterrupt,
 }
 
 /// What a guest accepts from the start: part of the measured launch configuration. By default nothing. While it runs, a
@@ -138,7 +121,7 @@ impl InterruptPolicy {
         Ok(self)
     }
 
-    /// Accepts at most `most` interrupts on each vCPU in a second.
+    /// Accepts at most `most` interrupts on each vCPU in any second, whenever it begins.
     pub fn limit(mut self, most: NonZeroU32) -> Self {
         self.most_per_second = Some(most);
         self
@@ -161,7 +144,7 @@ impl InterruptPolicy {
         (accepted, level, most_per_second)
     }
 
-    /// How many interrupts it accepts on each vCPU in a second; nothing if there is no limit.
+    /// How many interrupts it accepts on each vCPU in any second; nothing if there is no limit.
     pub fn most_per_second(&self) -> Option<NonZeroU32> {
         self.most_per_second
     }
@@ -186,14 +169,13 @@ fn has(bits: &[u64; 4], vector: u8) -> bool {
 pub struct InterruptGuard {
     policy: InterruptPolicy,
     controller: InterruptController,
-    /// When the second began in which interrupts are being counted, and how many there were.
-    second: Option<(Instant, u32)>,
+    recent: Option<Recent>,
 }
 
 impl InterruptGuard {
     /// A guard that lets pass what `policy` accepts and `controller` can carry.
     pub fn new(policy: InterruptPolicy, controller: InterruptController) -> Self {
-        Self { policy, controller, second: None }
+        Self { policy, controller, recent: None }
     }
 
     /// For backends: the guest accepts `vector` with this trigger from now on.
@@ -209,7 +191,7 @@ impl InterruptGuard {
         Ok(())
     }
 
-    /// Whether the guest accepts `vector` with this trigger now, however many there were in this second.
+    /// Whether the guest accepts `vector` with this trigger now, however many interrupts there were in the last second.
     ///
     /// # Errors
     /// Why the host must not inject it.
@@ -223,7 +205,8 @@ impl InterruptGuard {
         }
     }
 
-    /// Lets `event` pass, and counts it, or not. `now` is the time. A line that is lowered does not count.
+    /// Lets `event` pass, and counts it, or not. `now` is the time; one before that of an earlier call counts as that one.
+    /// A line that is lowered does not count.
     ///
     /// # Errors
     /// Why the host must not inject it.
@@ -232,16 +215,47 @@ impl InterruptGuard {
             Event::Interrupt(vector) => self.accepts(vector, Trigger::Edge)?,
             Event::Line { vector, asserted: true } => self.accepts(vector, Trigger::Level)?,
             Event::Line { vector, asserted: false } => return self.accepts(vector, Trigger::Level),
-            _ => return Err(Refusal::NotAnInterrupt),
         }
         let Some(most) = self.policy.most_per_second else { return Ok(()) };
-        let current = self.second.filter(|(begin, _)| now.saturating_duration_since(*begin) < Duration::from_secs(1));
-        let (begin, count) = current.unwrap_or((now, 0));
-        if count >= most.get() {
-            return Err(Refusal::TooMany { most });
+        let recent = self.recent.get_or_insert_with(|| Recent::new(now));
+        if recent.count_within(most, now) { Ok(()) } else { Err(Refusal::TooMany { most }) }
+    }
+}
+
+/// How many parts of a second the guard counts by.
+const PARTS: u64 = 32;
+
+/// The interrupts of the last second, in a ring of counts for each part of a second.
+///
+/// A part that the last second only begins or ends in counts in full, so no second has more than the limit, and a host that has used
+/// the limit up waits for at most one part longer than a second.
+#[derive(Debug, Clone)]
+struct Recent {
+    begin: Instant,
+    /// The part that the last call was in, counted from `begin`.
+    part: u64,
+    counts: [u32; PARTS as usize + 1],
+}
+
+impl Recent {
+    fn new(begin: Instant) -> Self {
+        Self { begin, part: 0, counts: [0; PARTS as usize + 1] }
+    }
+
+    /// Counts an interrupt at `now` if there are at most `most` with it, and returns whether it did.
+    fn count_within(&mut self, most: NonZeroU32, now: Instant) -> bool {
+        let parts = self.counts.len() as u64;
+        let elapsed = now.saturating_duration_since(self.begin);
+        let part = elapsed.as_secs() * PARTS + u64::from(elapsed.subsec_nanos()) * PARTS / 1_000_000_000;
+        for passed in self.part + 1..=part.min(self.part + parts) {
+            self.counts[(passed % parts) as usize] = 0;
         }
-        self.second = Some((begin, count + 1));
-        Ok(())
+        self.part = self.part.max(part);
+        if self.counts.iter().map(|count| u64::from(*count)).sum::<u64>() >= u64::from(most.get()) {
+            return false;
+        }
+        self.counts[(self.part % parts) as usize] += 1;
+        true
     }
 }
 
@@ -249,6 +263,7 @@ impl InterruptGuard {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::time::Duration;
 
     /// A guard without interrupt controller.
     fn guard(policy: InterruptPolicy) -> InterruptGuard {
@@ -267,10 +282,6 @@ mod tests {
                 _ => Err(Refusal::NotAccepted),
             };
             assert_eq!(guard.admit(Event::Interrupt(vector), now), expected, "vector {vector:#x}");
-            assert_eq!(guard.admit(Event::Exception(vector), now), Err(Refusal::NotAnInterrupt));
-        }
-        for event in [Event::Nmi, Event::Smi, Event::Init, Event::Startup] {
-            assert_eq!(guard.admit(event, now), Err(Refusal::NotAnInterrupt));
         }
     }
 
@@ -331,20 +342,43 @@ mod tests {
     }
 
     #[test]
-    fn no_second_has_more_interrupts_than_the_guest_accepts() {
+    fn a_limit_is_not_doubled_around_the_end_of_a_second() {
         let most = NonZeroU32::new(3).unwrap();
         let mut guard = guard(InterruptPolicy::default().accept(0x41).unwrap().limit(most));
         let begin = Instant::now();
         let mut admitted = |millis| guard.admit(Event::Interrupt(0x41), begin + Duration::from_millis(millis));
-        assert_eq!([0, 10, 999].map(&mut admitted), [Ok(()); 3]);
-        assert_eq!(admitted(999), Err(Refusal::TooMany { most }));
-        assert_eq!([1000, 1001, 1002].map(&mut admitted), [Ok(()); 3]);
-        assert_eq!(admitted(1999), Err(Refusal::TooMany { most }));
+        assert_eq!([0, 998, 999].map(&mut admitted), [Ok(()); 3]);
+        assert_eq!(admitted(1000), Err(Refusal::TooMany { most }));
+        assert_eq!(admitted(1032), Ok(()), "the first one was more than a second ago");
+        assert_eq!(admitted(1998), Err(Refusal::TooMany { most }));
+        assert_eq!([2032, 2032].map(&mut admitted), [Ok(()); 2]);
+        assert_eq!(admitted(0), Err(Refusal::TooMany { most }), "a clock that goes back is no way out of the limit");
         assert_eq!(admitted(5000), Ok(()));
-        assert_eq!(admitted(0), Ok(()), "a clock that goes back is no way out of the limit, but no refusal either");
     }
 
     proptest! {
+        #[test]
+        fn no_second_has_more_interrupts_than_the_guest_accepts_and_no_longer_time_refuses_one(
+            most in 1..20u32, micros in proptest::collection::vec(prop_oneof![0..2000u64, 0..1_100_000u64], 1..200),
+        ) {
+            let limit = NonZeroU32::new(most).unwrap();
+            let mut guard = guard(InterruptPolicy::default().accept(0x41).unwrap().limit(limit));
+            let (second, part) = (Duration::from_secs(1), Duration::from_secs(1) / PARTS as u32);
+            let (mut now, mut admitted) = (Instant::now(), Vec::new());
+            for wait in micros {
+                now += Duration::from_micros(wait);
+                let since = |time: &Instant| now - *time;
+                if guard.admit(Event::Interrupt(0x41), now).is_ok() {
+                    admitted.push(now);
+                    let earlier = admitted.iter().rev().nth(most as usize).map(since);
+                    prop_assert!(earlier.is_none_or(|earlier| earlier > second), "{earlier:?} for {most} and one more");
+                } else {
+                    let recent = admitted.iter().filter(|time| since(time) <= second + part).count();
+                    prop_assert!(recent >= most as usize, "refused after {recent} of {most}");
+                }
+            }
+        }
+
         #[test]
         fn whatever_passes_was_accepted_with_its_trigger(
             accepted: Vec<(u8, bool)>, apic: bool, events: Vec<(u8, Option<bool>)>,

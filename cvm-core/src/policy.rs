@@ -14,7 +14,5 @@ bitflags::bitflags! {
         const FLUSH_L1D = 1 << 2;
         /// Nobody can single-step the guest or set breakpoints in it.
         const NO_DEBUG = 1 << 3;
-        /// Nobody emulates an access to where there is no memory: it ends the vCPU.
-        const NO_MMIO = 1 << 4;
     }
 }

@@ -59,7 +59,7 @@ pub fn all<V: Vm>(vm: &V, vcpu: &mut V::Vcpu, observer: &Observer, secret: u64) 
         through("read it through the shared view", by_view(vm, secret, nonce)),
         through("write to it through the shared view", by_writing(vm, secret)),
         through("convert it to shared without being asked", by_converting(vm, vcpu, secret)),
-        through("inject an nmi", by_injecting(vcpu, Event::Nmi)),
+        through("inject an exception", by_injecting(vcpu, Event::Interrupt(14))),
         through("inject an interrupt that the guest does not accept", by_injecting(vcpu, Event::Interrupt(0x40))),
         around("read a register", Asset::Registers, by_register(vcpu)),
         around("read every open file of this process", Asset::PrivateMemory, by_files(nonce)),

@@ -131,8 +131,6 @@ enum Demand {
     FlushL1d,
     /// Nobody can single-step the guest
     NoDebug,
-    /// Nobody emulates an access to where there is no memory
-    NoMmio,
 }
 
 impl From<Demand> for Policy {
@@ -142,7 +140,6 @@ impl From<Demand> for Policy {
             Demand::NoPerformanceCounters => Self::NO_PERFORMANCE_COUNTERS,
             Demand::FlushL1d => Self::FLUSH_L1D,
             Demand::NoDebug => Self::NO_DEBUG,
-            Demand::NoMmio => Self::NO_MMIO,
         }
     }
 }

@@ -176,8 +176,7 @@ fn false_answer(keeper: &mut Keeper, answer: Conversion) -> Result<Observed, Err
 /// Every event that the guest does not accept.
 fn inject(_: &KvmPlatform, keeper: &mut Keeper) -> Observed {
     let line = |vector| Event::Line { vector, asserted: true };
-    let vectors = (0..=255).flat_map(|vector| [Event::Interrupt(vector), line(vector), Event::Exception(vector)]);
-    for event in vectors.chain([Event::Nmi, Event::Smi, Event::Init, Event::Startup]) {
+    for event in (0..=255).flat_map(|vector| [Event::Interrupt(vector), line(vector)]) {
         match keeper.vcpu.inject(event) {
             Err(Error::InjectionRefused { .. }) => {}
             Err(error) => return Observed::Refused(format!("{event}: {}", kind(&error))),

@@ -73,7 +73,7 @@ fn a_policy_is_enforced_or_refused_with_a_reason() {
     assert!(!output.status.success());
     assert!(stderr(&output).contains("the policy cannot be fulfilled: whoever holds the vcpus"), "{}", stderr(&output));
 
-    boot_well(&["--isolation", "vault", "--policy", "no-debug,no-mmio"]);
+    boot_well(&["--isolation", "vault", "--policy", "no-debug"]);
     for demand in ["no-smt", "no-performance-counters", "flush-l1d"] {
         let output = run("boot_tiny_guest", &["--json", "--policy", demand]);
         if !output.status.success() {

@@ -1,5 +1,6 @@
 //! Maintenance of the workspace, run as `cargo xtask`.
 //!
+//! - [`big_endian`]: the portable crates' tests on a big-endian machine
 //! - [`conformance`]: the contract's clauses with every backend, and the report
 //! - [`fuzz`]: random bytes for what takes bytes from others
 //! - [`guest`]: the committed images of the guests, the same bytes on every machine
@@ -11,6 +12,7 @@
 
 #![deny(clippy::print_stdout, clippy::print_stderr, reason = "they panic where the stream is closed or full")]
 
+mod big_endian;
 mod conformance;
 mod cpio;
 mod debian;
@@ -44,6 +46,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
+    BigEndian(big_endian::BigEndian),
     Conformance(conformance::Conformance),
     Fuzz(fuzz::Fuzz),
     Guest(guest::Guest),
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
 impl Task {
     fn run(&self) -> Result<ExitCode> {
         match self {
+            Self::BigEndian(task) => task.run(),
             Self::Conformance(task) => task.run(),
             Self::Fuzz(task) => task.run(),
             Self::Guest(task) => task.run(),

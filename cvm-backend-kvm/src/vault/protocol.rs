@@ -75,9 +75,8 @@ fn refusal_operands(refusal: Refusal) -> [u64; 2] {
         Refusal::Reserved => [0, 0],
         Refusal::NotAccepted => [1, 0],
         Refusal::TooMany { most } => [2, most.get().into()],
-        Refusal::NotAnInterrupt => [3, 0],
-        Refusal::WrongTrigger => [4, 0],
-        Refusal::EdgesOnly => [5, 0],
+        Refusal::WrongTrigger => [3, 0],
+        Refusal::EdgesOnly => [4, 0],
     }
 }
 
@@ -128,9 +127,8 @@ impl<'a> Parts<'a> {
             (0u64, 0u32) => Refusal::Reserved,
             (1, 0) => Refusal::NotAccepted,
             (2, most) => Refusal::TooMany { most: NonZeroU32::new(most).ok_or(self.malformed())? },
-            (3, 0) => Refusal::NotAnInterrupt,
-            (4, 0) => Refusal::WrongTrigger,
-            (5, 0) => Refusal::EdgesOnly,
+            (3, 0) => Refusal::WrongTrigger,
+            (4, 0) => Refusal::EdgesOnly,
             _ => return Err(self.malformed()),
         })
     }

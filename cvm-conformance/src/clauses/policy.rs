@@ -19,7 +19,6 @@ pub(super) fn clauses<P: Platform>() -> Vec<Clause<P>> {
         Clause::new("8.4", "a guest that demands no performance counters has none", counters),
         Clause::new("8.5", "a guest that demands no debugging is hidden from its VMM", debugging),
         Clause::new("8.6", "a guest that demands no multithreading is refused where there is some", threads),
-        Clause::new("8.7", "a guest that demands no MMIO ends where there is no memory", mmio),
     ]
 }
 
@@ -177,35 +176,6 @@ fn threads<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
         }
         // That is the demand met, by the other way that there is.
         Err(_) if active.trim() == "1" => Verdict::Met,
-        Err(reason) => Verdict::NotOffered(reason),
-    }
-}
-
-fn mmio<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
-    let touch = |write: bool| {
-        let guest = guest(bench, Policy::NO_MMIO, 2, |a| {
-            let mut second = a.create_label();
-            a.cmp(edi, 1)?;
-            a.je(second)?;
-            match write {
-                true => a.store(MEMORY + 16 * PAGE_SIZE, Side::Private, 7)?,
-                false => a.load(MEMORY + 16 * PAGE_SIZE, Side::Private)?,
-            }
-            a.report()?;
-            a.set_label(&mut second)?;
-            a.end(0)
-        });
-        let mut guest = guest?;
-        let touched = guest.try_run(0);
-        let ended = matches!(touched, Err(Error::MmioRefused { vcpu: 0, .. } | Error::Crashed { vcpu: 0, .. }));
-        assert!(ended, "an access outside memory went well: {touched:?}");
-        let other = guest.try_run(1);
-        assert!(matches!(other, Ok(cvm_core::Exit::Ended { code: 0 })), "another vcpu: {other:?}");
-        Ok(())
-    };
-    const { assert!(CODE < MEMORY) };
-    match [false, true].into_iter().try_for_each(touch) {
-        Ok(()) => Verdict::Met,
         Err(reason) => Verdict::NotOffered(reason),
     }
 }

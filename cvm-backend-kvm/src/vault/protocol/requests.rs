@@ -52,14 +52,9 @@ impl Request {
             Self::Register(register) => encoded(6, &[register as u64]),
             Self::Inject(event) => {
                 let (event, vector) = match event {
-                    Event::Line { vector, asserted: true } => (6, vector),
-                    Event::Line { vector, asserted: false } => (7, vector),
                     Event::Interrupt(vector) => (0, vector),
-                    Event::Exception(vector) => (1, vector),
-                    Event::Nmi => (2, 0),
-                    Event::Smi => (3, 0),
-                    Event::Init => (4, 0),
-                    Event::Startup => (5, 0),
+                    Event::Line { vector, asserted: true } => (1, vector),
+                    Event::Line { vector, asserted: false } => (2, vector),
                 };
                 encoded(7, &[event, vector.into()])
             }
@@ -81,13 +76,8 @@ impl Request {
             6 => Self::Register(parts.choice(&Register::ALL, |register| register as u64)?),
             7 => Self::Inject(match (parts.next()?, parts.next()?) {
                 (0u64, vector) => Event::Interrupt(vector),
-                (1, vector) => Event::Exception(vector),
-                (2, 0) => Event::Nmi,
-                (3, 0) => Event::Smi,
-                (4, 0) => Event::Init,
-                (5, 0) => Event::Startup,
-                (6, vector) => Event::Line { vector, asserted: true },
-                (7, vector) => Event::Line { vector, asserted: false },
+                (1, vector) => Event::Line { vector, asserted: true },
+                (2, vector) => Event::Line { vector, asserted: false },
                 _ => return Err(parts.malformed()),
             }),
             _ => return Err(parts.malformed()),

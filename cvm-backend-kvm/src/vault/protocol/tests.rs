@@ -67,9 +67,7 @@ fn side() -> impl Strategy<Value = Side> {
 fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
         number().prop_map(Event::Interrupt),
-        number().prop_map(Event::Exception),
         (number(), any::<bool>()).prop_map(|(vector, asserted)| Event::Line { vector, asserted }),
-        select(&[Event::Nmi, Event::Smi, Event::Init, Event::Startup][..]),
     ]
 }
 
@@ -128,8 +126,7 @@ fn failure() -> impl Strategy<Value = Failure> {
 }
 
 fn refusal() -> impl Strategy<Value = Refusal> {
-    let plain =
-        [Refusal::Reserved, Refusal::NotAccepted, Refusal::NotAnInterrupt, Refusal::WrongTrigger, Refusal::EdgesOnly];
+    let plain = [Refusal::Reserved, Refusal::NotAccepted, Refusal::WrongTrigger, Refusal::EdgesOnly];
     prop_oneof![select(plain.to_vec()), any::<NonZeroU32>().prop_map(|most| Refusal::TooMany { most })]
 }
 

@@ -108,8 +108,6 @@ pub(super) fn notifications<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
     for (event, why) in [
         (Event::Interrupt(0x41), Refusal::NotAccepted),
         (Event::Interrupt(13), Refusal::Reserved),
-        (Event::Nmi, Refusal::NotAnInterrupt),
-        (Event::Exception(14), Refusal::NotAnInterrupt),
         (Event::Line { vector: 0x41, asserted: true }, Refusal::NotAccepted),
     ] {
         let error = guest.vcpus[1].inject(event).unwrap_err();

@@ -101,11 +101,6 @@ pub(super) fn edges_only<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
         (Event::Line { vector: EDGE, asserted: false }, Refusal::EdgesOnly),
         (Event::Interrupt(LEVEL), Refusal::NotAccepted),
         (Event::Interrupt(31), Refusal::Reserved),
-        (Event::Exception(14), Refusal::NotAnInterrupt),
-        (Event::Nmi, Refusal::NotAnInterrupt),
-        (Event::Smi, Refusal::NotAnInterrupt),
-        (Event::Init, Refusal::NotAnInterrupt),
-        (Event::Startup, Refusal::NotAnInterrupt),
     ] {
         assert_refused(guest.vcpus[0].inject(event), 0, event, why);
     }
