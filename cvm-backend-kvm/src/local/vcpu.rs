@@ -359,8 +359,6 @@ impl Vcpu for LocalVcpu {
             (Event::Interrupt(vector), InterruptController::Apic) => return interrupts.raise(self.index, vector),
             (Event::Interrupt(vector), InterruptController::None) => self.pending.edge(vector),
             (Event::Line { vector, asserted }, _) => self.pending.line(vector, asserted),
-            // The guard lets nothing else pass.
-            _ => {}
         }
         Ok(())
     }

@@ -1,12 +1,11 @@
 //! Chapter 8: policy.
 
 use crate::clause::{Clause, Verdict};
-use crate::guest::{CODE, MEMORY};
 use crate::{Bench, Guest, VmOf, quality};
 use cvm_core::launch::Entry;
 use cvm_core::platform::{Asset, Party, Powers};
 use cvm_core::x86::Register;
-use cvm_core::{Error, Launch, PAGE_SIZE, Platform, Policy, RegisterRead, Side, Vcpu, Vm, VmConfig};
+use cvm_core::{Error, Launch, Platform, Policy, RegisterRead, Vcpu, Vm, VmConfig};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use std::fs;
