@@ -15,15 +15,12 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use crate::cpio::Archive;
 use crate::error::{Context, Error, Result};
 use crate::program::{OutputError, note, print_bytes};
 use crate::{l1_kernel, tools, workspace};
-
-/// A CPU whose nested KVM is AMD's, with the size of physical addresses SEV counts on.
-const CPU: &str = "max,+svm,+npt,-la57,family=25,model=1,stepping=1,phys-bits=52";
 
 /// The exit status when the time is up, as `timeout(1)` has it.
 const TIMED_OUT: u8 = 124;
@@ -39,15 +36,18 @@ const INIT: &[u8] = include_bytes!("../l1/init");
 /// Run a command in a small VM whose KVM has the whole confidential-VM interface.
 ///
 /// The VM's root is this machine's root, read-only; /tmp and /run are fresh. The working directory
-/// is writable: DIR with --work-dir, where `l1-dmesg` and `l1-psp` (the log of the faked secure
-/// processor) are left too, otherwise an empty one in the VM's memory. Variables named CVM_*,
-/// PROPTEST_*, RUST_LOG and CARGO_MANIFEST_DIR are passed on. The exit status is the command's, or
-/// 124 when it took too long.
+/// is writable: DIR with --work-dir, where `l1-dmesg`, `l1-psp` (the log of the model of AMD's secure
+/// processor) and `l1-tdx` (the log of the model of the TDX module) are left too, otherwise an empty one
+/// in the VM's memory. Variables named CVM_*, PROPTEST_*, RUST_LOG and CARGO_MANIFEST_DIR are passed on.
+/// The exit status is the command's, or 124 when it took too long.
 #[derive(Args)]
 pub struct L1 {
     /// The VM's kernel [default: $CVM_L1_KERNEL, then what `cargo xtask l1-kernel` built]
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
+    /// The VM's processor, which decides what its KVM offers
+    #[arg(short, long, value_enum, default_value_t = Processor::Amd)]
+    processor: Processor,
     /// Give up after this time
     #[arg(short, long, value_name = "SECONDS", default_value_t = 300)]
     timeout: u64,
@@ -60,12 +60,51 @@ pub struct L1 {
     /// The directory of this machine that is the command's working directory
     #[arg(short, long, value_name = "DIR")]
     work_dir: Option<PathBuf>,
-    /// More arguments for the kernel
-    #[arg(short = 'a', long, value_name = "ARGS", allow_hyphen_values = true)]
-    kernel_args: Option<String>,
+    /// An argument for the kernel, such as ccp.scramble=1; may be given more than once
+    #[arg(short = 'a', long = "kernel-arg", value_name = "ARG", allow_hyphen_values = true)]
+    kernel_args: Vec<String>,
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<OsString>,
+}
+
+/// The processor of the VM. A KVM of AMD's has SEV, SEV-ES and SEV-SNP, one of Intel's has TDX.
+///
+/// With five levels of nested paging the kernel's model of an SEV processor tells private and shared accesses to one page
+/// apart, as hardware does; see `l1/README.md`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Processor {
+    /// AMD's, with SEV-ES and SEV-SNP guests as on hardware
+    Amd,
+    /// AMD's, with guests that need no handler for #VC, and whose C-bit is not enforced
+    AmdLenient,
+    /// Intel's, with a TDX module
+    Intel,
+    /// Intel's with four levels of extended page tables: guests have 48 bits of physical address
+    #[value(name = "intel-4-level")]
+    Intel4Level,
+}
+
+impl Processor {
+    /// The processor as QEMU writes it. SEV and TDX both count on 52 bits of physical address.
+    fn qemu(self) -> &'static str {
+        match self {
+            Self::Amd => "max,+svm,+npt,+la57,family=25,model=1,stepping=1,phys-bits=52",
+            Self::AmdLenient => "max,+svm,+npt,-la57,family=25,model=1,stepping=1,phys-bits=52",
+            Self::Intel => "max,vendor=GenuineIntel,+svm,+npt,+la57,family=6,model=173,stepping=1,phys-bits=52",
+            Self::Intel4Level => "max,vendor=GenuineIntel,+svm,+npt,-la57,family=6,model=173,stepping=1,phys-bits=52",
+        }
+    }
+
+    /// What the kernel has to be told for it.
+    fn kernel_args(self) -> &'static str {
+        match self {
+            // An exception without a handler is a double fault.
+            Self::Amd => " kvm_amd.fakepsp_guest=2",
+            Self::AmdLenient => "",
+            Self::Intel | Self::Intel4Level => " kvm_intel.tdx=1",
+        }
+    }
 }
 
 impl L1 {
@@ -94,7 +133,8 @@ impl L1 {
             // Stands in for the calibration that a VM without ACPI cannot do.
             tsc_khz().unwrap_or(FALLBACK_KHZ),
         );
-        if let Some(more) = &self.kernel_args {
+        append.push_str(self.processor.kernel_args());
+        for more in &self.kernel_args {
             append.extend([" ", more]);
         }
 
@@ -110,7 +150,7 @@ impl L1 {
         command.args(["--pdeathsig", "KILL", "--"]).arg(qemu);
         command.args(["-nodefaults", "-no-user-config", "-no-reboot"]);
         command.args(["-display", "none", "-monitor", "none"]);
-        command.args(["-accel", "tcg,thread=multi", "-cpu", CPU]);
+        command.args(["-accel", "tcg,thread=multi", "-cpu", self.processor.qemu()]);
         // The firmware's table of processors, all that a VM without ACPI has, names one of each socket.
         command.args(["-m", &self.memory, "-smp", &format!("{0},sockets={0}", self.cpus)]);
         command.args(["-append", &append, "-initrd", "/dev/stdin", "-kernel"]);
@@ -267,7 +307,14 @@ fn forward_errors(errors: impl Read) -> Option<u8> {
 
 /// The part of a line of the console that the command wrote, as it wrote it.
 fn without_kernel_noise(line: &[u8]) -> Vec<u8> {
-    const NOISE: [&str; 2] = ["] reboot: ", "] Kernel compiled without mitigations"];
+    // The kernel has the KVM of both vendors, and that of the other one complains.
+    const NOISE: [&str; 5] = [
+        "] reboot: ",
+        "] Kernel compiled without mitigations",
+        "] kvm_amd: CPU 0 isn't AMD",
+        "] kvm_intel: VMX not supported",
+        "] virt/tdx: TDX not supported",
+    ];
     let text = String::from_utf8_lossy(line);
     if let Some(end) = NOISE.iter().find_map(|noise| text.find(noise)) {
         // The kernel does not start a new line when the command left one unfinished.
@@ -374,11 +421,12 @@ mod tests {
 
     #[test]
     fn the_kernels_farewell_is_cut_off_and_the_commands_last_words_stay() {
-        let cases: [(&[u8], &[u8]); 5] = [
+        let cases: [(&[u8], &[u8]); 6] = [
             (b"plain\r\n", b"plain\n"),
             (b"own return\r\r\n", b"own return\r\n"),
             (b"unfinished", b"unfinished"),
             (b"[    2.5] reboot: Restarting system\r\n", b""),
+            (b"[    0.5] kvm_amd: CPU 0 isn't AMD or Hygon\r\n", b""),
             (b"last words[    2.5] reboot: Restarting system\r\n", b"last words"),
         ];
         for (line, expected) in cases {

@@ -1,4 +1,4 @@
-//! The kernel of L1: Debian's sources, two patches and a configuration, see `l1/README.md`.
+//! The kernel of L1: Debian's sources, patches and a configuration, see `l1/README.md`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,15 @@ use crate::{debian, tools, workspace};
 const VERSION: &str = "7.3";
 
 const CONFIG: &str = "kernel.config";
-const PATCHES: [&str; 2] = ["kernel-1-nrip.patch", "kernel-2-fakepsp.patch"];
+
+/// In the order in which they are applied.
+const PATCHES: [&str; 5] = [
+    "kernel-1-nrip.patch",
+    "kernel-2-fakepsp.patch",
+    "kernel-3-faketdx.patch",
+    "kernel-4-snpguest.patch",
+    "kernel-5-fakesign.patch",
+];
 
 /// What a build of the kernel takes: something to look for and Debian's package that has it.
 const NEEDED: &[(&str, &str)] = &[
@@ -33,7 +41,8 @@ const NEEDED: &[(&str, &str)] = &[
 
 /// Build the kernel for `cargo xtask l1`, once: about fifteen minutes of CPU time.
 ///
-/// It is for tests only: its secure processor is a fake.
+/// One image serves for AMD's and for Intel's processors. It is for tests only: the secure processor and the TDX module in it
+/// are models.
 #[derive(Args)]
 pub struct L1Kernel {}
 
