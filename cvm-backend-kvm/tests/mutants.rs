@@ -344,7 +344,7 @@ impl Vcpu for MutantVcpu {
 fn meets(fault: Fault, number: &str) -> bool {
     let inner = KvmPlatform::open(Path::new("/dev/kvm"), Some(Protection::None)).unwrap();
     let platform = Mutant { inner, fault };
-    let bench = Bench::new(&platform, Protection::None, false);
+    let bench = Bench::new(&platform, Protection::None);
     let clauses = clauses::<Mutant>();
     let clause = clauses.iter().find(|clause| clause.number == number).expect("a clause of the contract");
     catch_unwind(AssertUnwindSafe(|| (clause.check)(&bench))).is_ok_and(|verdict| verdict == Verdict::Met)

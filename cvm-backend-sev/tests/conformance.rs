@@ -28,7 +28,6 @@ mod subject {
 
         fn departures(&self, _platform: &SevPlatform) -> Vec<Departure> {
             let (sev, es, snp) = (Protection::Sev, Protection::SevEs, Protection::SevSnp);
-            let emulated = self.is_emulated();
             let mut departures = Vec::new();
             let mut depart = |who: &[Protection], clauses: &[&'static str], reason: &str| {
                 let clauses = clauses.iter().filter(|_| who.contains(&self.0));
@@ -55,7 +54,13 @@ mod subject {
                 "an exit of a guest of SEV is the instruction itself, so there is no call to give up by before exits work",
             );
             depart(&[sev], &["8.5"], "SEV leaves registers to the host, so whoever holds the vCPUs can debug them");
-            if emulated {
+            depart(
+                &[es],
+                &["5.16"],
+                "the processor tells the guest of the access by an exception, and not its host: a guest that does not pass \
+                 it on shuts down",
+            );
+            if is_model() {
                 let encrypts_nothing = "the processor that stands in for AMD's encrypts nothing";
                 depart(&[sev, es], &["1.5", "3.6"], encrypts_nothing);
                 let takes_any = "the secure processor that stands in for AMD's takes any keys for those of a target";
@@ -73,19 +78,8 @@ mod subject {
                     "KVM cannot read an instruction that is in encrypted memory, which it would have to emulate: the \
                      guest shuts down instead",
                 );
-                depart(
-                    &[es],
-                    &["5.16"],
-                    "the processor tells the guest of the access by an exception, and not its host: a guest that does \
-                     not pass it on shuts down",
-                );
             }
             departures
-        }
-
-        fn is_emulated(&self) -> bool {
-            // The faked secure processor comes with a processor that is none of AMD's.
-            fs::exists("/proc/fakepsp").unwrap_or(false)
         }
 
         /// Identifiers of address spaces in use, by kind, where control groups count them.
@@ -96,6 +90,11 @@ mod subject {
             let lines = text.lines().filter_map(|line| line.split_once(' '));
             lines.filter_map(|(kind, count)| Some((kind.to_owned(), count.trim().parse().ok()?))).collect()
         }
+    }
+
+    /// Whether L1's models stand for AMD's secure processor and for an SEV processor, where memory is plain text.
+    fn is_model() -> bool {
+        fs::exists("/proc/fakepsp").unwrap_or(false)
     }
 
     pub fn run() -> Result<ExitCode, BoxError> {

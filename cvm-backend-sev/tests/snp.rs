@@ -92,6 +92,7 @@ fn a_guest_shares_pages_by_the_msr_and_by_the_ghcb_and_takes_them_back() {
         a.report()?;
         ask(a, DATA, Side::Private)?;
         a.report()?;
+        a.accept(DATA, 1)?;
         a.load(DATA, Side::Private)?;
         a.report()?;
         // Memory that is not there.

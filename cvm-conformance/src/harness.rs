@@ -85,7 +85,7 @@ impl Suite {
         let name = subject.protection().to_string();
         if let Some((protection, stage)) = killed::wanted() {
             if protection == name {
-                killed::reach(&Bench::new(&subject.open()?, subject.protection(), subject.is_emulated()), &stage);
+                killed::reach(&Bench::new(&subject.open()?, subject.protection()), &stage);
             }
             return Ok(());
         }
@@ -155,7 +155,7 @@ fn check<S: Subject>(
     clause: &Clause<S::Platform>,
 ) -> std::thread::Result<Verdict> {
     let (open, held) = (|| subject.open(), || subject.held());
-    let bench = Bench::new(platform, subject.protection(), subject.is_emulated()).of_subject(&open, &held);
+    let bench = Bench::new(platform, subject.protection()).of_subject(&open, &held);
     let check = AssertUnwindSafe(|| (clause.check)(&bench));
     if clause.alone {
         let _alone = ALONE.write().unwrap_or_else(PoisonError::into_inner);

@@ -51,11 +51,6 @@ pub trait Subject: Send + Sync + 'static {
         Vec::new()
     }
 
-    /// Whether the processor only passes for one with this protection, and lacks `pvalidate`: guests leave the instruction out.
-    fn is_emulated(&self) -> bool {
-        false
-    }
-
     /// What this backend's VMs take up outside the process, by name, such as identifiers of address spaces: all of it has to
     /// come back. What the process itself has (open files, threads, children, memory) the suite counts.
     fn held(&self) -> Vec<(String, u64)> {
@@ -79,7 +74,6 @@ pub struct Bench<'a, P> {
     pub platform: &'a P,
     /// What protects its guests.
     pub protection: Protection,
-    is_emulated: bool,
     /// Whether the main of this program is the suite's.
     pub(crate) is_of_suite: bool,
     open: &'a (dyn Fn() -> Result<P, BoxError> + Sync),
@@ -87,11 +81,10 @@ pub struct Bench<'a, P> {
 }
 
 impl<'a, P: Platform> Bench<'a, P> {
-    /// A platform whose guests have this protection, for tests of a backend's own that want guests as the suite has them. For
-    /// the last argument see [`Subject::is_emulated`].
-    pub fn new(platform: &'a P, protection: Protection, is_emulated: bool) -> Self {
+    /// A platform whose guests have this protection, for tests of a backend's own that want guests as the suite has them.
+    pub fn new(platform: &'a P, protection: Protection) -> Self {
         let open = &|| Err("it was opened elsewhere".into());
-        Self { platform, protection, is_emulated, is_of_suite: false, open, held: &Vec::new }
+        Self { platform, protection, is_of_suite: false, open, held: &Vec::new }
     }
 
     /// The same with a way to [open](Subject::open) the platform once more, and one to [count](Subject::held) what VMs take
@@ -129,7 +122,7 @@ impl<'a, P: Platform> Bench<'a, P> {
         gpa: u64,
         write: impl FnOnce(&mut Assembler) -> Result<(), IcedError>,
     ) -> Vec<u8> {
-        let mut assembler = Assembler::new(launch.config().doorbell, *launch.interface(), !self.is_emulated);
+        let mut assembler = Assembler::new(launch.config().doorbell, *launch.interface());
         write(&mut assembler).and_then(|()| assembler.assemble(gpa)).expect("sound code")
     }
 

@@ -221,7 +221,7 @@ fn run(options: &Options) -> Result<Outcome, BoxError> {
 fn boot<P: Platform>(options: &Options, platform: &P, protection: Protection) -> Result<Outcome, BoxError> {
     let file = match &options.guest {
         Some(path) => std::fs::read(path).map_err(|error| format!("failed to read {}: {error}", path.display()))?,
-        None if options.emulated => tiny_guest::UNVALIDATED_IMAGE.to_vec(),
+        None if options.emulated && protection != Protection::SevSnp => tiny_guest::UNVALIDATED_IMAGE.to_vec(),
         None => tiny_guest::IMAGE.to_vec(),
     };
     let disk = Disk::new(options.disk.as_deref())?;

@@ -59,7 +59,7 @@ pub fn config(vcpus: u32) -> VmConfig {
 /// The machine code for `gpa` of a guest in a VM of this configuration.
 pub fn assemble(config: &VmConfig, gpa: u64, write: impl FnOnce(&mut Assembler) -> Result<(), IcedError>) -> Vec<u8> {
     let transport = config.transport.expect("a test chooses its transport");
-    let mut assembler = Assembler::new(config.doorbell, transport.into(), false);
+    let mut assembler = Assembler::new(config.doorbell, transport.into());
     write(&mut assembler).unwrap();
     assembler.assemble(gpa).unwrap()
 }
@@ -70,5 +70,5 @@ pub fn load(
     config: VmConfig,
     write: impl FnOnce(&mut Assembler) -> Result<(), IcedError>,
 ) -> Launch<KvmLoader> {
-    Bench::new(platform, isolation(), false).load(config, write).unwrap()
+    Bench::new(platform, isolation()).load(config, write).unwrap()
 }

@@ -70,7 +70,7 @@ impl Host {
 
     /// What makes guests.
     pub fn bench(&self) -> Bench<'_, SevPlatform> {
-        Bench::new(&self.platform, self.protection, processor::is_faked())
+        Bench::new(&self.platform, self.protection)
     }
 
     /// The machine code for `gpa` of a guest in the VM of this launch, from a vCPU's first instruction on.

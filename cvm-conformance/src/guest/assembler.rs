@@ -18,7 +18,6 @@ pub struct Assembler {
     pub(super) code: CodeAssembler,
     doorbell: Doorbell,
     pub(super) interface: Interface,
-    validates: bool,
 }
 
 impl Deref for Assembler {
@@ -36,10 +35,10 @@ impl DerefMut for Assembler {
 }
 
 impl Assembler {
-    /// For a guest with this doorbell and interface, whose processor has `pvalidate`, if it needs it.
-    pub fn new(doorbell: Doorbell, interface: Interface, has_pvalidate: bool) -> Self {
+    /// For a guest with this doorbell and interface.
+    pub fn new(doorbell: Doorbell, interface: Interface) -> Self {
         let code = CodeAssembler::new(64).expect("64 is a number of bits");
-        Self { code, doorbell, interface, validates: has_pvalidate && interface.acceptance }
+        Self { code, doorbell, interface }
     }
 
     /// Whether exits go by the page between guest and host.
@@ -179,7 +178,7 @@ impl Assembler {
 
     /// Asks for a conversion of `pages` pages from the page frame in RBX on. EAX is 0 if it was done.
     pub fn convert_frame(&mut self, pages: u64, to: Side) -> Result<(), IcedError> {
-        if !self.validates {
+        if !self.accepts() {
             return self.ask_frame(pages, to);
         }
         // A page is not valid while it is shared, and guests have no stack before a clause gives them one.
@@ -291,7 +290,7 @@ impl Assembler {
     /// Has the processor take pages from the page frame in RBX on for valid, or not (AMD64 APM volume 3, PVALIDATE), if it looks
     /// at that.
     pub(super) fn validate(&mut self, pages: u64, valid: bool) -> Result<(), IcedError> {
-        if !self.validates {
+        if !self.accepts() {
             return Ok(());
         }
         let mut again = self.create_label();
