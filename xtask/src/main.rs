@@ -9,6 +9,7 @@
 //! - [`measure_matrix`]: measurements of launches against another implementation's
 //! - [`memcheck`]: the tests of the guest's library under valgrind
 //! - [`ratios`]: the results of the benchmarks against their targets
+//! - [`readme`]: the program that the README shows, built outside of this workspace
 
 #![deny(clippy::print_stdout, clippy::print_stderr, reason = "they panic where the stream is closed or full")]
 
@@ -26,6 +27,7 @@ mod memcheck;
 #[path = "../../examples/common/program.rs"]
 mod program;
 mod ratios;
+mod readme;
 mod rust_src;
 mod tools;
 mod workspace;
@@ -55,6 +57,7 @@ enum Task {
     MeasureMatrix(measure_matrix::MeasureMatrix),
     Memcheck(memcheck::Memcheck),
     Ratios(ratios::Ratios),
+    Readme(readme::Readme),
 }
 
 fn main() -> ExitCode {
@@ -76,6 +79,7 @@ impl Task {
             Self::MeasureMatrix(task) => task.run(),
             Self::Memcheck(task) => task.run(),
             Self::Ratios(task) => task.run(),
+            Self::Readme(task) => task.run(),
         }
     }
 }
