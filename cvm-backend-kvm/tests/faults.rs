@@ -85,7 +85,7 @@ fn sweep(protection: Protection, work: impl Fn(Protection) -> Result<(), BoxErro
         let outcome = with_fault(Some(Fault { nth, errno: FAULT }), work).unwrap();
         let failed = outcome.failed.unwrap_or_default();
         let result = outcome.result.unwrap_or_else(|_| panic!("call {nth}, {failed}: a panic"));
-        let settled = (0..1000).any(|_| held() == before || (sleep(Duration::from_millis(10)), false).1);
+        let settled = (0..12_000).any(|_| held() == before || (sleep(Duration::from_millis(10)), false).1);
         assert!(settled, "call {nth}, {failed}: files, threads, mappings, processes: {:?}, not {before:?}", held());
         assert!(!outcome.outlived, "call {nth}, {failed}: something is still there");
         if let Err(error) = result {

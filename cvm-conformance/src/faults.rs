@@ -60,19 +60,19 @@ pub struct Outcome<T> {
     /// What was made to fail, such as `ioctl 0xae41`, `mmap`, or `openat of another process`; nothing if there were not
     /// as many calls.
     pub failed: Option<String>,
-    /// Whether a thread or process that the work has started was still there some seconds after its end.
+    /// Whether a thread or process that the work has started was still there a minute after its end.
     pub outlived: bool,
 }
 
-/// How long what the work has started may outlive it, where processors are emulated.
-const GRACE: Duration = Duration::from_secs(5);
+/// How long what the work has started may outlive it: far longer than a loaded machine needs to end it.
+const GRACE: Duration = Duration::from_secs(60);
 
 /// The greatest error number (Linux include/linux/err.h, `MAX_ERRNO`).
 const MOST_ERRNO: i32 = 4095;
 
 /// Runs `work` on a thread of its own, in which, and in whatever threads and processes it starts, one call fails.
 ///
-/// It returns when all of these are gone, or some seconds after the end of `work`; what is there then goes on without
+/// It returns when all of these are gone, or a minute after the end of `work`; what is there then goes on without
 /// faults. The thread gets no privileges by what it executes (`PR_SET_NO_NEW_PRIVS`).
 ///
 /// # Errors

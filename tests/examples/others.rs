@@ -52,7 +52,8 @@ fn a_guest_from_an_igvm_file_says_hello_and_a_file_that_is_none_is_refused() {
     let file = tempfile::NamedTempFile::new().unwrap();
     let path = file.path().to_str().unwrap();
     assert!(run("boot_igvm", &["--save", path]).status.success());
-    let [made, read] = [vec![], vec![path]].map(|arguments: Vec<&str>| run("boot_igvm", &arguments));
+    let [made, read] =
+        [&["--timeout", "240"][..], &["--timeout", "240", path]].map(|arguments| run("boot_igvm", arguments));
     for output in [&made, &read] {
         assert!(output.status.success() && stdout(output).contains("hello"), "{}", stderr(output));
     }

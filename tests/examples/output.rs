@@ -22,9 +22,9 @@ const fn run(program: &'static str, arguments: &'static [&'static str], needs_kv
 
 /// Every example, with every subcommand and form of output.
 const RUNS: &[Run] = &[
-    run("boot_igvm", &[], true),
-    run("boot_tiny_guest", &[], true),
-    run("boot_tiny_guest", &["--json"], true),
+    run("boot_igvm", &["--timeout", "240"], true),
+    run("boot_tiny_guest", &["--timeout", "240"], true),
+    run("boot_tiny_guest", &["--json", "--timeout", "240"], true),
     run("io_overhead", &["--ios", "2", "--rounds", "1"], true),
     run("io_overhead", &["--ios", "2", "--rounds", "1", "--json"], true),
     run("measure", &["snp", "--ovmf", OVMF, "--vcpus", "1", "--vcpu-type", "EPYC"], false),

@@ -30,7 +30,8 @@ fn every_way_to_ring_and_to_ask_leads_to_the_same() {
     for doorbell in ["port", "msr"] {
         let json = boot_well(&["--doorbell", doorbell, "--transport", "doorbell"]);
         assert_eq!(json["transport"], "doorbell");
-        let output = run("boot_tiny_guest", &["--doorbell", doorbell, "--transport", "hypercall", "--json"]);
+        let arguments = ["--doorbell", doorbell, "--transport", "hypercall", "--json", "--timeout", "240"];
+        let output = run("boot_tiny_guest", &arguments);
         if output.status.success() {
             let json: Value = serde_json::from_str(&stdout(&output)).unwrap();
             assert_eq!((&json["transport"], &json["ok"]), (&"hypercall".into(), &true.into()));
@@ -149,11 +150,13 @@ fn a_guest_that_misbehaves_is_stopped_with_a_clear_reason() {
         ("bad-conversions", "ended with code 203"),
         ("panic", "ended with code 101"),
     ] {
-        let (json, success) = boot(&["--misbehave", how, "--timeout", "1"]);
+        // A loaded machine needs long until the others misbehave.
+        let timeout = if how == "spin" { "1" } else { "240" };
+        let (json, success) = boot(&["--misbehave", how, "--timeout", timeout]);
         let end = json["ends"][0].as_str().unwrap();
         assert!(!success && end.contains(reason), "{how}: {end}");
     }
-    let (json, _) = boot(&["--misbehave", "bad-conversions"]);
+    let (json, _) = boot(&["--misbehave", "bad-conversions", "--timeout", "240"]);
     assert_eq!(json["conversions"]["refused"], 3);
     assert_eq!(json["conversions"]["pages_to_shared"].as_u64().unwrap() % 4, 0, "vcpu 0 converted something");
     assert!(json["refused_conversions"][0].as_str().unwrap().contains("outside the guest's memory"));

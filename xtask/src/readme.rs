@@ -27,10 +27,11 @@ impl Readme {
             fs::read_to_string(&path).context(|| format!("reading {}", path.display()))
         };
         let text = read("README.md")?;
-        let program = program(&text).ok_or_else(|| Error::new("README.md has no block of rust with a main function"))?;
+        let program =
+            program(&text).ok_or_else(|| Error::new("README.md has no block of rust with a main function"))?;
 
-        let directory = tempfile::tempdir()
-            .context(|| format!("making a temporary directory in {}", env::temp_dir().display()))?;
+        let directory =
+            tempfile::tempdir().context(|| format!("making a temporary directory in {}", env::temp_dir().display()))?;
         let write = |name: &str, text: &str| {
             let path = directory.path().join(name);
             let parent = path.parent().map_or(Ok(()), fs::create_dir_all);

@@ -396,7 +396,7 @@ mod tests {
         let mut vcpu = vm.take_vcpus().remove(0);
         let VcpuOf::Local(vcpu) = &mut vcpu.0 else { panic!("it is not of this process") };
         vcpu.shared.engine.converter().poison(GpaRange::from_pages(POISONED, 1).unwrap()).unwrap();
-        let _watchdog = Watchdog::new(Duration::from_secs(10), vec![vcpu.kicker()]).unwrap();
+        let _watchdog = Watchdog::new(Duration::from_secs(120), vec![vcpu.kicker()]).unwrap();
         vcpu.run().unwrap_err()
     }
 

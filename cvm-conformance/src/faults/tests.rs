@@ -143,9 +143,10 @@ fn a_process_that_the_work_starts_is_included_and_its_end_is_seen() {
 #[test]
 fn a_process_that_outlives_the_work_is_not_waited_for_and_can_go_on() {
     if able() {
-        let start = || opener("sleep 1;").spawn();
+        // The process waits until its input is closed, which `wait` does.
+        let start = || opener("read line;").stdin(std::process::Stdio::piped()).spawn();
         // Its own open, after its start, is what would fail.
-        let calls = with_fault(None, || opener("sleep 0;").status()).unwrap().calls;
+        let calls = with_fault(None, || start().unwrap().wait()).unwrap().calls;
         let outcome = supervised(fail(calls - 1), Duration::from_millis(1), start).unwrap();
         assert!(outcome.outlived);
         assert_eq!(outcome.failed, None);
@@ -245,7 +246,7 @@ fn supervising_leaves_no_descriptor_and_no_thread() {
         for nth in 0..4 {
             with_fault(fail(nth), three).unwrap();
             // The kernel lists a thread that has ended for a moment longer.
-            let settled = (0..1000).any(|_| held() == before || (thread::sleep(Duration::from_millis(10)), false).1);
+            let settled = (0..12_000).any(|_| held() == before || (thread::sleep(Duration::from_millis(10)), false).1);
             assert!(settled, "open files, threads: {:?}, not {before:?}", held());
         }
     }

@@ -4,7 +4,7 @@ use super::guest::{assert_no_descriptor, taken};
 use crate::clause::Verdict;
 use crate::quality;
 use crate::subject::Bench;
-use crate::vmm;
+use crate::vmm::{self, LIMIT};
 use cvm_core::doorbell::{Access, Doorbell, PORT_BASE, SPACE, control, device_base};
 use cvm_core::{Error, Exit, Platform, Vcpu, Vm, VmConfig};
 use iced_x86::code_asm::*;
@@ -62,12 +62,12 @@ pub(super) fn while_running<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
                 let _ = tell.send(());
             }
         });
-        let exits = told.recv_timeout(Duration::from_secs(20)).is_ok();
+        let exits = told.recv_timeout(LIMIT).is_ok();
         let eventfd = vm.doorbell_fd(notify);
         let begin = Instant::now();
         let arrives = |eventfd| taken(eventfd) > 0;
         let mut arrived = false;
-        while exits && !arrived && begin.elapsed() < Duration::from_secs(20) {
+        while exits && !arrived && begin.elapsed() < LIMIT {
             thread::sleep(Duration::from_millis(1));
             arrived = eventfd.as_ref().is_ok_and(arrives);
         }
