@@ -87,7 +87,7 @@ pub enum Party {
 }
 
 impl Party {
-    /// All of them, the least powerful software first.
+    /// All of them.
     pub const ALL: [Self; 7] = [
         Self::OtherVms,
         Self::SameUser,
@@ -110,6 +110,11 @@ pub enum Asset {
     Interrupts,
 }
 
+impl Asset {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::PrivateMemory, Self::Registers, Self::Interrupts];
+}
+
 bitflags::bitflags! {
     /// What a party can do to an asset, by itself or, with `STEER`, by making the guest do it.
     #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -127,21 +132,31 @@ bitflags::bitflags! {
     }
 }
 
-/// Who can do what to a guest, as data.
-#[derive(Debug, Clone, Copy)]
+/// The powers of each party over each asset of a guest.
+///
+/// A platform computes it from the host as it is, so the same platform may answer differently after a process has changed its
+/// credentials.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TrustModel {
-    powers: fn(Party, Asset) -> Powers,
+    /// By party and asset, in the order of their declarations.
+    powers: [[Powers; Asset::ALL.len()]; Party::ALL.len()],
 }
 
 impl TrustModel {
-    /// A model whose table is this function.
-    pub const fn new(powers: fn(Party, Asset) -> Powers) -> Self {
-        Self { powers }
+    /// The model that `powers` describes.
+    pub fn new(powers: impl Fn(Party, Asset) -> Powers) -> Self {
+        let mut table = [[Powers::empty(); Asset::ALL.len()]; Party::ALL.len()];
+        for party in Party::ALL {
+            for asset in Asset::ALL {
+                table[party as usize][asset as usize] = powers(party, asset);
+            }
+        }
+        Self { powers: table }
     }
 
     /// What `party` can do to `asset`.
     pub fn powers(&self, party: Party, asset: Asset) -> Powers {
-        (self.powers)(party, asset)
+        self.powers[party as usize][asset as usize]
     }
 }
 
@@ -156,7 +171,7 @@ pub trait Platform {
     where
         Self: Sized;
 
-    /// Whom a guest launched here has to trust.
+    /// The parties that a guest launched here has to trust, as the host and the processes are now.
     fn trust_model(&self) -> TrustModel;
 
     /// Starts the launch of a VM.
@@ -165,4 +180,20 @@ pub trait Platform {
     /// [`Error::Config`] or [`Error::Layout`] for what makes no sense or is not offered, [`Error::Backend`] when the
     /// host refuses. Nothing is left of the VM then.
     fn launch(&self, config: VmConfig) -> Result<Launch<Self::Loader>, Error>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_gives_each_party_and_asset_the_powers_that_it_was_made_with() {
+        let bits = |party, asset| Powers::from_bits_truncate(party as u8 * 3 + asset as u8);
+        let model = TrustModel::new(bits);
+        for party in Party::ALL {
+            for asset in Asset::ALL {
+                assert_eq!(model.powers(party, asset), bits(party, asset), "{party:?}, {asset:?}");
+            }
+        }
+    }
 }

@@ -30,7 +30,7 @@ pub struct VmConfig {
     pub policy: Policy,
     /// Which instructions ring the doorbell.
     pub doorbell: Doorbell,
-    /// How the guest asks for conversions; `None` is the best that works on this host.
+    /// How the guest asks for conversions. `None` is the platform's default, the same on every host: the transport is measured.
     pub transport: Option<Transport>,
 }
 

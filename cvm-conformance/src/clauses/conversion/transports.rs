@@ -25,7 +25,11 @@ pub(super) fn clauses<P: Platform>() -> Vec<Clause<P>> {
 const ALL: [Transport; 3] = [Transport::Doorbell, Transport::Hypercall, Transport::PageState];
 
 fn default<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
-    let chosen = bench.platform.launch(bench.config(1)).unwrap_or_else(|error| panic!("{}", told(&error)));
+    let default = || {
+        let launch = bench.platform.launch(bench.config(1)).unwrap_or_else(|error| panic!("{}", told(&error)));
+        launch.transport()
+    };
+    let chosen = default();
     let mut offered = Vec::new();
     for transport in ALL {
         match bench.platform.launch(VmConfig { transport: Some(transport), ..bench.config(1) }) {
@@ -37,7 +41,8 @@ fn default<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
             Err(error) => panic!("{transport:?} is refused by: {}", told(&error)),
         }
     }
-    assert!(offered.contains(&chosen.transport()), "{:?} is not among {offered:?}", chosen.transport());
+    assert!(offered.contains(&chosen), "{chosen:?} is not among {offered:?}");
+    assert_eq!(default(), chosen, "another launch has another default");
     Verdict::Met
 }
 
