@@ -54,7 +54,7 @@ struct Options {
     #[arg(long, value_name = "TEXT", default_value = "")]
     append: String,
 
-    /// What keeps private memory private [default: the strongest that this host offers]
+    /// What keeps private memory private [default: vault, the strongest]
     #[arg(long, value_enum)]
     isolation: Option<IsolationChoice>,
 

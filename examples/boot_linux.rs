@@ -52,7 +52,7 @@ struct Options {
     #[arg(long, value_name = "MIB", default_value_t = 128, value_parser = clap::value_parser!(u64).range(2..=3328))]
     memory: u64,
 
-    /// What keeps private memory private [default: the strongest that this host offers]
+    /// What keeps private memory private [default: vault, the strongest]
     #[arg(long, value_enum)]
     isolation: Option<IsolationChoice>,
 

@@ -32,6 +32,22 @@ pub enum Error {
         /// What lacks.
         what: String,
     },
+    /// The caller named no protection, and the strongest one is not offered.
+    #[error(
+        "no isolation was named, and the strongest, vault, is not offered: {what}; to launch with less, name {alternatives}"
+    )]
+    NoDefault {
+        /// What is missing for the strongest.
+        what: String,
+        /// The protections that the host offers by name.
+        alternatives: String,
+    },
+    /// A trial of hypercalls failed, so that nobody knows whether they work.
+    #[error("failed to find out whether hypercalls work on this kvm; conversions by doorbell work on every kvm")]
+    HypercallUnknown {
+        /// Why the trial failed.
+        source: BoxError,
+    },
     /// A KVM call failed.
     #[error("kvm failed to {step}")]
     Kvm {
@@ -80,6 +96,14 @@ pub enum Error {
         /// What it, or this process on its behalf, was to do.
         step: &'static str,
         /// The kernel's answer.
+        source: io::Error,
+    },
+    /// No vault can be had by a socket.
+    #[error("failed to get a vault by the socket {}", path.display())]
+    VaultSocket {
+        /// The socket.
+        path: PathBuf,
+        /// Why not.
         source: io::Error,
     },
     /// The vault does not do what it was asked to.

@@ -3,15 +3,24 @@
 use crate::Error;
 use crate::host::{HC_MAP_GPA_RANGE, Host};
 use crate::local::{Backing, FilesMemory, Kicker, Layout};
-use cvm_core::{GpaRange, Kick, PAGE_SIZE, Watchdog};
+use cvm_core::{BoxError, GpaRange, Kick, PAGE_SIZE, Watchdog};
 use kvm_bindings::{KVM_CAP_EXIT_HYPERCALL, KVM_X86_DEFAULT_VM, kvm_enable_cap};
 use kvm_ioctls::{VcpuExit, VmFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long the hypercall of an empty guest may take. A working one takes microseconds, or under an emulated processor
-/// a few milliseconds.
-const PATIENCE: Duration = Duration::from_millis(200);
+/// How long a round of the trial takes. A working hypercall takes microseconds, or a few milliseconds under an emulated
+/// processor.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+/// How many rounds the guest may take to come to its hypercall.
+const ROUNDS: u32 = 50;
+
+/// After how many rounds in a row that end at the hypercall the guest does not get past it.
+const STUCK: u32 = 2;
+
+/// The address of the hypercall in the code.
+const CALL_AT: u64 = 24;
 
 /// 16-bit code that asks to share the page at address 0, for Intel.
 const VMCALL: [u8; 28] = code([0x0f, 0x01, 0xc1]);
@@ -58,12 +67,45 @@ pub(crate) fn enable(vm: &VmFd) -> Result<(), Error> {
     vm.enable_cap(&cap).map_err(Error::kvm("enable hypercall exits"))
 }
 
-/// Whether a guest's conversion hypercall arrives in user space, found out by letting a guest of two dozen bytes try.
-pub(crate) fn works(host: &Host) -> bool {
-    host.offers_hypercall() && try_one(host).unwrap_or(false)
+/// Whether a guest's conversion hypercall arrives in user space, as a guest of two dozen bytes finds by trying.
+///
+/// # Errors
+/// [`Error::HypercallUnknown`] when the trial itself failed: that says nothing about hypercalls.
+pub(crate) fn works(host: &Host) -> Result<bool, Error> {
+    if !host.offers_hypercall() {
+        return Ok(false);
+    }
+    try_one(host).map_err(|source| Error::HypercallUnknown { source })
 }
 
-fn try_one(host: &Host) -> Result<bool, Box<dyn std::error::Error>> {
+/// What a round of the trial came to.
+enum Round {
+    /// KVM returned with the hypercall.
+    Arrived,
+    /// KVM returned with something else.
+    Other,
+    /// The vCPU was still at this address when the time was over.
+    Late(u64),
+}
+
+/// Whether hypercalls work by what the rounds came to; nothing when there are not enough of them.
+///
+/// A guest that is late somewhere else has not had the processor, which says nothing about the host's KVM.
+fn judge(rounds: impl IntoIterator<Item = Result<Round, BoxError>>) -> Result<Option<bool>, BoxError> {
+    let mut stuck = 0;
+    for round in rounds {
+        match round? {
+            Round::Arrived => return Ok(Some(true)),
+            Round::Other => return Ok(Some(false)),
+            Round::Late(CALL_AT) if stuck + 1 == STUCK => return Ok(Some(false)),
+            Round::Late(CALL_AT) => stuck += 1,
+            Round::Late(_) => stuck = 0,
+        }
+    }
+    Ok(None)
+}
+
+fn try_one(host: &Host) -> Result<bool, BoxError> {
     let vm = host.create_vm(KVM_X86_DEFAULT_VM)?;
     enable(&vm)?;
     let page = GpaRange::new(0, PAGE_SIZE)?;
@@ -82,15 +124,47 @@ fn try_one(host: &Host) -> Result<bool, Box<dyn std::error::Error>> {
     vcpu.set_regs(&regs)?;
 
     let kicker = Kicker::new(&vcpu)?;
-    let watchdog = Watchdog::new(PATIENCE, vec![Arc::clone(&kicker) as Arc<dyn Kick>])?;
-    loop {
-        let _entered = kicker.enter();
-        match vcpu.run() {
-            Ok(VcpuExit::Hypercall(call)) => return Ok(call.nr == u64::from(HC_MAP_GPA_RANGE)),
-            Ok(_) => return Ok(false),
-            // A signal of somebody else's.
-            Err(error) if error.errno() == libc::EINTR && !watchdog.fired() => {}
-            Err(_) => return Ok(false),
+    let mut round = || -> Result<Round, BoxError> {
+        let watchdog = Watchdog::new(PATIENCE, vec![Arc::clone(&kicker) as Arc<dyn Kick>])?;
+        loop {
+            let _entered = kicker.enter();
+            match vcpu.run() {
+                Ok(VcpuExit::Hypercall(call)) if call.nr == u64::from(HC_MAP_GPA_RANGE) => return Ok(Round::Arrived),
+                Ok(_) => return Ok(Round::Other),
+                Err(error) if error.errno() == libc::EINTR && watchdog.fired() => break,
+                // A signal of somebody else's.
+                Err(error) if error.errno() == libc::EINTR => {}
+                Err(error) => return Err(error.into()),
+            }
         }
+        Ok(Round::Late(vcpu.get_regs()?.rip))
+    };
+    let verdict = judge((0..ROUNDS).map(|_| round()))?;
+    verdict.ok_or_else(|| format!("the guest has not come to its hypercall in {:?}", PATIENCE * ROUNDS).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn verdict(rounds: Vec<Result<Round, BoxError>>) -> Result<Option<bool>, String> {
+        judge(rounds).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn only_a_guest_that_stays_at_the_hypercall_shows_that_it_does_not_work() {
+        let late = |at| Ok(Round::Late(at));
+        assert_eq!(verdict(vec![Ok(Round::Arrived)]), Ok(Some(true)));
+        assert_eq!(verdict(vec![late(0), late(0), late(CALL_AT), Ok(Round::Arrived)]), Ok(Some(true)));
+        assert_eq!(verdict(vec![Ok(Round::Other)]), Ok(Some(false)));
+        assert_eq!(verdict(vec![late(0), late(CALL_AT), late(CALL_AT)]), Ok(Some(false)));
+    }
+
+    #[test]
+    fn a_trial_that_fails_or_is_slow_says_nothing_about_hypercalls() {
+        let late = |at| Ok(Round::Late(at));
+        assert_eq!(verdict(vec![late(0), late(0), late(0), late(0)]), Ok(None));
+        assert_eq!(verdict(vec![late(CALL_AT), late(0), late(CALL_AT)]), Ok(None));
+        assert_eq!(verdict(vec![Err("no memory".into()), Ok(Round::Arrived)]), Err("no memory".into()));
     }
 }

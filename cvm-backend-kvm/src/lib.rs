@@ -29,6 +29,7 @@ mod platform;
 mod policy;
 mod probe;
 mod questions;
+mod trust;
 pub mod vault;
 
 pub use error::Error;

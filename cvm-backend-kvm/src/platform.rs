@@ -2,11 +2,13 @@ use crate::error::failed;
 use crate::handles::{KvmLoader, LoaderOf};
 use crate::host::Host;
 use crate::local::{Backing, Isolation, LocalLoader};
+use crate::trust::{self, Facts, Finding, Start};
 use crate::vault::Program;
 use crate::{Error, hypercall, probe, vault};
 use cvm_core::doorbell::Transport;
+use cvm_core::interrupt::Guarding;
 use cvm_core::launch::VmConfig;
-use cvm_core::platform::{Asset, Offer, Party, Platform, Powers, TrustModel};
+use cvm_core::platform::{Missing, Offer, Party, Platform, Powers, TrustModel};
 use cvm_core::{Error as CoreError, Launch, Policy, Protection};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -23,11 +25,16 @@ pub struct KvmPlatform {
     isolation: Isolation,
     /// What starts vaults, if one is to hold the VM.
     vault: Option<Program>,
+    /// What is known of vaults that something else starts.
+    peer: Option<Start>,
     hypercalls: OnceLock<bool>,
 }
 
 impl KvmPlatform {
-    /// The platform behind `/dev/kvm`, with the strongest protection that it offers.
+    /// The platform behind `/dev/kvm` with the strongest protection, a [vault](crate::vault).
+    ///
+    /// A host or program that cannot have a vault gets an error that names the alternatives: less protection is given by
+    /// name only, see [`KvmPlatform::open`].
     ///
     /// # Errors
     /// As [`KvmPlatform::open`].
@@ -35,10 +42,11 @@ impl KvmPlatform {
         Self::open(Path::new("/dev/kvm"), None)
     }
 
-    /// The platform behind the KVM device at `path`, with this protection, or else the strongest that it offers.
+    /// The platform behind the KVM device at `path` with this protection, or with the strongest if none is named.
     ///
     /// # Errors
-    /// [`Error::Open`], [`Error::ApiVersion`], or [`Error::NotOffered`] for a protection that the host does not offer.
+    /// [`Error::Open`], [`Error::ApiVersion`]; [`Error::NotOffered`] for a protection that the host does not offer,
+    /// [`Error::NoDefault`] if none is named and the strongest is not offered.
     pub fn open(path: &Path, protection: Option<Protection>) -> Result<Self, Error> {
         let local = Self::local(path)?;
         if vault::is_vault() {
@@ -46,8 +54,19 @@ impl KvmPlatform {
             return Err(Error::NotOffered { protection: Protection::Vault, what });
         }
         match protection {
-            None => Ok(Self { vault: Program::find().ok(), ..local }),
-            Some(Protection::Vault) => Ok(Self { vault: Some(Program::find()?), ..local }),
+            None => match Program::find() {
+                Ok(program) => local.with_vault(program),
+                Err(Error::NotOffered { what, .. }) => {
+                    let none = "none (no protection, for development)";
+                    let alternatives = match local.isolation {
+                        Isolation::GuestMemfd => format!("guest-memfd or {none}"),
+                        Isolation::None => none.into(),
+                    };
+                    Err(Error::NoDefault { what, alternatives })
+                }
+                Err(error) => Err(error),
+            },
+            Some(Protection::Vault) => local.with_vault(Program::find()?),
             Some(Protection::None) => Ok(Self { isolation: Isolation::None, ..local }),
             Some(Protection::GuestMemfd) => {
                 let lacks = probe::guest_memfd(&local.host).missing;
@@ -66,7 +85,17 @@ impl KvmPlatform {
         let host = Host::open(path)?;
         let lacks = probe::guest_memfd(&host).missing;
         let isolation = if lacks.is_empty() { Isolation::GuestMemfd } else { Isolation::None };
-        Ok(Self { device: path.to_owned(), host, isolation, vault: None, hypercalls: OnceLock::new() })
+        Ok(Self { device: path.to_owned(), host, isolation, vault: None, peer: None, hypercalls: OnceLock::new() })
+    }
+
+    fn with_vault(self, mut program: Program) -> Result<Self, Error> {
+        let peer = vault::try_out(&mut program)?;
+        Ok(Self { vault: Some(program), peer, ..self })
+    }
+
+    /// The ways into a vault as the processes are now; none where there is no vault.
+    fn findings(&self) -> Vec<Finding> {
+        self.vault.as_ref().map(|program| Facts::read(program, self.peer).findings()).unwrap_or_default()
     }
 
     /// What protects the guests that are launched here.
@@ -78,20 +107,29 @@ impl KvmPlatform {
         }
     }
 
-    /// Whether guests can ask for conversions by hypercall. The first call tries it out, which takes up to 0.2 s.
-    pub fn hypercalls_work(&self) -> bool {
-        *self.hypercalls.get_or_init(|| hypercall::works(&self.host))
+    /// Whether guests can ask for conversions by hypercall, as a trial shows: on a host where they do not, the first call
+    /// takes about 0.2 s.
+    ///
+    /// # Errors
+    /// [`Error::HypercallUnknown`] when the trial itself failed.
+    pub fn hypercalls_work(&self) -> Result<bool, Error> {
+        if let Some(known) = self.hypercalls.get() {
+            return Ok(*known);
+        }
+        let work = hypercall::works(&self.host)?;
+        Ok(*self.hypercalls.get_or_init(|| work))
     }
 
     fn transport(&self, wish: Option<Transport>) -> Result<Transport, CoreError> {
         match wish {
-            Some(Transport::Doorbell) => Ok(Transport::Doorbell),
-            Some(Transport::Hypercall) if !self.hypercalls_work() => {
-                Err(CoreError::Config("hypercalls do not work on this kvm: use a doorbell".into()))
-            }
+            // It is measured, so the default is the one that works on every KVM.
+            None | Some(Transport::Doorbell) => Ok(Transport::Doorbell),
             Some(Transport::PageState) => Err(CoreError::Config("page state changes are amd sev-snp's".into())),
-            None if !self.hypercalls_work() => Ok(Transport::Doorbell),
-            Some(Transport::Hypercall) | None => Ok(Transport::Hypercall),
+            Some(Transport::Hypercall) => match self.hypercalls_work() {
+                Ok(true) => Ok(Transport::Hypercall),
+                Ok(false) => Err(CoreError::Config("hypercalls do not work on this kvm: use a doorbell".into())),
+                Err(error) => Err(failed("try a hypercall")(error)),
+            },
         }
     }
 
@@ -99,7 +137,7 @@ impl KvmPlatform {
     /// `shared`. The configuration says by what transport.
     pub(crate) fn launch_in_vault(&self, config: VmConfig, shared: Backing) -> Result<Launch<LocalLoader>, CoreError> {
         self.host.check(&config, Policy::NO_DEBUG)?;
-        // The VMM has found out what works, and nobody but the guest is worse off if that is not true.
+        // The VMM chooses by trial, and nobody but the guest is worse off if it chooses what does not work.
         let transport = config.transport.unwrap_or(Transport::Doorbell);
         let loader = LocalLoader::new(&self.host, self.isolation, config.clone(), transport, Some(shared));
         Launch::new(loader.map_err(failed("create the vm"))?, config, transport)
@@ -114,35 +152,34 @@ impl Platform for KvmPlatform {
     }
 
     fn trust_model(&self) -> TrustModel {
-        match self.protection() {
-            // The VMM's process has neither memory nor registers, and the kernel keeps its user's other processes out of
-            // the vault. Both can keep interrupts from arriving, and no more.
-            Protection::Vault => TrustModel::new(|party, asset| match (party, asset) {
-                (Party::OtherVms | Party::VmmProcess | Party::SameUser, _) => Powers::empty(),
-                _ => Powers::all(),
-            }),
-            // The kernel gives no process a way to private memory, but who has the vCPUs can set their registers, and who
-            // has the VM can have the guest see something else; and other processes of the user can take over the VMM.
-            Protection::GuestMemfd => TrustModel::new(|party, asset| match (party, asset) {
-                (Party::OtherVms, _) => Powers::empty(),
-                (Party::VmmProcess | Party::SameUser, Asset::PrivateMemory) => Powers::STEER | Powers::REMAP,
-                _ => Powers::all(),
-            }),
-            // The files and registers are in the VMM's process, and nothing is encrypted.
-            _ => TrustModel::new(|party, _| match party {
-                Party::OtherVms => Powers::empty(),
-                _ => Powers::all(),
-            }),
+        if self.vault.is_some() {
+            return trust::model(&self.findings(), self.isolation);
         }
+        TrustModel::new(|party, asset| match party {
+            Party::OtherVms => Powers::empty(),
+            // Other processes of the user can take over the VMM.
+            Party::VmmProcess | Party::SameUser => trust::held_by(self.isolation, asset),
+            _ => Powers::all(),
+        })
     }
 
     fn launch(&self, config: VmConfig) -> Result<Launch<KvmLoader>, CoreError> {
         let transport = self.transport(config.transport)?;
         let loader = match &self.vault {
             Some(program) => {
-                self.host.check(&config, Policy::NO_DEBUG)?;
+                // Who can trace the vault can have it debug the guest, and inject what it likes.
+                let way = self.findings().into_iter().find(|finding| finding.parties.contains(&Party::VmmProcess));
+                match &way {
+                    None => self.host.check(&config, Policy::NO_DEBUG)?,
+                    Some(Finding { way, .. }) if config.policy.contains(Policy::NO_DEBUG) => {
+                        let Missing { what, remedy } = way;
+                        return Err(CoreError::Config(format!("the policy cannot be fulfilled: {what}: {remedy}")));
+                    }
+                    Some(_) => self.host.check(&config, Policy::empty())?,
+                }
+                let guarding = if way.is_none() { Guarding::Enforced } else { Guarding::Library };
                 LoaderOf::Vault(
-                    vault::launch(program, &self.device, &config, transport, self.isolation)
+                    vault::launch(program, &self.device, &config, transport, self.isolation, guarding)
                         .map_err(failed("create the vm"))?,
                 )
             }
@@ -153,5 +190,40 @@ impl Platform for KvmPlatform {
             }
         };
         Launch::new(KvmLoader(loader), config, transport)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_cannot_start_vaults_gets_less_by_name_only() {
+        let error = match KvmPlatform::new() {
+            // This program has neither called `init` nor named another one.
+            Err(error @ Error::NoDefault { .. }) => error.to_string(),
+            Err(error @ Error::Open { .. }) if std::env::var_os("CVM_REQUIRE_KVM").is_none() => {
+                return eprintln!("SKIPPED: {error}");
+            }
+            other => panic!("{other:?}"),
+        };
+        for part in ["vault::init()", "name ", "none (no protection"] {
+            assert!(error.contains(part), "{error}");
+        }
+        let none = KvmPlatform::open(Path::new("/dev/kvm"), Some(Protection::None)).unwrap();
+        assert_eq!(none.protection(), Protection::None);
+    }
+
+    #[test]
+    fn a_vmm_that_names_no_transport_gets_the_doorbell() {
+        for hypercalls_work in [true, false] {
+            let platform = match KvmPlatform::open(Path::new("/dev/kvm"), Some(Protection::None)) {
+                Ok(platform) => KvmPlatform { hypercalls: OnceLock::from(hypercalls_work), ..platform },
+                Err(error) if std::env::var_os("CVM_REQUIRE_KVM").is_some() => panic!("{error}"),
+                Err(error) => return eprintln!("SKIPPED: {error}"),
+            };
+            assert_eq!(platform.transport(None).unwrap(), Transport::Doorbell);
+            assert_eq!(platform.transport(Some(Transport::Hypercall)).is_ok(), hypercalls_work);
+        }
     }
 }

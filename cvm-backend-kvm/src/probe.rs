@@ -2,8 +2,9 @@
 
 use crate::host::{Host, setting};
 use crate::hypercall;
-use crate::vault::Program;
-use cvm_core::platform::{Missing, Offer, Protection};
+use crate::trust::{Facts, Finding};
+use crate::vault::{self, Program};
+use cvm_core::platform::{Missing, Offer, Party, Protection};
 use kvm_bindings::{KVM_CAP_GUEST_MEMFD, KVM_X86_SW_PROTECTED_VM, KVM_X86_TDX_VM};
 use kvm_ioctls::Cap;
 use std::fs;
@@ -33,7 +34,7 @@ pub(crate) fn offers(path: &Path) -> Vec<Offer> {
     vec![
         none(&host),
         guest_memfd(&host),
-        vault(&host),
+        of_vault(&host),
         tdx(&host),
         offer(Protection::SecureExecution, vec![secure_execution]),
     ]
@@ -51,13 +52,20 @@ fn none(host: &Host) -> Offer {
     let lacks = needs.into_iter().filter(|(cap, ..)| !host.kvm.check_extension(*cap));
     let lacks = lacks.map(|(_, what, remedy)| Missing::new(format!("kvm has no {what}"), remedy)).collect();
     let hypercalls = if !host.offers_hypercall() {
-        "guests ask for conversions by doorbell: kvm has no KVM_CAP_EXIT_HYPERCALL for KVM_HC_MAP_GPA_RANGE"
-    } else if hypercall::works(host) {
-        "guests ask for conversions by hypercall or doorbell"
+        "guests ask for conversions by doorbell: kvm has no KVM_CAP_EXIT_HYPERCALL for KVM_HC_MAP_GPA_RANGE".into()
     } else {
-        "guests ask for conversions by doorbell: kvm advertises KVM_HC_MAP_GPA_RANGE, but a hypercall did not arrive"
+        match hypercall::works(host) {
+            Ok(true) => "guests ask for conversions by doorbell, or by hypercall where the vmm says so".into(),
+            Ok(false) => "guests ask for conversions by doorbell: kvm advertises KVM_HC_MAP_GPA_RANGE, but a guest does \
+                          not get past the hypercall"
+                .into(),
+            Err(error) => {
+                let source = std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
+                format!("{error}{source}")
+            }
+        }
     };
-    Offer { protection: Protection::None, missing: lacks, notes: vec![hypercalls.into()] }
+    Offer { protection: Protection::None, missing: lacks, notes: vec![hypercalls] }
 }
 
 /// This library's own gap, where a host offers what no backend uses yet.
@@ -79,21 +87,37 @@ pub(crate) fn guest_memfd(host: &Host) -> Offer {
     offer(Protection::GuestMemfd, lacks)
 }
 
-fn vault(host: &Host) -> Offer {
+fn of_vault(host: &Host) -> Offer {
     let mut lacks = none(host).missing;
-    if let Err(error) = Program::find() {
-        let what = match error {
-            crate::Error::NotOffered { what, .. } => what,
-            error => error.to_string(),
-        };
-        lacks.push(Missing::new(what, "a program that can be a vault, or one beside it"));
-    }
+    let mut peer = None;
+    let found = Program::find().and_then(|mut program| {
+        peer = vault::try_out(&mut program)?;
+        Ok(program)
+    });
+    let program = match found {
+        Ok(program) => Some(program),
+        Err(crate::Error::NotOffered { what, .. }) => {
+            lacks.push(Missing::new(what, "a program that can be a vault, or one beside it"));
+            None
+        }
+        Err(error) => {
+            let source = std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
+            lacks.push(Missing::new(format!("{error}{source}"), "a cvm-vault that listens there and takes this user"));
+            None
+        }
+    };
     let memory = if guest_memfd(host).missing.is_empty() {
         "its private memory is a guest_memfd, which the vault itself cannot read"
     } else {
         "its private memory is a file of the vault"
     };
-    Offer { protection: Protection::Vault, missing: lacks, notes: vec![memory.into()] }
+    let ways = program.map(|program| Facts::read(&program, peer).findings()).unwrap_or_default();
+    let ways = ways.into_iter().map(|Finding { parties, way: Missing { what, remedy } }| {
+        let from = if parties.contains(&Party::VmmProcess) { "the vmm itself" } else { "other processes of its user" };
+        format!("it does not protect from {from}: {what}; {remedy}")
+    });
+    let notes = std::iter::once(memory.to_owned()).chain(ways).collect();
+    Offer { protection: Protection::Vault, missing: lacks, notes }
 }
 
 /// Why KVM has no VM type for a protection that `module` turns on by the parameter `name`, as far as that tells: `firmware`

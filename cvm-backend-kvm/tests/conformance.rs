@@ -2,6 +2,7 @@
 
 use cvm_backend_kvm::{KvmPlatform, vault};
 use cvm_conformance::{Departure, Subject, Suite};
+use cvm_core::platform::{Asset, Party, Powers};
 use cvm_core::{BoxError, Platform, Protection};
 use std::path::Path;
 use std::process::ExitCode;
@@ -40,8 +41,11 @@ impl Subject for Plain {
             "an exit of a guest on plain KVM is the instruction itself, so there is no call to give up by before exits \
              work",
         );
+        let traces = platform.trust_model().powers(Party::VmmProcess, Asset::PrivateMemory).contains(Powers::STEER);
         if self.0 != Protection::Vault {
             depart(&["8.5"], "whoever holds the vCPUs can debug them, and without a vault that is the VMM");
+        } else if traces {
+            depart(&["8.5"], "a VMM that is root, or has as much, can trace its vault, and so debug the vCPUs");
         }
         // A vault takes guest_memfd where there is one.
         if self.0 != Protection::None && has_guest_memfd() {
@@ -52,7 +56,7 @@ impl Subject for Plain {
                  shuts down instead, and nobody says at what access",
             );
         }
-        if !platform.hypercalls_work() {
+        if !platform.hypercalls_work().unwrap_or_else(|error| panic!("{error}: {error:?}")) {
             depart(&["4.26"], "a guest's hypercall does not arrive on this host's KVM: guests ask by doorbell");
         }
         departures

@@ -55,7 +55,7 @@ struct Options {
     #[arg(long, value_name = "FILE")]
     disk: Option<PathBuf>,
 
-    /// What keeps private memory private [default: the strongest that this host offers]
+    /// What keeps private memory private [default: vault, the strongest]
     #[arg(long, value_enum)]
     isolation: Option<IsolationChoice>,
 
@@ -77,7 +77,7 @@ struct Options {
     doorbell: DoorbellChoice,
 
     /// How the guest asks for conversions
-    #[arg(long, value_enum, default_value_t = TransportChoice::Best)]
+    #[arg(long, value_enum, default_value_t = TransportChoice::Default)]
     transport: TransportChoice,
 
     /// An ELF file to boot instead of the built image of the tiny guest
@@ -154,8 +154,8 @@ enum DoorbellChoice {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum TransportChoice {
-    /// By hypercall where that works, and else by doorbell
-    Best,
+    /// As the platform has it, the same on every host
+    Default,
     /// By the KVM hypercall MAP_GPA_RANGE
     Hypercall,
     /// By the doorbell
@@ -236,7 +236,7 @@ fn boot<P: Platform>(options: &Options, platform: &P, protection: Protection) ->
         DoorbellChoice::Msr => Doorbell::Msr,
     };
     config.transport = match options.transport {
-        TransportChoice::Best => None,
+        TransportChoice::Default => None,
         TransportChoice::Hypercall => Some(Transport::Hypercall),
         TransportChoice::Doorbell => Some(Transport::Doorbell),
     };

@@ -59,7 +59,7 @@ use std::time::Duration;
 #[derive(Debug, Parser)]
 #[command(name = "io_overhead")]
 struct Options {
-    /// What keeps private memory private, in both guests [default: the strongest that this host offers]
+    /// What keeps private memory private, in both guests [default: vault, the strongest]
     #[arg(long, value_enum)]
     isolation: Option<IsolationChoice>,
 

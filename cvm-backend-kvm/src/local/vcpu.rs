@@ -376,6 +376,7 @@ mod tests {
     use cvm_core::memory::Sides;
     use cvm_core::{GpaRange, PageKind, Platform, Vm, VmConfig, Watchdog};
     use iced_x86::code_asm::*;
+    use std::path::Path;
     use std::time::Duration;
 
     const POISONED: u64 = 0x30_0000;
@@ -402,7 +403,7 @@ mod tests {
 
     #[test]
     fn a_poisoned_page_is_out_of_the_guests_reach() {
-        let platform = match KvmPlatform::new() {
+        let platform = match KvmPlatform::local(Path::new("/dev/kvm")) {
             Ok(platform) => platform,
             Err(error) if std::env::var_os("CVM_REQUIRE_KVM").is_some() => panic!("{error}"),
             Err(error) => return eprintln!("SKIPPED: {error}"),

@@ -23,13 +23,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 /// Starts a vault, and in it the launch of a VM that uses `transport`. The vault finds out by itself that KVM has
-/// `isolation` for private memory.
+/// `isolation` for private memory; `guarding` says whether the VMM can reach into the vault.
 pub(crate) fn launch(
     program: &Program,
     device: &Path,
     config: &VmConfig,
     transport: Transport,
     isolation: Isolation,
+    guarding: Guarding,
 ) -> Result<VaultLoader, BoxError> {
     let layout = Layout::new(&config.memory)?;
     let shared = Backing::new("cvm-shared", layout.bytes())?;
@@ -50,7 +51,7 @@ pub(crate) fn launch(
     let Ok([kicks]) = <[OwnedFd; 1]>::try_from(descriptors) else {
         return Err(vault.disown("it gave no way to kick").into());
     };
-    Ok(VaultLoader { vault, kicks, shared, layout, isolation })
+    Ok(VaultLoader { vault, kicks, shared, layout, isolation, guarding })
 }
 
 /// Loads the pages of a VM that a vault holds.
@@ -61,6 +62,7 @@ pub(crate) struct VaultLoader {
     shared: Backing,
     layout: Layout,
     isolation: Isolation,
+    guarding: Guarding,
 }
 
 impl Loader for VaultLoader {
@@ -96,7 +98,7 @@ impl Loader for VaultLoader {
         let shared = Arc::new(Shared { engine, held });
         let vcpus: Vec<_> = (0..vcpus).map(|index| VaultVcpu::new(index, Arc::clone(&shared))).collect();
         let kickers = vcpus.iter().map(Vcpu::kicker).collect();
-        Ok(VaultVm { shared, vcpus, kickers, isolation: self.isolation, transcript })
+        Ok(VaultVm { shared, vcpus, kickers, isolation: self.isolation, guarding: self.guarding, transcript })
     }
 }
 
@@ -149,6 +151,7 @@ pub(crate) struct VaultVm {
     vcpus: Vec<VaultVcpu>,
     kickers: Vec<Arc<dyn Kick>>,
     isolation: Isolation,
+    guarding: Guarding,
     transcript: Transcript,
 }
 
@@ -218,7 +221,7 @@ impl Vm for VaultVm {
     }
 
     fn guarding(&self) -> Guarding {
-        Guarding::Enforced
+        self.guarding
     }
 
     fn doorbell_fd(&self, register: u16) -> Result<OwnedFd, CoreError> {

@@ -1,13 +1,20 @@
-//! The process of a vault, as its VMM finds it: started, asked, watched, killed.
+//! The process of a vault, as its VMM finds it: started or connected to, asked, watched, ended.
 
 use super::page::{Asking, NoReply, Page, Pages};
 use super::protocol::{Malformed, Message, Order, Reply, Report, Request};
+use super::credentials::{self, Peer};
 use super::socket::{self, Received};
 use super::{MARK, NAME, Program};
 use crate::local::Backing;
+use crate::trust::{Start, is_closed};
 use crate::{Error, lock};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::RecvFlags;
+use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_passcred, set_socket_timeout};
+use rustix::net::{
+    AddressFamily, RecvFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect as connect_socket, shutdown,
+    socket_with,
+};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,9 +23,19 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// How long a vault may take to say that it is there, where processors are emulated and files come over a network.
 const PATIENCE: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
+
+/// How this process has hold of a vault.
+#[derive(Debug)]
+enum Hold {
+    /// It is a child, which this process can kill.
+    Child(OwnedFd),
+    /// Something else has started it: it ends when this connection is shut down.
+    Apart(OwnedFd),
+}
 
 /// The socket with the number of the last order.
 #[derive(Debug)]
@@ -31,7 +48,7 @@ struct Orders {
 #[derive(Debug)]
 pub(super) struct Vault {
     orders: Mutex<Orders>,
-    process: OwnedFd,
+    hold: Hold,
     /// What came of it.
     end: Arc<OnceLock<String>>,
     watcher: Option<JoinHandle<()>>,
@@ -40,9 +57,9 @@ pub(super) struct Vault {
 }
 
 /// Starts the process; the socket is its standard input.
-fn start(program: &Program, device: &Path) -> Result<(Child, OwnedFd), Error> {
+fn start(program: &Path, device: &Path) -> Result<(Child, OwnedFd), Error> {
     let (ours, theirs) = socket::pair().map_err(Error::vault("make a socket"))?;
-    let mut command = Command::new(program.path());
+    let mut command = Command::new(program);
     // An absolute path, for the vault leaves its directory.
     command.arg0(NAME).arg(std::path::absolute(device).map_err(Error::vault("find the device"))?);
     command.env_clear().env(MARK, "1");
@@ -55,26 +72,117 @@ fn start(program: &Program, device: &Path) -> Result<(Child, OwnedFd), Error> {
     Ok((child, ours))
 }
 
+/// Connects to what starts vaults at `path`; the result is a vault that is about to greet.
+fn connect(path: &Path) -> Result<OwnedFd, Error> {
+    let connect = || -> io::Result<OwnedFd> {
+        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        // Its greeting is to say who it is.
+        set_socket_passcred(&socket, true)?;
+        set_socket_timeout(&socket, Timeout::Send, Some(Duration::from_secs(PATIENCE.tv_sec.unsigned_abs())))?;
+        connect_socket(&socket, &SocketAddrUnix::new(path)?)?;
+        Ok(socket)
+    };
+    connect().map_err(|source| Error::VaultSocket { path: path.to_owned(), source })
+}
+
+/// Waits until there is a greeting, or until there cannot be one any more.
+fn await_message(socket: BorrowedFd<'_>) -> Result<(), Error> {
+    loop {
+        match poll(&mut [PollFd::new(&socket, PollFlags::IN)], Some(&PATIENCE)) {
+            Ok(0) => {
+                let what = "it did not answer: does main begin with cvm::kvm::vault::init()?";
+                return Err(Error::VaultProtocol { what });
+            }
+            Ok(_) => return Ok(()),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(Error::vault("wait for it")(error)),
+        }
+    }
+}
+
+/// The process that has started to serve this connection, by its greeting, which stays to be read.
+fn identify(socket: &OwnedFd, path: &Path) -> Result<Peer, Error> {
+    await_message(socket.as_fd())?;
+    let peer = credentials::of_next_message(socket.as_fd()).map_err(Error::vault("say who it is"))?;
+    let closed = || io::Error::other("the connection was closed before a vault greeted: is this user given vaults?");
+    let peer = peer.ok_or_else(|| Error::VaultSocket { path: path.to_owned(), source: closed() })?;
+    set_socket_passcred(socket, false).map_err(Error::vault("use its socket"))?;
+    Ok(peer)
+}
+
+/// Has a vault started for a moment, if something else starts them, and learns who it is.
+pub(crate) fn try_out(program: &mut Program) -> Result<Option<Start>, Error> {
+    let Program::Apart { path, uid } = program else { return Ok(None) };
+    let socket = connect(path)?;
+    let peer = identify(&socket, path)?;
+    // The greeting tells whether it can be a vault here at all.
+    greeting(&socket)?;
+    *uid = Some(peer.uid);
+    Ok(Some(Start::Apart { uid: peer.uid, closed: is_closed(peer.pid) }))
+}
+
+/// Reads the greeting of a vault that has just started.
+fn greeting(socket: &OwnedFd) -> Result<(), Error> {
+    let received = socket::receive(socket, RecvFlags::empty()).map_err(Error::vault("hear from it"))?;
+    let Received { message, text, .. } =
+        received.ok_or_else(|| Error::VaultDied { status: "it has closed its socket".into() })?;
+    match Report::decode(&message, &text) {
+        Ok(Report::Done) if message.sequence == 0 => Ok(()),
+        Ok(Report::Failed(reason)) if message.sequence == 0 => Err(Error::VaultRefused { reason }),
+        _ => Err(Error::VaultProtocol { what: "its greeting is none" }),
+    }
+}
+
+/// Waits until the vault at the other end of this connection is gone, or the connection is shut down.
+fn await_hangup(socket: BorrowedFd<'_>) -> String {
+    loop {
+        // Hanging up is reported whatever is waited for.
+        match poll(&mut [PollFd::new(&socket, PollFlags::empty())], None) {
+            Ok(0) | Err(Errno::INTR) => {}
+            Ok(_) => return "its connection is closed".into(),
+            Err(error) => return format!("its connection cannot be watched: {error}"),
+        }
+    }
+}
+
 impl Vault {
     pub(super) fn new(program: &Program, device: &Path, vcpus: u32, pages: &Backing) -> Result<Self, Error> {
         let pages = Arc::new(Pages::map(pages, vcpus)?);
-        let (mut child, socket) = start(program, device)?;
-        let process = Pid::from_raw(child.id() as i32).ok_or(io::Error::from(ErrorKind::NotFound));
-        let process = process.and_then(|pid| Ok(pidfd_open(pid, PidfdFlags::empty())?));
-        let process = process.inspect_err(|_| drop(child.kill().and_then(|()| child.wait())));
-        let process = process.map_err(Error::vault("get hold of its process"))?;
+        let (hold, socket, wait): (_, _, Box<dyn FnOnce() -> String + Send>) = match program {
+            Program::Apart { path, uid } => {
+                let socket = connect(path)?;
+                let peer = identify(&socket, path)?;
+                if uid.is_some_and(|known| known != peer.uid) {
+                    let source = io::Error::other("the vault is of another user than when the platform was opened");
+                    return Err(Error::VaultSocket { path: path.clone(), source });
+                }
+                let [held, watched] = [socket.try_clone(), socket.try_clone()];
+                let held = held.map_err(Error::vault("copy its socket"))?;
+                let watched = watched.map_err(Error::vault("copy its socket"))?;
+                (Hold::Apart(held), socket, Box::new(move || await_hangup(watched.as_fd())))
+            }
+            Program::This | Program::Other(_) => {
+                let path = program.path().ok_or(io::Error::from(ErrorKind::NotFound));
+                let (mut child, socket) = start(path.map_err(Error::vault("find its program"))?, device)?;
+                let process = Pid::from_raw(child.id() as i32).ok_or(io::Error::from(ErrorKind::NotFound));
+                let process = process.and_then(|pid| Ok(pidfd_open(pid, PidfdFlags::empty())?));
+                let process = process.inspect_err(|_| drop(child.kill().and_then(|()| child.wait())));
+                let process = process.map_err(Error::vault("get hold of its process"))?;
+                let wait = move || child.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
+                (Hold::Child(process), socket, Box::new(wait))
+            }
+        };
         let end = Arc::<OnceLock<String>>::default();
         let watcher = {
             let (end, pages) = (Arc::clone(&end), Arc::clone(&pages));
             std::thread::Builder::new().name("vault-watcher".into()).spawn(move || {
-                let status = child.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
-                let _ = end.set(status);
+                let _ = end.set(wait());
                 (0..pages.count()).for_each(|index| pages.page(index).bury());
             })
         };
         let mut vault = Self {
             orders: Mutex::new(Orders { socket, last: 0 }),
-            process,
+            hold,
             end,
             watcher: None,
             asking: (0..vcpus).map(|_| Mutex::default()).collect(),
@@ -87,11 +195,7 @@ impl Vault {
 
     fn await_greeting(&self) -> Result<(), Error> {
         let orders = lock(&self.orders);
-        let ready = poll(&mut [PollFd::new(&orders.socket, PollFlags::IN)], Some(&PATIENCE));
-        if ready.map_err(Error::vault("wait for it"))? == 0 {
-            let what = "it did not answer: does main begin with cvm::kvm::vault::init()?";
-            return Err(Error::VaultProtocol { what });
-        }
+        await_message(orders.socket.as_fd())?;
         match self.receive(&orders, 0)? {
             (Report::Done, _) => Ok(()),
             (Report::Failed(reason), _) => Err(Error::VaultRefused { reason }),
@@ -167,9 +271,13 @@ impl Vault {
         }
     }
 
+    /// Ends the vault: at once if it is a child, and else as soon as it notices.
     fn kill(&self) {
-        // It fails if the process is dead already.
-        let _ = pidfd_send_signal(&self.process, Signal::KILL);
+        // Both fail if the vault is dead already.
+        let _ = match &self.hold {
+            Hold::Child(process) => pidfd_send_signal(process, Signal::KILL),
+            Hold::Apart(socket) => shutdown(socket, Shutdown::Both),
+        };
     }
 
     /// Kills a vault that does not keep to the protocol: it cannot be what was started.
@@ -196,7 +304,10 @@ impl Drop for Vault {
             // It has panicked at worst, and then the process is dead all the same.
             Some(watcher) => drop(watcher.join()),
             // There was no thread to be had: nobody else waits for the process.
-            None => drop(waitid(WaitId::PidFd(self.process.as_fd()), WaitIdOptions::EXITED)),
+            None => match &self.hold {
+                Hold::Child(process) => drop(waitid(WaitId::PidFd(process.as_fd()), WaitIdOptions::EXITED)),
+                Hold::Apart(_) => {}
+            },
         }
     }
 }
