@@ -56,9 +56,11 @@ fn none(host: &Host) -> Offer {
     } else {
         match hypercall::works(host) {
             Ok(true) => "guests ask for conversions by doorbell, or by hypercall where the vmm says so".into(),
-            Ok(false) => "guests ask for conversions by doorbell: kvm advertises KVM_HC_MAP_GPA_RANGE, but a guest does \
+            Ok(false) => {
+                "guests ask for conversions by doorbell: kvm advertises KVM_HC_MAP_GPA_RANGE, but a guest does \
                           not get past the hypercall"
-                .into(),
+                    .into()
+            }
             Err(error) => {
                 let source = std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
                 format!("{error}{source}")

@@ -185,7 +185,8 @@ impl Facts {
             Start::Child { unreadable: true } => {}
             Start::Child { unreadable: false } if self.is_yama_enough() => {}
             Start::Child { unreadable: false } => {
-                let what = "a process of the vmm's user can attach to the vault between its start and its first instructions";
+                let what =
+                    "a process of the vmm's user can attach to the vault between its start and its first instructions";
                 find(
                     &[Party::SameUser],
                     what.into(),

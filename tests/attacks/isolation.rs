@@ -33,16 +33,51 @@ impl Isolation {
         self as usize
     }
 
-    /// What the trust model has to say.
-    pub fn powers(self, party: Party, asset: Asset) -> Powers {
-        match (self, party, asset) {
-            (_, Party::OtherVms, _) => Powers::empty(),
-            (Self::GuestMemfd, Party::VmmProcess | Party::SameUser, Asset::PrivateMemory) => {
+    /// What the trust model has to say in a situation, where private memory of a vault is or is not in a `guest_memfd`.
+    pub fn powers(self, situation: Situation, guest_memfd: bool, party: Party, asset: Asset) -> Powers {
+        let open = self != Self::Vault || situation.is_open(party);
+        match (party, asset) {
+            (Party::OtherVms, _) => Powers::empty(),
+            (Party::VmmProcess | Party::SameUser, _) if !open => Powers::empty(),
+            (Party::VmmProcess | Party::SameUser, Asset::PrivateMemory)
+                if self == Self::GuestMemfd || self == Self::Vault && guest_memfd =>
+            {
                 Powers::STEER | Powers::REMAP
             }
-            (Self::Vault, Party::VmmProcess | Party::SameUser, _) => Powers::empty(),
             _ => Powers::all(),
         }
+    }
+}
+
+/// What a vault is beside: the processes that could trace it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Situation {
+    /// None can: it is of its own user, or closed from its first instruction on.
+    Closed,
+    /// An unprivileged VMM starts it, and other processes of the user can attach to it as it starts.
+    OpenStart,
+    /// The VMM is root.
+    RootVmm,
+}
+
+impl Situation {
+    pub const ALL: [(Self, &'static str); 3] = [
+        (Self::Closed, "under its own user, or closed to its user from the start"),
+        (Self::OpenStart, "started by an unprivileged VMM, and open to its user as it starts"),
+        (Self::RootVmm, "of a VMM that is root"),
+    ];
+
+    /// The situation of a row.
+    pub fn of_row(id: &str) -> Self {
+        match id.split_once('/') {
+            Some(("vmm-root", _)) => Self::RootVmm,
+            Some(("start", "child")) => Self::OpenStart,
+            _ => Self::Closed,
+        }
+    }
+
+    fn is_open(self, party: Party) -> bool {
+        self == Self::RootVmm || self == Self::OpenStart && party == Party::SameUser
     }
 }
 

@@ -22,12 +22,12 @@ mod roles;
 mod rows;
 mod stage;
 mod sys;
+mod trust;
 mod vmm;
 
-use cvm::Platform;
 use cvm::kvm::KvmPlatform;
 use hostile_guest::Effort;
-use isolation::{ASSETS, Isolation};
+use isolation::Isolation;
 use outcome::{Finding, Observed};
 use report::Report;
 use stage::{As, Stage};
@@ -77,8 +77,10 @@ fn main() -> ExitCode {
     stage.lacks.iter().for_each(|lack| report.skip(lack));
     for (isolation, protection) in Isolation::offered() {
         match KvmPlatform::open(stage.device(), Some(protection)) {
-            Ok(platform) => {
-                check_trust(isolation, &platform, &mut report);
+            Ok(_) => {
+                if let Err(error) = trust::check(isolation, &stage, &mut report) {
+                    report.fail(format!("the trust model of {protection}: {error}"));
+                }
                 if let Err(error) = attack(isolation, &stage, options.effort, &mut report) {
                     report.fail(format!("{protection}: {error}"));
                 }
@@ -93,19 +95,6 @@ fn main() -> ExitCode {
     report.end()
 }
 
-/// That the platform's trust model is the one which the rows and the document go by.
-fn check_trust(isolation: Isolation, platform: &KvmPlatform, report: &mut Report) {
-    let model = platform.trust_model();
-    for party in cvm::platform::Party::ALL {
-        for (asset, name) in ASSETS {
-            let (said, expected) = (model.powers(party, asset), isolation.powers(party, asset));
-            if said != expected {
-                report.fail(format!("the trust model says that {party:?} has {said:?} over {name}, not {expected:?}"));
-            }
-        }
-    }
-}
-
 fn attack(isolation: Isolation, stage: &Stage, effort: Effort, report: &mut Report) -> io::Result<()> {
     let device = stage.device().to_string_lossy();
     let name = format!("{isolation:?}");
@@ -117,6 +106,7 @@ fn attack(isolation: Isolation, stage: &Stage, effort: Effort, report: &mut Repo
     report.take(isolation, "", stage.play(As::User, &guest)?);
     report.take(isolation, "", stage.play(As::User, &role("kill-vault"))?);
     report.take(isolation, "", vec![kill_vmm(stage, &role("convert"))?]);
+    trust::attack(isolation, stage, report)?;
 
     let mut beside = Vec::new();
     if stage.has_user() {

@@ -1,6 +1,6 @@
 //! What an attack is expected to give, and what it gave.
 
-use crate::isolation::Isolation;
+use crate::isolation::{Isolation, Situation};
 use cvm::kvm::KvmPlatform;
 use cvm::platform::{Asset, Party, Powers};
 use cvm::{Platform, Protection};
@@ -83,8 +83,10 @@ impl Row {
     /// Why what `party` saw is not what is expected.
     pub fn judge(&self, isolation: Isolation, party: Option<Party>, observed: &Observed) -> Result<(), String> {
         let expected = self.outcome(isolation);
-        let admitted =
-            party.zip(self.power).map(|(party, (asset, power))| isolation.powers(party, asset).contains(power));
+        let situation = Situation::of_row(self.id);
+        let admitted = party
+            .zip(self.power)
+            .map(|(party, (asset, power))| isolation.powers(situation, guest_memfd(), party, asset).contains(power));
         match (expected, observed) {
             (Outcome::Open(_) | Outcome::OpenInFile(_), Observed::Got(_)) if admitted == Some(false) => {
                 Err("it is open, and the trust model does not admit it".into())
@@ -104,12 +106,12 @@ impl Row {
 }
 
 /// Whether private memory is in a `guest_memfd`, wherever it can be.
-fn guest_memfd() -> bool {
+pub fn guest_memfd() -> bool {
     let offers = KvmPlatform::probe();
     offers.iter().any(|offer| offer.protection == Protection::GuestMemfd && offer.missing.is_empty())
 }
 
 /// Whether the kernel restricts what a process may do to others of its user (Linux Documentation/admin-guide/LSM/Yama.rst).
-fn yama() -> bool {
+pub fn yama() -> bool {
     std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").is_ok_and(|scope| scope.trim() != "0")
 }

@@ -5,9 +5,10 @@ use crate::hostile_guest::{self, Effort};
 use crate::isolation::Isolation;
 use crate::outcome::{Finding, Observed};
 use crate::process::{self, Victim};
-use crate::{killing, kvm, vmm};
+use crate::{killing, kvm, stage, trust, vmm};
 use cvm::BoxError;
 use cvm::kvm::KvmPlatform;
+use cvm::kvm::vault::{self, Launcher};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use std::io::{self, Read, Write};
 use std::path::Path;
@@ -37,6 +38,23 @@ fn role(arguments: &[&str]) -> Result<(), BoxError> {
         ["kill-vault", isolation, device] => tell("kill-vault", killing::kill_vault(|| platform(isolation, device))),
         ["convert", isolation, device] => convert(&platform(isolation, device)?),
         ["hold", isolation, device] => hold(&platform(isolation, device)?),
+        ["launch", socket, device] => {
+            Err(Launcher { socket: socket.into(), device: device.into(), users: vec![stage::UNPRIVILEGED], most: 8 }
+                .run()
+                .map_or_else(BoxError::from, |never| match never {}))
+        }
+        ["through", socket, ref rest @ ..] => {
+            vault::use_socket(socket);
+            role(rest)
+        }
+        ["by", program, ref rest @ ..] => {
+            vault::use_program(program);
+            role(rest)
+        }
+        ["model", isolation, device] => trust::tell_model(&platform(isolation, device)?),
+        ["against-vault", isolation, device, parent] => against_vault(&platform(isolation, device)?, parent),
+        ["start-stopped", program] => trust::start_stopped(program),
+        ["open-memory", pid] => trust::open_memory(pid.parse()?),
         ["attack", pid, nonce] => {
             let victim = Victim { pid: pid.parse()?, nonce: nonce.parse()? };
             process::all(victim).try_for_each(|(row, observed)| tell(row, observed))
@@ -101,6 +119,18 @@ fn convert(platform: &KvmPlatform) -> Result<(), BoxError> {
         keeper.command(Command::Share)?;
         keeper.command(Command::Unshare)?;
     }
+}
+
+/// Holds a guest in a vault, and reads the memory of the vault. It is a child of `parent`, or of this process if that is 0.
+fn against_vault(platform: &KvmPlatform, parent: &str) -> Result<(), BoxError> {
+    let mut keeper = Keeper::with_limit(platform, nonce(), LONG)?;
+    let parent = Some(parent.parse()?).filter(|parent| *parent != 0).unwrap_or(killing::own_pid());
+    let Some(pid) = killing::vaults(parent).first().copied() else {
+        return tell("proc-mem", Observed::Absent("there is no vault".into()));
+    };
+    let mut found = process::all(Victim { pid, nonce: keeper.nonce });
+    let (row, observed) = found.find(|(row, _)| *row == "proc-mem").ok_or("there is no such attack")?;
+    tell(row, if keeper.is_well() { observed } else { Observed::Got("the guest is disturbed".into()) })
 }
 
 /// Has a guest count until nobody writes to this process any more.

@@ -29,6 +29,7 @@ const fn row(id: &'static str, what: &'static str, power: Option<(Asset, Powers)
 const NO_KVM: Outcome = Absent("the VMM has no descriptor of KVM's that leads to the guest");
 const UNMAPPABLE: Outcome = Refused("not found", "no process can read or map a guest_memfd");
 const ELSEWHERE: Outcome = Refused("not found", "the private memory is in another process");
+const NO_VAULT: Outcome = Absent("there is no vault");
 const NOT_DUMPABLE: &str = "the vault is not dumpable";
 
 pub const TABLES: &[Table] = &[
@@ -242,6 +243,53 @@ pub const TABLES: &[Table] = &[
                 [CORE, Open("without the private memory"), Refused("not dumpable", "the vault has none")],
             ),
             row("user/well", "disturb the guest by all of that", None, [WELL; 3]),
+        ],
+    },
+    Table {
+        title: "A vault that is about to start",
+        text: "A process of the VMM's unprivileged user opens the vault's memory before the vault's first instruction; what is \
+               opened then stays open. Where the kernel restricts ptrace to parents (Yama), nothing is open.",
+        party: Some(Party::SameUser),
+        rows: &[
+            row(
+                "start/child",
+                "of a program that the user can read, started by the VMM",
+                MEMORY_STEER,
+                [NO_VAULT, NO_VAULT, Open("its memory, for as long as it lives")],
+            ),
+            row(
+                "start/unreadable",
+                "of a program that the user can execute and not read",
+                MEMORY_STEER,
+                [NO_VAULT, NO_VAULT, Refused("EACCES", "the kernel never makes the process dumpable")],
+            ),
+            row(
+                "start/apart",
+                "of its own user",
+                MEMORY_STEER,
+                [NO_VAULT, NO_VAULT, Refused("EACCES", "it is another user's")],
+            ),
+        ],
+    },
+    Table {
+        title: "A VMM that attacks its vault",
+        text: "The VMM's process reads the memory of the vault that holds its guest, by `/proc/<pid>/mem`: as an unprivileged \
+               user that has started the vault, as one whose vault is of another user, and as root.",
+        party: Some(Party::VmmProcess),
+        rows: &[
+            row(
+                "vmm-child/proc-mem",
+                "unprivileged, and the vault is its child",
+                MEMORY_READ,
+                [NO_VAULT, NO_VAULT, Refused("EACCES", NOT_DUMPABLE)],
+            ),
+            row(
+                "vmm-apart/proc-mem",
+                "unprivileged, and the vault is of its own user",
+                MEMORY_READ,
+                [NO_VAULT, NO_VAULT, Refused("EACCES", "it is another user's, and not dumpable")],
+            ),
+            row("vmm-root/proc-mem", "root", MEMORY_READ, [NO_VAULT, NO_VAULT, OpenInFile("the secret")]),
         ],
     },
     Table {

@@ -14,7 +14,10 @@ use std::time::Duration;
 use tempfile::TempDir;
 
 /// Nobody, who owns nothing.
-const UNPRIVILEGED: u32 = 65534;
+pub const UNPRIVILEGED: u32 = 65534;
+
+/// The user of vaults that something else than their VMM starts.
+const OF_VAULTS: u32 = 65533;
 
 /// How long a role may take, where processors are emulated twice over, and how much longer for each conversion.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -27,6 +30,8 @@ pub enum As {
     User,
     /// This process's user.
     Myself,
+    /// The user of vaults that something else than their VMM starts.
+    OfVaults,
 }
 
 /// The users and the KVM device.
@@ -38,7 +43,7 @@ pub struct Stage {
     /// What the VMMs open.
     device: PathBuf,
     /// What holds the device while this lives.
-    _directory: Option<TempDir>,
+    directory: Option<TempDir>,
     /// Why rows of other users are not played.
     pub lacks: Vec<String>,
 }
@@ -49,14 +54,14 @@ impl Stage {
     /// As root, VMMs run as an unprivileged user with a KVM device of its own; otherwise as this user.
     pub fn new(effort: Effort) -> Self {
         let limit = LIMIT + EACH * effort.conversions;
-        let mut stage = Self { user: None, limit, device: KVM.into(), _directory: None, lacks: Vec::new() };
+        let mut stage = Self { user: None, limit, device: KVM.into(), directory: None, lacks: Vec::new() };
         if !rustix::process::geteuid().is_root() {
             stage.lacks.push("attacks by root: this is not root".into());
             return stage;
         }
         match device() {
             Ok((directory, device)) => {
-                (stage.user, stage.device, stage._directory) = (Some(UNPRIVILEGED), device, Some(directory));
+                (stage.user, stage.device, stage.directory) = (Some(UNPRIVILEGED), device, Some(directory));
             }
             Err(error) => stage
                 .lacks
@@ -75,6 +80,25 @@ impl Stage {
         self.user.is_some() || !self.has_root()
     }
 
+    /// Whether there can be vaults of another user, and VMMs of root.
+    pub fn has_vault_user(&self) -> bool {
+        self.directory.is_some()
+    }
+
+    /// Where the user of vaults can make a socket that VMMs can reach; and a copy of this program that other users than root
+    /// can execute and not read.
+    pub fn for_vaults(&self) -> io::Result<(PathBuf, PathBuf)> {
+        let directory = self.directory.as_ref().ok_or(io::ErrorKind::NotFound)?.path();
+        let (sockets, program) = (directory.join("vaults"), directory.join("unreadable"));
+        if !program.exists() {
+            fs::create_dir(&sockets)?;
+            chown(&sockets, Some(OF_VAULTS), Some(OF_VAULTS))?;
+            fs::copy("/proc/self/exe", &program)?;
+            fs::set_permissions(&program, fs::Permissions::from_mode(0o711))?;
+        }
+        Ok((sockets.join("socket"), program))
+    }
+
     pub fn has_root(&self) -> bool {
         rustix::process::geteuid().is_root()
     }
@@ -83,7 +107,12 @@ impl Stage {
     pub fn start(&self, who: As, role: &[&str]) -> io::Result<Played> {
         let mut command = Command::new("/proc/self/exe");
         command.arg("--role").args(role).stdin(Stdio::piped()).stdout(Stdio::piped());
-        if let Some(user) = self.user.filter(|_| who == As::User) {
+        let user = match who {
+            As::User => self.user,
+            As::Myself => None,
+            As::OfVaults => Some(OF_VAULTS),
+        };
+        if let Some(user) = user {
             command.uid(user).gid(user);
         }
         // Nobody may depend on where this program was started; the user may not even go there.
@@ -112,8 +141,9 @@ fn device() -> io::Result<(TempDir, PathBuf)> {
     let directory = tempfile::Builder::new().prefix("cvm-attacks").tempdir()?;
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o711))?;
     let device = directory.path().join("kvm");
-    mknodat(rustix::fs::CWD, &device, FileType::CharacterDevice, Mode::RUSR | Mode::WUSR, original.rdev())?;
-    chown(&device, Some(UNPRIVILEGED), Some(UNPRIVILEGED))?;
+    mknodat(rustix::fs::CWD, &device, FileType::CharacterDevice, Mode::empty(), original.rdev())?;
+    // Whatever the mask of this process says.
+    fs::set_permissions(&device, fs::Permissions::from_mode(0o666))?;
     // A file system may be mounted such that its devices do not work.
     fs::File::open(&device)?;
     Ok((directory, device))

@@ -6,6 +6,8 @@ use std::ffi::c_void;
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
 use std::ptr::null_mut;
 
 /// An ioctl of KVM's whose argument is a `T`, of which the kernel reads or writes no more than `T` has.
@@ -74,6 +76,29 @@ pub fn attach(pid: i32) -> io::Result<()> {
         libc::ptrace(libc::PTRACE_DETACH, pid, null_mut::<c_void>(), null_mut::<c_void>());
     }
     Ok(())
+}
+
+/// Starts a program such that it is stopped before its first instruction, and traced by nobody.
+pub fn start_stopped(program: &str) -> io::Result<Child> {
+    let mut command = Command::new(program);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let trace = || {
+        // SAFETY: the call passes no memory.
+        checked(unsafe { libc::ptrace(libc::PTRACE_TRACEME, 0, null_mut::<c_void>(), null_mut::<c_void>()) } as i32)?;
+        Ok(())
+    };
+    // SAFETY: between fork and exec the closure makes one system call.
+    let child = unsafe { command.pre_exec(trace) }.spawn()?;
+    let pid = child.id().cast_signed();
+    let mut status = 0;
+    // SAFETY: these calls pass no memory but the status word.
+    unsafe {
+        // A traced process stops at the end of an exec (ptrace(2)).
+        checked(libc::waitpid(pid, &raw mut status, libc::__WALL))?;
+        let stop = std::ptr::without_provenance_mut::<c_void>(libc::SIGSTOP as usize);
+        checked(libc::ptrace(libc::PTRACE_DETACH, pid, null_mut::<c_void>(), stop) as i32)?;
+    }
+    Ok(child)
 }
 
 /// Reads another process's memory.

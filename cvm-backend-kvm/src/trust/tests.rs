@@ -44,7 +44,11 @@ fn the_parties_that_reach_a_vault_follow_from_the_facts() {
         ("CAP_NET_ADMIN, as VMMs have it for taps", with(CapabilitySet::NET_ADMIN), NOBODY),
         ("another user namespace", Facts { initial_namespace: false, ..closed() }, PEERS),
         ("a vault of the VMM's user", Facts { start: Start::Apart { uid: USER, closed: true }, ..closed() }, PEERS),
-        ("a vault that the VMM can look at", Facts { start: Start::Apart { uid: 2000, closed: false }, ..closed() }, BOTH),
+        (
+            "a vault that the VMM can look at",
+            Facts { start: Start::Apart { uid: 2000, closed: false }, ..closed() },
+            BOTH,
+        ),
     ];
     for (name, facts, expected) in table {
         let findings = facts.findings();

@@ -70,7 +70,7 @@ pub(super) fn of_next_message(socket: BorrowedFd<'_>) -> io::Result<Option<Peer>
     let first = unsafe { libc::CMSG_FIRSTHDR(&raw const header) };
     // SAFETY: the result of CMSG_FIRSTHDR is null or points to a whole header in `control`, which is aligned for it.
     let Some(message) = (unsafe { first.as_ref() }) else { return Err(io::ErrorKind::InvalidData.into()) };
-    let is_whole = message.cmsg_len as usize >= size_of::<libc::cmsghdr>() + size_of::<libc::ucred>();
+    let is_whole = message.cmsg_len >= size_of::<libc::cmsghdr>() + size_of::<libc::ucred>();
     // The kernel puts credentials before descriptors.
     if (message.cmsg_level, message.cmsg_type) != (libc::SOL_SOCKET, libc::SCM_CREDENTIALS) || !is_whole {
         return Err(io::ErrorKind::InvalidData.into());

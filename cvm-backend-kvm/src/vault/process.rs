@@ -1,8 +1,8 @@
 //! The process of a vault, as its VMM finds it: started or connected to, asked, watched, ended.
 
+use super::credentials::{self, Peer};
 use super::page::{Asking, NoReply, Page, Pages};
 use super::protocol::{Malformed, Message, Order, Reply, Report, Request};
-use super::credentials::{self, Peer};
 use super::socket::{self, Received};
 use super::{MARK, NAME, Program};
 use crate::local::Backing;
