@@ -8,7 +8,7 @@ use cvm_core::memory::{Allocated, ConversionTotals};
 use cvm_core::x86::{Register, VcpuState};
 use cvm_core::{
     BoxError, Conversion, ConversionListener, ConversionRequest, Error, Event, Exit, GpaRange, Kick, Lifecycle,
-    LifecycleAnswer, PageKind, RegisterRead, SharedMemory, Vcpu, Vm,
+    LifecycleAnswer, Measurement, PageKind, RegisterRead, SharedMemory, Vcpu, Vm,
 };
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -58,6 +58,17 @@ pub struct KvmVm(VmOf);
 enum VmOf {
     Local(LocalVm),
     Vault(VaultVm),
+}
+
+impl KvmVm {
+    /// What the vault that holds the VM has measured by itself; nothing without a vault. It is the word of a process of this
+    /// host, which no hardware vouches for.
+    pub fn measured_by_vault(&self) -> Option<Measurement> {
+        match &self.0 {
+            VmOf::Local(_) => None,
+            VmOf::Vault(vm) => Some(vm.measured()),
+        }
+    }
 }
 
 impl Vm for KvmVm {

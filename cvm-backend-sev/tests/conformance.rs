@@ -3,13 +3,55 @@
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod subject {
     use cvm_backend_sev::kvm::SevPlatform;
-    use cvm_conformance::{Departure, Subject, Suite};
+    use cvm_backend_sev::kvm::SevVm;
+    use cvm_backend_sev::{HostData, sev, snp};
+    use cvm_conformance::{Departure, Rehearsed, Report, Subject, Suite, TrustedEntity};
     use cvm_core::{BoxError, Protection};
     use std::fs;
     use std::process::ExitCode;
 
     /// AMD's hardware with one kind of protection.
     struct Sev(Protection);
+
+    /// The faked secure processor's log.
+    const LOG: &str = "/proc/fakepsp";
+
+    /// What follows `name=` in a line of the log.
+    fn field(line: &str, name: &str) -> Option<String> {
+        let words = &mut line.split([' ', ',']);
+        words.find_map(|word| word.strip_prefix(name)?.strip_prefix('=')).map(str::to_owned)
+    }
+
+    /// The secure processor, by its log: where it is faked it can be asked from outside the guest.
+    impl TrustedEntity<SevPlatform> for Sev {
+        fn reported(&self, _: &SevVm) -> Result<Report, BoxError> {
+            let log = fs::read_to_string(LOG)?;
+            let is_snp = self.0 == Protection::SevSnp;
+            let is_last = |line: &&str| match is_snp {
+                true => line.contains("host_data="),
+                false => line.starts_with("LAUNCH_MEASURE"),
+            };
+            let line = log.lines().rfind(is_last).ok_or("it has not ended a launch")?;
+            let measurement = field(line, "ld").ok_or("it has not told the digest")?;
+            let host_data = match is_snp {
+                true => Some(field(line, "host_data").ok_or("it has not told the host data")?),
+                false => None,
+            };
+            Ok(Report { measurement, host_data })
+        }
+
+        fn predicted(&self, platform: &SevPlatform, launch: &Rehearsed) -> Result<Report, BoxError> {
+            let (transcript, features) = (&launch.transcript, platform.features());
+            if self.0 != Protection::SevSnp {
+                let es = (self.0 == Protection::SevEs).then_some(features);
+                let digest = sev::of_transcript(transcript, es, |gpa| launch.page(gpa))?;
+                return Ok(Report { measurement: digest.to_string(), host_data: None });
+            }
+            let config = transcript.config().ok_or("the transcript has no configuration")?;
+            let host_data = HostData::default().bytes(&config).iter().map(|byte| format!("{byte:02x}")).collect();
+            Ok(Report { measurement: snp::of_transcript(transcript, features).to_string(), host_data: Some(host_data) })
+        }
+    }
 
     impl Subject for Sev {
         type Platform = SevPlatform;
@@ -36,10 +78,10 @@ mod subject {
             depart(&[sev, es], &["2.7"], "SEV and SEV-ES measure the contents of every page that is loaded");
             depart(&[snp], &["3.8"], "the kernel does not count what is behind a guest_memfd");
             depart(
-                &[sev, es],
-                &["4.2"],
-                "both sides of a page are one page, which is left as it is: the guest decrypts what was never encrypted, \
-                 and has to write to the page before it reads there",
+                &[sev, es, snp],
+                &["2.19", "4.2"],
+                "the guest decrypts what nobody has encrypted, and has to write to a page before it reads there, as its boot \
+                 page says",
             );
             depart(&[snp], &["4.25", "4.26"], "guests of SEV-SNP ask for conversions by page state changes alone");
             depart(&[sev, es], &["4.27"], "page state changes are SEV-SNP's");
@@ -65,12 +107,15 @@ mod subject {
                 depart(&[sev, es], &["1.5", "3.6"], encrypts_nothing);
                 let takes_any = "the secure processor that stands in for AMD's takes any keys for those of a target";
                 depart(&[sev], &["9.4"], takes_any);
+                let by_order = "SEV and SEV-ES measure contents in the order of loading, and not where they are";
+                depart(&[sev, es], &["2.16"], by_order);
+                depart(&[sev], &["2.17"], "SEV does not measure the initial state of vCPUs");
             } else {
                 depart(
-                    &[snp],
-                    &["4.2"],
-                    "the host's zeros are not encrypted, so the guest decrypts them to something else: it has to write \
-                     to a page before it reads there",
+                    &[sev, es, snp],
+                    &["2.14", "2.15", "2.16", "2.17", "2.18"],
+                    "the suite cannot ask the secure processor: its guests are too small to have it report, which the guest \
+                     of the example boot_tiny_guest does",
                 );
                 depart(
                     &[sev],
@@ -80,6 +125,10 @@ mod subject {
                 );
             }
             departures
+        }
+
+        fn trusted_entity(&self) -> Option<&dyn TrustedEntity<SevPlatform>> {
+            is_model().then_some(self as _)
         }
 
         /// Identifiers of address spaces in use, by kind, where control groups count them.
@@ -94,7 +143,7 @@ mod subject {
 
     /// Whether L1's models stand for AMD's secure processor and for an SEV processor, where memory is plain text.
     fn is_model() -> bool {
-        fs::exists("/proc/fakepsp").unwrap_or(false)
+        fs::exists(LOG).unwrap_or(false)
     }
 
     pub fn run() -> Result<ExitCode, BoxError> {

@@ -4,6 +4,7 @@ mod conversion;
 mod errors;
 mod exits;
 mod faults;
+mod fresh;
 mod interrupts;
 mod launch;
 mod lifecycle;

@@ -155,7 +155,7 @@ fn check<S: Subject>(
     clause: &Clause<S::Platform>,
 ) -> std::thread::Result<Verdict> {
     let (open, held) = (|| subject.open(), || subject.held());
-    let bench = Bench::new(platform, subject.protection()).of_subject(&open, &held);
+    let bench = Bench::new(platform, subject.protection()).of_subject(&open, &held, subject.trusted_entity());
     let check = AssertUnwindSafe(|| (clause.check)(&bench));
     if clause.alone {
         let _alone = ALONE.write().unwrap_or_else(PoisonError::into_inner);

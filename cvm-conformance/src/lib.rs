@@ -57,6 +57,7 @@
 
 mod clause;
 mod clauses;
+mod entity;
 pub mod faults;
 pub mod guest;
 mod harness;
@@ -68,6 +69,7 @@ mod vmm;
 
 pub use clause::{Clause, Verdict};
 pub use clauses::clauses;
+pub use entity::{Rehearsed, Report, TrustedEntity};
 pub use harness::{Line, Outcome, REPORT_PREFIX, Suite};
 pub use subject::{Bench, Departure, Subject, VmOf};
 pub use vmm::{Converted, Guest};

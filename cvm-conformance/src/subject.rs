@@ -1,5 +1,6 @@
 //! What the suite has to know of a backend.
 
+use crate::TrustedEntity;
 use crate::guest::{self, Assembler};
 use crate::quality;
 use crate::vmm::Guest;
@@ -51,6 +52,12 @@ pub trait Subject: Send + Sync + 'static {
         Vec::new()
     }
 
+    /// What vouches for its guests and can be asked by the suite; nothing where nobody but the library in the VMM's process
+    /// measures a launch, or where only a guest can ask.
+    fn trusted_entity(&self) -> Option<&dyn TrustedEntity<Self::Platform>> {
+        None
+    }
+
     /// What this backend's VMs take up outside the process, by name, such as identifiers of address spaces: all of it has to
     /// come back. What the process itself has (open files, threads, children, memory) the suite counts.
     fn held(&self) -> Vec<(String, u64)> {
@@ -74,6 +81,8 @@ pub struct Bench<'a, P> {
     pub platform: &'a P,
     /// What protects its guests.
     pub protection: Protection,
+    /// What vouches for its guests, if the suite can ask it.
+    pub(crate) trusted_entity: Option<&'a dyn TrustedEntity<P>>,
     /// Whether the main of this program is the suite's.
     pub(crate) is_of_suite: bool,
     open: &'a (dyn Fn() -> Result<P, BoxError> + Sync),
@@ -84,17 +93,18 @@ impl<'a, P: Platform> Bench<'a, P> {
     /// A platform whose guests have this protection, for tests of a backend's own that want guests as the suite has them.
     pub fn new(platform: &'a P, protection: Protection) -> Self {
         let open = &|| Err("it was opened elsewhere".into());
-        Self { platform, protection, is_of_suite: false, open, held: &Vec::new }
+        Self { platform, protection, trusted_entity: None, is_of_suite: false, open, held: &Vec::new }
     }
 
-    /// The same with a way to [open](Subject::open) the platform once more, and one to [count](Subject::held) what VMs take
-    /// up outside the process.
+    /// The same with a way to [open](Subject::open) the platform once more, one to [count](Subject::held) what VMs take up outside
+    /// the process, and the [trusted entity](Subject::trusted_entity).
     pub(crate) fn of_subject(
         self,
         open: &'a (dyn Fn() -> Result<P, BoxError> + Sync),
         held: &'a (dyn Fn() -> Vec<(String, u64)> + Sync),
+        trusted_entity: Option<&'a dyn TrustedEntity<P>>,
     ) -> Self {
-        Self { is_of_suite: true, open, held, ..self }
+        Self { is_of_suite: true, open, held, trusted_entity, ..self }
     }
 
     /// The platform once more.

@@ -15,7 +15,7 @@ use cvm_core::memory::{Allocated, ConversionEngine, ConversionTotals, Converter,
 use cvm_core::x86::VcpuState;
 use cvm_core::{
     BoxError, Conversion, ConversionListener, ConversionRequest, Error as CoreError, Event, GpaRange, Kick, Lifecycle,
-    LifecycleAnswer, PageKind, SharedMemory, Side, Trigger, Vcpu, Vm,
+    LifecycleAnswer, Measurement, PageKind, SharedMemory, Side, Trigger, Vcpu, Vm,
 };
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -86,11 +86,11 @@ impl Loader for VaultLoader {
     }
 
     fn seal(self, transcript: Transcript) -> Result<VaultVm, BoxError> {
-        match self.vault.order(&Order::Seal, &[])?.0 {
-            Report::Sealed(measurement) if measurement == transcript.measurement() => {}
+        let measured = match self.vault.order(&Order::Seal, &[])?.0 {
+            Report::Sealed(measurement) if measurement == transcript.measurement() => measurement,
             Report::Sealed(_) => return Err(self.vault.disown("it has measured something else").into()),
             _ => return Err(self.vault.unfit_report().into()),
-        }
+        };
         let view = shared_view(&self.shared, &self.layout)?;
         let vcpus = self.vault.pages.count();
         let held = Arc::new(Held { vault: self.vault, kicks: self.kicks });
@@ -98,7 +98,7 @@ impl Loader for VaultLoader {
         let shared = Arc::new(Shared { engine, held });
         let vcpus: Vec<_> = (0..vcpus).map(|index| VaultVcpu::new(index, Arc::clone(&shared))).collect();
         let kickers = vcpus.iter().map(Vcpu::kicker).collect();
-        Ok(VaultVm { shared, vcpus, kickers, isolation: self.isolation, guarding: self.guarding, transcript })
+        Ok(VaultVm { shared, vcpus, kickers, isolation: self.isolation, guarding: self.guarding, measured, transcript })
     }
 }
 
@@ -152,10 +152,16 @@ pub(crate) struct VaultVm {
     kickers: Vec<Arc<dyn Kick>>,
     isolation: Isolation,
     guarding: Guarding,
+    measured: Measurement,
     transcript: Transcript,
 }
 
 impl VaultVm {
+    /// What the vault has measured by itself.
+    pub(crate) fn measured(&self) -> Measurement {
+        self.measured
+    }
+
     /// Gives an order for a descriptor.
     fn descriptor(
         &self,

@@ -2,6 +2,7 @@
 
 mod contents;
 mod measurement;
+mod reported;
 mod start;
 
 use crate::clause::{Clause, Verdict};
@@ -26,6 +27,12 @@ pub(super) fn clauses<P: Platform>() -> Vec<Clause<P>> {
     clauses.extend(contents::clauses());
     clauses.extend(start::clauses());
     clauses.extend(measurement::clauses());
+    clauses.extend(reported::clauses());
+    clauses.push(Clause::new(
+        "2.19",
+        "memory that was not loaded is zero when the guest first uses it",
+        contents::fresh_memory,
+    ));
     clauses
 }
 

@@ -1,5 +1,5 @@
 use super::{REPORT, ghcb};
-use cvm_core::boot::{Exits, Interface};
+use cvm_core::boot::{Exits, FreshMemory, Interface};
 use cvm_core::doorbell::{Doorbell, MSR_BASE, PORT_BASE, Transport, control};
 use cvm_core::x86::Register;
 use cvm_core::{PAGE_SIZE, Side, x86};
@@ -59,6 +59,11 @@ impl Assembler {
     /// Whether memory that was not loaded is usable as it is, and zero.
     pub fn is_all_accepted(&self) -> bool {
         self.interface.is_all_accepted()
+    }
+
+    /// What private memory contains that nobody has written to since it became private.
+    pub fn fresh_memory(&self) -> FreshMemory {
+        self.interface.fresh_memory
     }
 
     /// Whether the doorbell is a port, so that it has no upper half.

@@ -2,7 +2,8 @@
 
 use super::{BORDER, UPPER, guest_of, with_slots};
 use crate::clause::{Clause, Verdict};
-use crate::guest::{Assembler, BOOT_PAGE, CODE, EXTRA, GHCB, TABLES};
+use crate::clauses::fresh;
+use crate::guest::{Assembler, BOOT_PAGE, CODE, EXTRA, GHCB, MEMORY, TABLES};
 use crate::vmm::range;
 use crate::{Bench, quality};
 use cvm_core::launch::Entry;
@@ -206,6 +207,20 @@ fn loaded_pages(transcript: &Transcript) -> BTreeSet<u64> {
         Entry::Config(_) | Entry::Vcpu { .. } => None,
     });
     ranges.flat_map(|range| (range.start().0..range.end().0).step_by(PAGE_SIZE as usize)).collect()
+}
+
+pub(super) fn fresh_memory<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
+    // Nothing is loaded in the last slot, which is far above all that is.
+    let words = [UPPER, UPPER + PAGE_SIZE - 4, UPPER + PAGE_SIZE, UPPER + 2 * PAGE_SIZE - 4];
+    let config = VmConfig { memory: vec![range(0, MEMORY / PAGE_SIZE), range(UPPER, 2)], ..bench.config(1) };
+    let mut guest = bench.guest(config, |a| {
+        a.accept(UPPER, 2)?;
+        fresh::tell(a, &words)?;
+        a.end(0)
+    });
+    let verdict = fresh::listen(&mut guest, &words);
+    guest.end();
+    verdict
 }
 
 fn unmeasured<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
