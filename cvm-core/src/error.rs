@@ -50,12 +50,12 @@ pub enum Error {
     #[error(transparent)]
     Igvm(#[from] IgvmError),
     /// A guest asked to convert something that is no range of pages.
-    #[error("vcpu {vcpu} asked to convert what is no page range")]
+    #[error("vcpu {vcpu} asked to convert what is no page range: {reason}")]
     InvalidRequest {
         /// The vCPU that asked.
         vcpu: u32,
         /// What is wrong with the numbers.
-        source: RangeError,
+        reason: RangeError,
     },
     /// A host tried to convert what no guest has asked for.
     #[error("vcpu {vcpu} has not asked for a conversion at {gpa}")]
@@ -103,14 +103,22 @@ pub enum Error {
         reason: String,
     },
     /// Somebody held the shared view for too long.
-    #[error("the shared view was still pinned by {} {waited:?} after {range} was to become private", holders.join(", "))]
+    #[error("the shared view was still pinned by {} when the {waited:?} for making {range} private were over", holders.join(", "))]
     Pinned {
         /// The pages.
         range: GpaRange,
-        /// How long the engine waited.
+        /// How long the whole conversion was allowed to take.
         waited: Duration,
         /// The names of those who held it up, see [`SharedMemory::named`](crate::SharedMemory::named).
         holders: Vec<String>,
+    },
+    /// Other conversions held pages of a request for too long.
+    #[error("other conversions of pages of {range} were still under way after {waited:?}")]
+    Busy {
+        /// The pages of the request.
+        range: GpaRange,
+        /// How long the engine waited.
+        waited: Duration,
     },
     /// A request for pages that an earlier conversion has lost.
     #[error("{range} is inaccessible since a conversion failed")]
@@ -169,14 +177,14 @@ pub enum Error {
     #[error("there is no descriptor for this: {0}")]
     NoDescriptor(String),
     /// The interrupt guard refuses an injection.
-    #[error("vcpu {vcpu}: {event} is refused")]
+    #[error("vcpu {vcpu}: {event} is refused: {reason}")]
     InjectionRefused {
         /// The vCPU.
         vcpu: u32,
         /// What the host wanted to inject.
         event: Event,
         /// Why not.
-        source: Refusal,
+        reason: Refusal,
     },
     /// The guest gave up, and told its host so before anything else worked.
     #[error("vcpu {vcpu} asked to be terminated{}", reason.map(|(set, code)| format!(": reason {code:#x} of set {set:#x}")).unwrap_or_default())]

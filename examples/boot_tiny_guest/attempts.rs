@@ -94,7 +94,7 @@ fn by_converting<V: Vm>(vm: &V, vcpu: &V::Vcpu, secret: u64) -> (bool, String) {
 
 fn by_injecting<V: Vcpu>(vcpu: &mut V, event: Event) -> (bool, String) {
     match vcpu.inject(event) {
-        Err(Error::InjectionRefused { source, .. }) => (false, source.to_string()),
+        Err(Error::InjectionRefused { reason, .. }) => (false, reason.to_string()),
         Err(error) => (false, error.to_string()),
         Ok(()) => (true, "it will arrive".into()),
     }

@@ -96,7 +96,7 @@ impl Interrupts {
             ));
         }
         let accepted = self.gates.guard(vcpu)?.accepts(vector, Trigger::Edge);
-        accepted.map_err(|source| CoreError::InjectionRefused { vcpu, event: Event::Interrupt(vector), source })?;
+        accepted.map_err(|reason| CoreError::InjectionRefused { vcpu, event: Event::Interrupt(vector), reason })?;
 
         let mut sources = lock(&self.gates.sources);
         if let Some(known) = sources.iter().find(|source| (source.vcpu, source.vector) == (vcpu, vector)) {
@@ -146,7 +146,7 @@ impl Gates {
 
     fn admit(&self, vcpu: u32, event: Event) -> Result<(), CoreError> {
         let admitted = self.guard(vcpu)?.admit(event, Instant::now());
-        admitted.map_err(|source| CoreError::InjectionRefused { vcpu, event, source })
+        admitted.map_err(|reason| CoreError::InjectionRefused { vcpu, event, reason })
     }
 
     fn raise(&self, vcpu: u32, vector: u8) -> Result<(), CoreError> {

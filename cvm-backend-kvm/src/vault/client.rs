@@ -237,8 +237,8 @@ impl Vm for VaultVm {
     }
 
     fn interrupt_fd(&self, vcpu: u32, vector: u8) -> Result<OwnedFd, CoreError> {
-        self.descriptor("connect an interrupt", &Order::InterruptFd { vcpu, vector }, |source| {
-            CoreError::InjectionRefused { vcpu, event: Event::Interrupt(vector), source }
+        self.descriptor("connect an interrupt", &Order::InterruptFd { vcpu, vector }, |reason| {
+            CoreError::InjectionRefused { vcpu, event: Event::Interrupt(vector), reason }
         })
     }
 

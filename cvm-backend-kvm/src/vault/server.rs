@@ -250,7 +250,7 @@ impl Server {
                 Ok(Report::Descriptor)
             }
             Err(CoreError::NoDescriptor(reason)) => Ok(Report::NoDescriptor(reason)),
-            Err(CoreError::InjectionRefused { source, .. }) => Ok(Report::InjectionRefused(source)),
+            Err(CoreError::InjectionRefused { reason, .. }) => Ok(Report::InjectionRefused(reason)),
             Err(error) => Err(error.into()),
         }
     }
@@ -362,7 +362,7 @@ impl Attendant {
             Request::Register(register) => Reply::Register(self.vcpu.exposed(register)),
             Request::Inject(event) => match self.vcpu.inject(event) {
                 Ok(()) => Reply::Done,
-                Err(CoreError::InjectionRefused { source, .. }) => Reply::InjectionRefused(source),
+                Err(CoreError::InjectionRefused { reason, .. }) => Reply::InjectionRefused(reason),
                 Err(error) => Reply::Failed(Failure::Host(chain(&error))),
             },
         }

@@ -126,7 +126,7 @@ impl Vcpu for VaultVcpu {
     fn inject(&mut self, event: Event) -> Result<(), CoreError> {
         match self.ask("inject an event", &Request::Inject(event))? {
             Reply::Done => Ok(()),
-            Reply::InjectionRefused(source) => Err(CoreError::InjectionRefused { vcpu: self.index, event, source }),
+            Reply::InjectionRefused(reason) => Err(CoreError::InjectionRefused { vcpu: self.index, event, reason }),
             Reply::Failed(Failure::Host(reason)) => Err(failed("inject an event")(Error::VaultRefused { reason })),
             _ => self.no_fit("inject an event"),
         }

@@ -4,24 +4,24 @@ mod claims;
 mod converter;
 mod listener;
 mod request;
-mod tally;
 
 pub use converter::{Converter, ConverterError, LeftAs, Sides};
 pub use listener::{ConversionListener, Objection};
 pub use request::{Conversion, ConversionRequest, ConversionTotals, Ticket};
 
 use super::map::{PageState, PageStateMap};
+use super::sync::Deadline;
 use super::view::SharedMemory;
 use crate::{Answer, Error, Gpa, GpaRange, Side};
 use claims::{Claim, Claims};
 use request::{Progress, Requests};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
-use tally::Tally;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::time::Duration;
 
-/// How long a conversion to private waits for pins of the shared view before the guest must ask again.
-const PIN_PATIENCE: Duration = Duration::from_millis(100);
+/// How long one request may take before the guest must ask again, waits for other conversions and for pins included. A run
+/// that was begun is not cut short.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// How many runs of pages one request converts before the guest must ask again: so that a request over pages on
 /// alternating sides does not hold up others for long.
@@ -30,9 +30,6 @@ const RUNS_PER_REQUEST: usize = 256;
 /// The longest run that is converted at once: larger ones in parts, so that the time is looked at between them.
 const LONGEST_RUN: u64 = 1 << 30;
 
-/// How long one request may take before the guest must ask again. A run that was begun is not cut short.
-const TIME_PER_REQUEST: Duration = Duration::from_millis(100);
-
 /// Converts pages on behalf of the guest, in the order that [`memory`](super) states.
 pub struct ConversionEngine<C> {
     converter: C,
@@ -40,20 +37,20 @@ pub struct ConversionEngine<C> {
     requests: Requests,
     claims: Claims,
     /// How many runs of pages in one state there are, each of which takes a mapping.
-    runs: Tally,
+    runs: AtomicI64,
     lost: AtomicBool,
 }
 
 impl<C: Converter> ConversionEngine<C> {
     /// An engine that converts by `converter` what `memory` shows to devices.
     pub fn new(converter: C, memory: SharedMemory) -> Self {
-        let runs = memory.map().slots().ranges().len() as u64;
+        let runs = memory.map().slots().ranges().len() as i64;
         Self {
             converter,
             memory,
             requests: Requests::default(),
             claims: Claims::default(),
-            runs: Tally::new(runs),
+            runs: AtomicI64::new(runs),
             lost: AtomicBool::new(false),
         }
     }
@@ -70,7 +67,9 @@ impl<C: Converter> ConversionEngine<C> {
 
     /// Adds a listener for conversions to come; waits for those under way.
     pub fn add_listener(&self, listener: Arc<dyn ConversionListener>) {
-        self.claims.add_listener(&self.claims.claim(self.map().slots().span()), listener);
+        if let Some(all) = self.claims.claim(self.map().slots().span(), Deadline::NEVER) {
+            self.claims.add_listener(&all, listener);
+        }
     }
 
     /// What was done so far.
@@ -103,7 +102,9 @@ impl<C: Converter> ConversionEngine<C> {
         let cause = self.carry_out(request, &mut progress).err();
         let answer = match &cause {
             None => Answer::Done,
-            Some(Error::Pinned { .. } | Error::ListenerWaits { .. } | Error::Unfinished { .. }) => Answer::Retry,
+            Some(
+                Error::Pinned { .. } | Error::Busy { .. } | Error::ListenerWaits { .. } | Error::Unfinished { .. },
+            ) => Answer::Retry,
             Some(_) => Answer::Invalid,
         };
         Conversion { request: *request, ticket: Some(ticket), answer, progress, cause }
@@ -133,8 +134,8 @@ impl<C: Converter> ConversionEngine<C> {
         let not_asked = Error::NotAsked { vcpu, gpa: request.gpa() };
         let looked = request.range().and_then(|range| {
             self.map().slots().check(range)?;
-            // Who converts some of these pages now may not be done.
-            let _claim = self.claims.claim(range);
+            // A conversion of some of these pages that is under way may not be done.
+            let _claim = self.claims.claim(range, Deadline::NEVER);
             let left = self.map().first_not_in(range, request.to().into());
             Ok((left.unwrap_or(range.end()), left.is_none()))
         });
@@ -172,21 +173,20 @@ impl<C: Converter> ConversionEngine<C> {
         }
         let range = request.range()?;
         self.map().slots().check(range)?;
-        let claim = self.claims.claim(range);
-        let mut begin = None;
-        let mut left = RUNS_PER_REQUEST;
+        let deadline = Deadline::after(PATIENCE);
+        let busy = Error::Busy { range, waited: PATIENCE };
+        let claim = self.claims.claim(range, deadline).ok_or(busy)?;
+        let mut runs = 0;
         while let Some((run, state)) = self.next_run(progress.reached, range.end()) {
             if state != PageState::from(request.to()) {
                 if state == PageState::Poisoned {
                     return Err(Error::Inaccessible { range: run });
                 }
-                // Counted from the second run on, so that requests of one run read no clock.
-                let mut is_late = || begin.get_or_insert_with(Instant::now).elapsed() > TIME_PER_REQUEST;
-                if left == 0 || left < RUNS_PER_REQUEST && is_late() {
+                if runs == RUNS_PER_REQUEST || runs > 0 && deadline.is_over() {
                     return Err(Error::Unfinished { range: run });
                 }
-                left -= 1;
-                self.convert_run(request.vcpu(), run, request.to(), &claim)?;
+                runs += 1;
+                self.convert_run(request.vcpu(), run, request.to(), &claim, deadline)?;
                 progress.pages += run.pages();
             }
             progress.reached = run.end();
@@ -201,26 +201,35 @@ impl<C: Converter> ConversionEngine<C> {
     }
 
     /// Puts `range`, which is claimed and all of it in one state, into `state`.
-    fn set(&self, claim: &Claim<'_>, range: GpaRange, state: PageState) {
-        self.runs.add(claim.shard(), self.map().set(range, state));
+    fn set(&self, range: GpaRange, state: PageState) {
+        self.runs.fetch_add(self.map().set(range, state), Ordering::Relaxed);
     }
 
     /// Sees to it that there are mappings for what a conversion leaves. Others may use them up meanwhile, so that there are
     /// two runs too many at worst for each vCPU that converts at the same time.
     fn check_runs(&self, range: GpaRange, to: Side) -> Result<(), Error> {
         let most = self.converter.most_runs();
+        let has_room =
+            |more| self.runs.load(Ordering::Relaxed).saturating_add(more) <= i64::try_from(most).unwrap_or(i64::MAX);
         // A conversion adds two at most: itself, and what is left of the run that it was in.
-        if self.runs.has_room(2, most) {
+        if has_room(2) {
             return Ok(());
         }
         let more = self.map().more_runs(range, to.into());
-        if more > 0 && !self.runs.has_room(more, most) {
+        if more > 0 && !has_room(more) {
             return Err(Error::TooFragmented { range, most });
         }
         Ok(())
     }
 
-    fn convert_run(&self, vcpu: u32, range: GpaRange, to: Side, claim: &Claim<'_>) -> Result<(), Error> {
+    fn convert_run(
+        &self,
+        vcpu: u32,
+        range: GpaRange,
+        to: Side,
+        claim: &Claim<'_>,
+        deadline: Deadline,
+    ) -> Result<(), Error> {
         self.check_runs(range, to)?;
         let listeners = claim.listeners();
         for (agreed, listener) in listeners.iter().enumerate() {
@@ -238,10 +247,10 @@ impl<C: Converter> ConversionEngine<C> {
         let run = Run { engine: self, range, to, claim, is_concluded: false };
         // Pages on their way to the shared side were never in the view, so nobody can hold them.
         if to == Side::Private {
-            self.set(claim, range, PageState::Private);
-            if let Err(holders) = self.memory.pins().drain(claim.shard(), PIN_PATIENCE) {
+            self.set(range, PageState::Private);
+            if let Err(holders) = self.memory.pins().drain(deadline) {
                 run.roll_back();
-                return Err(Error::Pinned { range, waited: PIN_PATIENCE, holders });
+                return Err(Error::Pinned { range, waited: PATIENCE, holders });
             }
         }
         match self.converter.convert(vcpu, range, to) {
@@ -281,7 +290,7 @@ impl<C: Converter> Run<'_, C> {
     fn conclude(&mut self, state: PageState) {
         // In the map, all runs are private on the way.
         if state != PageState::Private {
-            self.engine.set(self.claim, self.range, state);
+            self.engine.set(self.range, state);
         }
         self.is_concluded = true;
     }
@@ -311,7 +320,7 @@ impl<C: Converter> Run<'_, C> {
 impl<C: Converter> Drop for Run<'_, C> {
     fn drop(&mut self) {
         if !self.is_concluded {
-            self.engine.set(self.claim, self.range, PageState::Poisoned);
+            self.engine.set(self.range, PageState::Poisoned);
         }
     }
 }

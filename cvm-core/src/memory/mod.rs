@@ -5,17 +5,19 @@
 //! | step | who | when it fails |
 //! |---|---|---|
 //! | validate the request | engine | the guest hears `Invalid`; nothing happened |
+//! | wait for conversions of the same pages | engine | the guest hears `Retry`; nothing happened |
 //! | prepare | [`ConversionListener`]s, in the order they were added | those already prepared are told to abort |
 //! | take the pages out of the view and wait for the pins that may see them | engine | listeners abort, the guest hears `Retry` |
 //! | let the guest see the other side, and free the losing side | [`Converter`] | rolled back, or the pages are poisoned |
 //! | commit to the [`PageStateMap`] | engine | cannot fail |
 //! | tell | listeners | cannot fail |
 //!
+//! One deadline bounds both waits together.
+//!
 //! A poisoned page is in nobody's reach: the view refuses it, and the backend takes it from the guest.
 
 mod conversion;
 mod map;
-mod padded;
 mod pins;
 mod slots;
 mod sync;

@@ -1,9 +1,7 @@
 //! Pins: how a conversion knows that nobody still looks at a page which it takes away.
 
-use super::padded::Padded;
-use super::sync::{AtomicUsize, Counted, Mutex, MutexGuard, Ordering, fence, full_fence, now, pause};
-use std::sync::{Arc, PoisonError};
-use std::time::Duration;
+use super::sync::{AtomicUsize, Counted, Deadline, Mutex, MutexGuard, Ordering, fence, full_fence, pause};
+use std::sync::{Arc, PoisonError, TryLockError};
 
 /// Those who may look at a shared view, and the phase that they come in.
 ///
@@ -18,23 +16,23 @@ use std::time::Duration;
 #[derive(Debug)]
 pub(super) struct Pins<T> {
     phase: AtomicUsize,
-    /// Whoever takes pins, as long as he or a pin of his is there. The same list several times, so that those who ask at
-    /// once do not wait for each other.
-    holders: [Padded<Mutex<Holders<T>>>; LISTS],
-    /// Held while somebody waits for pins.
+    /// The holders that exist, and those that are gone but for a pin.
+    holders: Mutex<Vec<Arc<Tokens<T>>>>,
+    /// Held while a conversion waits for pins.
     draining: Mutex<()>,
 }
 
-type Holders<T> = Vec<Arc<Tokens<T>>>;
-
-const LISTS: usize = if cfg!(loom) { 2 } else { 4 };
-
 impl<T> Default for Pins<T> {
     fn default() -> Self {
-        let holders = [(); LISTS].map(|()| Padded(Mutex::new(Vec::new())));
-        Self { phase: AtomicUsize::new(0), holders, draining: Mutex::new(()) }
+        Self { phase: AtomicUsize::new(0), holders: Mutex::new(Vec::new()), draining: Mutex::new(()) }
     }
 }
+
+/// A token's value, alone in its cache lines (two, which processors fetch together): each access of a device counts its token,
+/// and two devices take up to twice as long if their counts share a line.
+#[derive(Debug)]
+#[repr(align(128))]
+struct Padded<T>(T);
 
 /// The tokens of one holder.
 #[derive(Debug)]
@@ -69,16 +67,16 @@ impl<T: Clone> Holder<T> {
     pub(super) fn new(pins: &Arc<Pins<T>>, name: String, value: T) -> Self {
         let phases = [(); 2].map(|()| Counted::new(Padded(value.clone())));
         let tokens = Arc::new(Tokens { name, phases });
-        for mut holders in pins.all_lists() {
-            // Of some, nothing is left but what the lists have.
-            holders.retain(|holder| {
-                let is_there = Arc::strong_count(holder) > LISTS;
-                // All pins of a holder that is gone were taken before.
-                fence(Ordering::Acquire);
-                is_there || holder.has_pins()
-            });
-            holders.push(Arc::clone(&tokens));
-        }
+        let mut holders = pins.lock_holders();
+        // The list has the last reference to the tokens of a holder that is gone.
+        holders.retain(|holder| {
+            let is_there = Arc::strong_count(holder) > 1;
+            // All pins of a holder that is gone were taken before.
+            fence(Ordering::Acquire);
+            is_there || holder.has_pins()
+        });
+        holders.push(Arc::clone(&tokens));
+        drop(holders);
         Self { tokens, pins: Arc::clone(pins) }
     }
 
@@ -105,46 +103,66 @@ impl<T: Clone> Holder<T> {
 }
 
 impl<T> Pins<T> {
-    /// Waits until the pins are gone that were taken before the call, at most for `patience`. Pins that come later do not
-    /// matter. Calls with different numbers for `caller` get less into each other's way.
+    /// Waits until the pins are gone that were taken before the call, until `deadline` at most. Pins that come later do not
+    /// matter.
     ///
     /// # Errors
-    /// The names of those who still have one.
-    pub(super) fn drain(&self, caller: usize, patience: Duration) -> Result<(), Vec<String>> {
-        let holders = self.holders[caller % LISTS].0.lock().unwrap_or_else(PoisonError::into_inner);
-        // Who becomes a holder after this sees the map as it is now.
+    /// The names of the holders that still have a pin.
+    pub(super) fn drain(&self, deadline: Deadline) -> Result<(), Vec<String>> {
+        let holders = self.lock_holders();
+        // A holder that is made after this sees the map as it is now.
         full_fence();
-        // Mostly nobody has one, and then there is nothing to wait for.
+        // Mostly no holder has a pin, and then there is nothing to wait for.
         let left: Vec<_> = holders.iter().filter(|holder| holder.has_pins()).cloned().collect();
         drop(holders);
         if left.is_empty() {
             return Ok(());
         }
-        let _draining = self.draining.lock().unwrap_or_else(PoisonError::into_inner);
+        // An earlier conversion may wait for pins until its own deadline.
+        let Some(_draining) = self.lock_draining(deadline) else { return Err(names(&left)) };
         let phase = self.phase.load(Ordering::Relaxed);
         let next = phase.wrapping_add(1);
         // What is left of the phase before, when an earlier call has given up.
-        wait(left.clone(), next, patience)?;
+        wait(left.clone(), next, deadline)?;
         self.phase.store(next, Ordering::Relaxed);
-        wait(left, phase, patience)
+        wait(left, phase, deadline)
     }
 
-    /// All lists at once, so that they agree whenever somebody changes them.
-    fn all_lists(&self) -> Vec<MutexGuard<'_, Holders<T>>> {
-        self.holders.iter().map(|list| list.0.lock().unwrap_or_else(PoisonError::into_inner)).collect()
+    fn lock_holders(&self) -> MutexGuard<'_, Vec<Arc<Tokens<T>>>> {
+        self.holders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What a conversion that waits for pins holds.
+    #[cfg(all(test, not(loom)))]
+    pub(super) fn lock_for_drain(&self) -> MutexGuard<'_, ()> {
+        self.draining.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_draining(&self, deadline: Deadline) -> Option<MutexGuard<'_, ()>> {
+        loop {
+            match self.draining.try_lock() {
+                Ok(guard) => return Some(guard),
+                Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) if deadline.is_over() => return None,
+                Err(TryLockError::WouldBlock) => pause(),
+            }
+        }
     }
 }
 
+fn names<T>(holders: &[Arc<Tokens<T>>]) -> Vec<String> {
+    holders.iter().map(|holder| holder.name.clone()).collect()
+}
+
 /// Waits until none of `holders` has a pin of this phase.
-fn wait<T>(mut holders: Vec<Arc<Tokens<T>>>, phase: usize, patience: Duration) -> Result<(), Vec<String>> {
-    let deadline = now() + patience;
+fn wait<T>(mut holders: Vec<Arc<Tokens<T>>>, phase: usize, deadline: Deadline) -> Result<(), Vec<String>> {
     loop {
         holders.retain(|holder| holder.pins(phase) > 0);
         if holders.is_empty() {
             return Ok(());
         }
-        if now() >= deadline {
-            return Err(holders.iter().map(|holder| holder.name.clone()).collect());
+        if deadline.is_over() {
+            return Err(names(&holders));
         }
         pause();
     }
@@ -173,8 +191,12 @@ impl<T> Pin<T> {
 mod tests {
     use super::*;
     use std::sync::atomic::AtomicBool;
+    use std::time::Duration;
 
-    const SOON: Duration = Duration::from_millis(30);
+    /// A deadline that a test meets if nothing gives up its pins.
+    fn soon() -> Deadline {
+        Deadline::after(Duration::from_millis(30))
+    }
 
     fn holder(pins: &Arc<Pins<()>>, name: &str) -> Holder<()> {
         Holder::new(pins, name.into(), ())
@@ -184,22 +206,22 @@ mod tests {
     fn earlier_pins_and_their_clones_are_waited_for_and_later_ones_are_not() {
         let pins = Arc::<Pins<_>>::default();
         let (disk, net) = (holder(&pins, "disk"), holder(&pins, "net"));
-        pins.drain(0, SOON).unwrap();
+        pins.drain(soon()).unwrap();
         let early = disk.pin();
-        assert_eq!(pins.drain(0, SOON), Err(vec!["disk".into()]));
+        assert_eq!(pins.drain(soon()), Err(vec!["disk".into()]));
         let late = net.pin();
-        assert_eq!(pins.drain(0, SOON), Err(vec!["disk".into()]), "the early pin is still there");
+        assert_eq!(pins.drain(soon()), Err(vec!["disk".into()]), "the early pin is still there");
         let clone = early.clone();
         drop(early);
         drop(disk);
         assert_eq!(
-            pins.drain(0, SOON),
+            pins.drain(soon()),
             Err(vec!["disk".into()]),
             "its clone is still there, although its holder is not"
         );
         drop(clone);
         drop(late);
-        pins.drain(0, SOON).unwrap();
+        pins.drain(soon()).unwrap();
     }
 
     #[test]
@@ -209,7 +231,7 @@ mod tests {
             drop(holder(&pins, "passing"));
         }
         let _stays = holder(&pins, "stays");
-        assert!(pins.holders.iter().all(|list| list.0.lock().unwrap().len() == 1));
+        assert_eq!(pins.holders.lock().unwrap().len(), 1);
     }
 
     #[test]
@@ -229,7 +251,7 @@ mod tests {
                     drop(pin);
                 });
             }
-            let drained = (0..20).all(|round| pins.drain(round, Duration::from_secs(20)).is_ok());
+            let drained = (0..20).all(|_| pins.drain(Deadline::after(Duration::from_secs(20))).is_ok());
             stop.store(true, Ordering::SeqCst);
             assert!(drained, "starved");
         });
@@ -270,7 +292,7 @@ mod model {
                 .collect();
             for _ in 0..conversions {
                 page.shared.store(0, Ordering::Release);
-                pins.drain(0, Duration::from_secs(1)).unwrap();
+                pins.drain(Deadline::NEVER).unwrap();
                 page.private.store(1, Ordering::Relaxed);
                 // And back, so that a later conversion finds it shared.
                 page.private.store(0, Ordering::Relaxed);
@@ -310,7 +332,7 @@ mod model {
             });
             let convert = |pins: &Pins<_>, pages: &[Page; 2], at: usize| {
                 pages[at].shared.store(0, Ordering::Release);
-                pins.drain(at, Duration::from_secs(1)).unwrap();
+                pins.drain(Deadline::NEVER).unwrap();
                 pages[at].private.store(1, Ordering::Relaxed);
             };
             let other = thread::spawn({

@@ -14,26 +14,108 @@ pub(super) use loom::sync::{
 };
 
 use std::ops::Deref;
-use std::sync::Arc;
-use std::time::Instant;
+use std::sync::{Arc, Condvar, PoisonError};
+use std::time::{Duration, Instant};
 
-/// The time; a model has none, and its deadlines never come.
-pub(super) fn now() -> Instant {
-    #[cfg(not(loom))]
-    return Instant::now();
-    #[cfg(loom)]
-    {
-        static BEGIN: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
-        *BEGIN.get_or_init(Instant::now)
+/// When a conversion gives up waiting.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Deadline(Option<Instant>);
+
+impl Deadline {
+    pub(super) const NEVER: Self = Self(None);
+
+    /// `patience` from now.
+    pub(super) fn after(patience: Duration) -> Self {
+        Self(now().checked_add(patience))
+    }
+
+    pub(super) fn is_over(self) -> bool {
+        self.0.is_some_and(|end| now() >= end)
     }
 }
 
-/// Waits a moment for somebody else.
+fn now() -> Instant {
+    #[cfg(all(test, not(loom)))]
+    if let Some(now) = clock::now() {
+        return now;
+    }
+    Instant::now()
+}
+
+/// Waits a moment for another thread.
 pub(super) fn pause() {
+    #[cfg(all(test, not(loom)))]
+    if clock::advance(PAUSE) {
+        return;
+    }
     #[cfg(not(loom))]
-    std::thread::sleep(std::time::Duration::from_micros(20));
+    std::thread::sleep(PAUSE);
     #[cfg(loom)]
     loom::thread::yield_now();
+}
+
+#[cfg(not(loom))]
+const PAUSE: Duration = Duration::from_micros(20);
+
+/// Waits until `condvar` is notified, or until `deadline`. `guard` is of `mutex`.
+pub(super) fn wait<'a, T>(
+    mutex: &'a std::sync::Mutex<T>,
+    condvar: &Condvar,
+    guard: std::sync::MutexGuard<'a, T>,
+    deadline: Deadline,
+) -> std::sync::MutexGuard<'a, T> {
+    #[cfg(all(test, not(loom)))]
+    if clock::now().is_some() {
+        drop(guard);
+        pause();
+        return mutex.lock().unwrap_or_else(PoisonError::into_inner);
+    }
+    let _ = mutex;
+    match deadline.0 {
+        None => condvar.wait(guard).unwrap_or_else(PoisonError::into_inner),
+        Some(end) => {
+            let left = end.saturating_duration_since(now());
+            condvar.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner).0
+        }
+    }
+}
+
+/// A clock for tests, which only waits move: what waits too long is seen without waiting.
+#[cfg(all(test, not(loom)))]
+pub(super) mod clock {
+    use std::cell::RefCell;
+    use std::time::{Duration, Instant};
+
+    type Event = (Duration, Box<dyn FnOnce()>);
+
+    struct Clock {
+        begin: Instant,
+        elapsed: Duration,
+        events: Vec<Event>,
+    }
+
+    thread_local!(static CLOCK: RefCell<Option<Clock>> = const { RefCell::new(None) });
+
+    /// Runs `test` on this thread by the clock; each event happens in the wait that reaches its time. Returns how long it took.
+    pub fn run(events: Vec<Event>, test: impl FnOnce()) -> Duration {
+        CLOCK.set(Some(Clock { begin: Instant::now(), elapsed: Duration::ZERO, events }));
+        test();
+        CLOCK.take().map_or(Duration::ZERO, |clock| clock.elapsed)
+    }
+
+    pub fn now() -> Option<Instant> {
+        CLOCK.with_borrow(|clock| clock.as_ref().map(|clock| clock.begin + clock.elapsed))
+    }
+
+    /// Whether there is such a clock, which goes on by `time`.
+    pub fn advance(time: Duration) -> bool {
+        let due = CLOCK.with_borrow_mut(|clock| {
+            let clock = clock.as_mut()?;
+            clock.elapsed += time;
+            Some(clock.events.extract_if(.., |(at, _)| *at <= clock.elapsed).collect::<Vec<_>>())
+        });
+        due.map(|due| due.into_iter().for_each(|(_, happen)| happen())).is_some()
+    }
 }
 
 /// A full fence, for a thread whose last change of an atomic was to read and write it in one: it has counted or locked.

@@ -200,8 +200,8 @@ pub(super) fn accept(a: &mut Assembler, accepted: u32) -> Result<(), IcedError> 
 pub(super) fn assert_refused<T: Debug>(result: Result<T, Error>, vcpu: u32, event: Event, why: Refusal) {
     let refused = result.expect_err("the guard lets it pass");
     match &refused {
-        Error::InjectionRefused { vcpu: of, event: what, source } => {
-            assert_eq!((*of, *what, *source), (vcpu, event, why));
+        Error::InjectionRefused { vcpu: of, event: what, reason } => {
+            assert_eq!((*of, *what, *reason), (vcpu, event, why));
         }
         other => panic!("{event} on vcpu {vcpu}: {}", quality::told(other)),
     }

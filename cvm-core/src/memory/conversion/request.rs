@@ -1,8 +1,7 @@
 //! What guests ask for, and what becomes of it.
 
-use crate::memory::padded::Padded;
 use crate::{Answer, Error, Gpa, GpaRange, Side};
-use std::ops::Range;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -49,7 +48,7 @@ impl ConversionRequest {
 
     pub(super) fn range(&self) -> Result<GpaRange, Error> {
         let range = GpaRange::from_pages(self.gpa, self.pages);
-        range.map_err(|source| Error::InvalidRequest { vcpu: self.vcpu, source })
+        range.map_err(|reason| Error::InvalidRequest { vcpu: self.vcpu, reason })
     }
 }
 
@@ -125,81 +124,52 @@ pub struct ConversionTotals {
     pub to_shared: u64,
 }
 
-/// In how many places requests are kept, so that vCPUs which ask at once do not wait for each other's memory.
-const DESKS: usize = 16;
-
-/// What guests have asked for and nobody has carried out yet, at most one request for each vCPU; and what was carried
+/// What guests have asked for and no conversion has answered yet, at most one request for each vCPU; and what was carried
 /// out.
 #[derive(Debug, Default)]
-pub(super) struct Requests {
-    /// Each for some vCPUs.
-    desks: [Padded<Mutex<Open>>; DESKS],
-}
+pub(super) struct Requests(Mutex<Open>);
 
 #[derive(Debug, Default)]
 struct Open {
-    /// Padded, as the allocator may put others' memory right beside.
-    asked: Vec<Padded<(Ticket, ConversionRequest)>>,
-    tickets: Range<u64>,
+    /// By vCPU.
+    asked: BTreeMap<u32, (Ticket, ConversionRequest)>,
     totals: ConversionTotals,
 }
 
-impl Open {
-    fn ticket(&mut self) -> Ticket {
-        /// So many at a time, so that desks rarely ask for more.
-        const BATCH: u64 = 1 << 20;
-        static LAST: AtomicU64 = AtomicU64::new(0);
-        if self.tickets.is_empty() {
-            let first = LAST.fetch_add(BATCH, Ordering::Relaxed);
-            self.tickets = first..first + BATCH;
-        }
-        self.tickets.start += 1;
-        Ticket(self.tickets.start)
-    }
-
-    fn position(&self, vcpu: u32) -> Option<usize> {
-        self.asked.iter().position(|Padded((_, asked))| asked.vcpu == vcpu)
-    }
-}
-
 impl Requests {
-    fn desk(&self, vcpu: u32) -> MutexGuard<'_, Open> {
-        self.desks[vcpu as usize % DESKS].0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Open> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes down a request, in place of an earlier one of the same vCPU.
     pub(super) fn ask(&self, request: ConversionRequest) -> Ticket {
-        let mut desk = self.desk(request.vcpu);
-        let ticket = desk.ticket();
-        match desk.position(request.vcpu) {
-            Some(at) => desk.asked[at] = Padded((ticket, request)),
-            None => desk.asked.push(Padded((ticket, request))),
-        }
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        let ticket = Ticket(LAST.fetch_add(1, Ordering::Relaxed));
+        self.lock().asked.insert(request.vcpu, (ticket, request));
         ticket
     }
 
     /// What this vCPU has asked for.
     pub(super) fn get(&self, vcpu: u32) -> Option<(Ticket, ConversionRequest)> {
-        let desk = self.desk(vcpu);
-        desk.position(vcpu).map(|at| desk.asked[at].0)
+        self.lock().asked.get(&vcpu).copied()
     }
 
     /// Takes the request away if it is there.
     pub(super) fn take(&self, request: &ConversionRequest) -> Option<Ticket> {
-        let mut desk = self.desk(request.vcpu);
-        let at = desk.position(request.vcpu).filter(|at| desk.asked[*at].0.1 == *request)?;
-        Some(desk.asked.swap_remove(at).0.0)
+        let mut open = self.lock();
+        let (ticket, _) = open.asked.get(&request.vcpu).copied().filter(|(_, asked)| asked == request)?;
+        open.asked.remove(&request.vcpu);
+        Some(ticket)
     }
 
     /// Takes away whatever this vCPU has asked for.
     pub(super) fn withdraw(&self, vcpu: u32) {
-        let mut desk = self.desk(vcpu);
-        desk.asked.retain(|Padded((_, asked))| asked.vcpu != vcpu);
+        self.lock().asked.remove(&vcpu);
     }
 
     /// Counts a request that was carried out as far as it could be.
     pub(super) fn count(&self, request: &ConversionRequest, pages: u64, refused: bool) {
-        let totals = &mut self.desk(request.vcpu).totals;
+        let totals = &mut self.lock().totals;
         totals.requests += 1;
         totals.refused += u64::from(refused);
         match request.to {
@@ -210,13 +180,6 @@ impl Requests {
 
     /// What was carried out so far.
     pub(super) fn totals(&self) -> ConversionTotals {
-        (0..DESKS as u32).map(|desk| self.desk(desk).totals).fold(ConversionTotals::default(), |sum, desk| {
-            ConversionTotals {
-                requests: sum.requests + desk.requests,
-                refused: sum.refused + desk.refused,
-                to_private: sum.to_private + desk.to_private,
-                to_shared: sum.to_shared + desk.to_shared,
-            }
-        })
+        self.lock().totals
     }
 }
