@@ -9,7 +9,7 @@
 //! | `map/runs/2MiB` | all runs of 1 TiB on alternating sides, 2 MiB each | |
 //! | `map/runs/4KiB` | all runs of 1 GiB on alternating sides, a page each | |
 //! | `convert/4KiB`, `convert/2MiB` | a conversion there and back | |
-//! | `convert/two/threads` | the same on each of two threads, of pages far apart | on one |
+//! | `convert/two/threads` | the same on each of two threads, of pages far apart, where the backend takes 20 us | on one |
 //! | `convert/apart/threads` | the same with an engine for each: how far the machine goes | on one |
 //!
 //! Floors take turns with what is compared with them.
@@ -23,14 +23,25 @@ use cvm::{Answer, BoxError, ConversionRequest, Gpa, GpaRange, PAGE_SIZE, SharedM
 use paired::{Worker, paired};
 use std::hint::black_box;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 
-/// A backend that has nothing to do.
-struct Nothing;
+/// A backend that takes so long for a conversion.
+struct Takes(Duration);
 
-impl Converter for Nothing {
+const NOTHING: Takes = Takes(Duration::ZERO);
+
+/// As long as the kernel takes for the cheapest conversion, of 4 KiB.
+const CHEAPEST: Takes = Takes(Duration::from_micros(20));
+
+impl Converter for Takes {
     fn convert(&self, _: u32, _: GpaRange, _: Side) -> Result<(), ConverterError> {
+        if !self.0.is_zero() {
+            let begin = Instant::now();
+            while begin.elapsed() < self.0 {
+                std::hint::spin_loop();
+            }
+        }
         Ok(())
     }
 
@@ -44,20 +55,20 @@ impl Converter for Nothing {
 }
 
 /// An engine over so many bytes, all private. The memory is address space only, until somebody writes to it.
-fn engine(bytes: u64) -> ConversionEngine<Nothing> {
+fn engine(bytes: u64, backend: Takes) -> ConversionEngine<Takes> {
     let slot = GpaRange::new(0, bytes).unwrap();
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), bytes as usize)]).unwrap();
     let map = Arc::new(PageStateMap::new(Slots::new(&[slot]).unwrap()).unwrap());
-    ConversionEngine::new(Nothing, SharedMemory::new(memory, map).unwrap())
+    ConversionEngine::new(backend, SharedMemory::new(memory, map).unwrap())
 }
 
-fn convert(engine: &ConversionEngine<Nothing>, vcpu: u32, start: u64, bytes: u64, to: Side) {
+fn convert(engine: &ConversionEngine<Takes>, vcpu: u32, start: u64, bytes: u64, to: Side) {
     let request = ConversionRequest::from_guest(vcpu, start, bytes / PAGE_SIZE, to);
     engine.ask(request);
     assert_eq!(engine.convert(&request).answer(), Answer::Done);
 }
 
-fn there_and_back(engine: &ConversionEngine<Nothing>, vcpu: u32, start: u64, bytes: u64) {
+fn there_and_back(engine: &ConversionEngine<Takes>, vcpu: u32, start: u64, bytes: u64) {
     convert(engine, vcpu, start, bytes, Side::Shared);
     convert(engine, vcpu, start, bytes, Side::Private);
 }
@@ -65,7 +76,7 @@ fn there_and_back(engine: &ConversionEngine<Nothing>, vcpu: u32, start: u64, byt
 /// One access for each size, at the same place: warm, so that what is compared is the way there.
 fn accesses(criterion: &mut Criterion) {
     const BYTES: u64 = 64 << 20;
-    let engine = engine(BYTES);
+    let engine = engine(BYTES, NOTHING);
     convert(&engine, 0, 0, BYTES, Side::Shared);
     let memory = engine.memory().named("bench");
     let raw = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), BYTES as usize)]).unwrap();
@@ -95,7 +106,7 @@ fn accesses(criterion: &mut Criterion) {
 }
 
 fn map(criterion: &mut Criterion) {
-    let engine = engine(1 << 40);
+    let engine = engine(1 << 40, NOTHING);
     let map = Arc::clone(engine.memory().map());
     let mut group = criterion.benchmark_group("map");
     convert(&engine, 0, 0x1000, 0x1000, Side::Shared);
@@ -123,16 +134,16 @@ fn map(criterion: &mut Criterion) {
 }
 
 fn conversions(criterion: &mut Criterion) {
-    let engine = engine(4 << 30);
+    let engine = engine(4 << 30, NOTHING);
     let mut group = criterion.benchmark_group("convert");
     group.bench_function("4KiB", |bencher| bencher.iter(|| there_and_back(&engine, 0, 0x5000, 4 << 10)));
     group.bench_function("2MiB", |bencher| bencher.iter(|| there_and_back(&engine, 0, 2 << 20, 2 << 20)));
-    let run = |engine: &ConversionEngine<Nothing>, thread: u32, iterations| {
+    let run = |engine: &ConversionEngine<Takes>, thread: u32, iterations| {
         let start = u64::from(thread) << 30;
         (0..iterations).for_each(|_| there_and_back(engine, thread, start, PAGE_SIZE));
     };
-    let ours = Arc::new(engine);
-    let apart = Arc::new(self::engine(4 << 30));
+    let ours = Arc::new(self::engine(4 << 30, CHEAPEST));
+    let apart = Arc::new(self::engine(4 << 30, CHEAPEST));
     for (name, theirs) in [("two", Arc::clone(&ours)), ("apart", apart)] {
         let worker = Worker::new(move |iterations| run(&theirs, 1, iterations));
         let both = |iterations| {

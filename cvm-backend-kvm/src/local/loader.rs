@@ -80,6 +80,6 @@ impl Loader for LocalLoader {
         }
         // Only now, because the first vCPU may have run to load the others' memory.
         self.machine.set_states()?;
-        self.machine.finish(Box::new(Plain), transcript)
+        self.machine.finish(Box::new(Plain), transcript, &[])
     }
 }

@@ -96,7 +96,7 @@ impl Staging {
             let pages = contents.len() as u64 / PAGE_SIZE;
             let part = GpaRange::from_pages(to, pages)?;
             self.backing.file().write_all_at(contents, DATA).map_err(Error::memory("stage", part))?;
-            vcpu_fd::pre_fault(vcpu, part)?;
+            vcpu_fd::pre_fault(vcpu, part);
             self.run(vcpu, to, pages)?;
             for (page, contents) in (0..).zip(contents.chunks(PAGE_SIZE as usize)) {
                 let mut found = [0; 48];

@@ -78,22 +78,34 @@ pub(crate) fn answer_hypercall(vcpu: &mut VcpuFd, result: u64) {
     run.__bindgen_anon_1.hypercall.ret = result;
 }
 
-/// Has KVM map the private memory of `range` before the guest touches it. That it cannot is no error: the guest then
-/// does so page by page.
-pub(crate) fn pre_fault(vcpu: &VcpuFd, range: GpaRange) -> Result<(), Error> {
-    let mut left = PreFaultMemory { gpa: range.start().0, size: range.len(), ..Default::default() };
-    while left.size > 0 {
+/// Has KVM map the private memory of `range` before the guest touches it, as far as it can. What is left, whatever the reason,
+/// is mapped page by page as the guest touches it, and a page that cannot be mapped at all is an error of that access.
+pub(crate) fn pre_fault(vcpu: &VcpuFd, range: GpaRange) {
+    let left = PreFaultMemory { gpa: range.start().0, size: range.len(), ..Default::default() };
+    pre_fault_by(left, |left| {
         // SAFETY: the descriptor is a vCPU's, and the kernel reads and writes a kvm_pre_fault_memory, which has this
         // layout.
-        if unsafe { ioctl_with_mut_ref(vcpu, KVM_PRE_FAULT_MEMORY(), &mut left) } != 0 {
-            return match io::Error::last_os_error() {
-                error if [ErrorKind::Interrupted, ErrorKind::WouldBlock].contains(&error.kind()) => continue,
-                error if error.raw_os_error() == Some(libc::ENOTTY) => Ok(()),
-                source => Err(Error::Memory { step: "pre-fault", range, source }),
-            };
+        match unsafe { ioctl_with_mut_ref(vcpu, KVM_PRE_FAULT_MEMORY(), left) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    });
+}
+
+/// How often in a row a call may be interrupted or find somebody in its way.
+const MOST_ATTEMPTS: u32 = 16;
+
+/// Calls `ioctl`, which takes what it has done off what is left, until nothing is left or it gets no further.
+fn pre_fault_by(mut left: PreFaultMemory, mut ioctl: impl FnMut(&mut PreFaultMemory) -> io::Result<()>) {
+    let mut attempts = 0;
+    while left.size > 0 && attempts < MOST_ATTEMPTS {
+        let before = left.size;
+        match ioctl(&mut left) {
+            Err(error) if ![ErrorKind::Interrupted, ErrorKind::WouldBlock].contains(&error.kind()) => return,
+            _ if left.size < before => attempts = 0,
+            _ => attempts += 1,
         }
     }
-    Ok(())
 }
 
 /// Injects a vector into a vCPU that is ready for it.
@@ -103,5 +115,44 @@ pub(crate) fn interrupt(vcpu: &VcpuFd, vector: u8) -> Result<(), Error> {
     match unsafe { ioctl_with_ref(vcpu, KVM_INTERRUPT(), &interrupt) } {
         0 => Ok(()),
         _ => Err(Error::Kvm { step: "inject an interrupt", source: io::Error::last_os_error() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::io::Errno;
+
+    /// How often the kernel is asked for ten pages if it answers so, and in the end always by the last answer.
+    fn calls(answers: &[Result<u64, Errno>]) -> usize {
+        let mut calls = 0;
+        pre_fault_by(PreFaultMemory { size: 10, ..Default::default() }, |left| {
+            let answer = answers.get(calls).or(answers.last()).copied().unwrap();
+            calls += 1;
+            left.size -= answer?;
+            Ok(())
+        });
+        calls
+    }
+
+    #[test]
+    fn memory_is_mapped_in_parts_until_nothing_is_left() {
+        assert_eq!(calls(&[Ok(10)]), 1);
+        assert_eq!(calls(&[Ok(4), Err(Errno::INTR), Err(Errno::AGAIN), Ok(5), Ok(1)]), 5);
+    }
+
+    #[test]
+    fn whatever_keeps_the_kernel_from_it_is_left_to_the_guest() {
+        for errno in [Errno::NOTTY, Errno::OPNOTSUPP, Errno::NOENT, Errno::FAULT, Errno::INVAL, Errno::IO] {
+            assert_eq!(calls(&[Err(errno)]), 1, "{errno}");
+            assert_eq!(calls(&[Ok(4), Err(errno)]), 2, "{errno}");
+        }
+    }
+
+    #[test]
+    fn a_kernel_that_gets_no_further_is_not_asked_for_ever() {
+        for answer in [Ok(0), Err(Errno::AGAIN), Err(Errno::INTR)] {
+            assert_eq!(calls(&[answer]), MOST_ATTEMPTS as usize, "{answer:?}");
+        }
     }
 }

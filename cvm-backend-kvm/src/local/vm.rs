@@ -11,8 +11,7 @@ use cvm_core::interrupt::Guarding;
 use cvm_core::launch::Transcript;
 use cvm_core::memory::{Allocated, ConversionEngine, ConversionTotals};
 use cvm_core::{
-    Answer, Conversion, ConversionListener, ConversionRequest, Error, GpaRange, Kick, Lifecycle, LifecycleAnswer,
-    SharedMemory, Side, Vcpu, Vm,
+    Conversion, ConversionListener, ConversionRequest, Error, Kick, Lifecycle, LifecycleAnswer, SharedMemory, Vcpu, Vm,
 };
 use kvm_ioctls::VmFd;
 use std::io::ErrorKind;
@@ -42,26 +41,6 @@ impl LocalVm {
     pub(crate) fn new(shared: Arc<Shared>, vcpus: Vec<LocalVcpu>, doorbell: Doorbell, transcript: Transcript) -> Self {
         let kickers = vcpus.iter().map(Vcpu::kicker).collect();
         Self { shared, vcpus, kickers, doorbell, transcript }
-    }
-
-    /// For VMs that come from elsewhere, before they run: `range` is shared there, so that it has to be here.
-    ///
-    /// # Errors
-    /// What the conversion failed with.
-    pub fn begin_shared(&self, range: GpaRange) -> Result<(), Error> {
-        let request = ConversionRequest::from_guest(0, range.start().0, range.pages(), Side::Shared);
-        loop {
-            self.shared.engine.ask(request);
-            let conversion = self.convert(&request);
-            match (conversion.answer(), conversion.cause()) {
-                (Answer::Done, _) => return Ok(()),
-                (Answer::Retry, _) => {}
-                (Answer::Invalid, cause) => {
-                    let source = cause.map(ToString::to_string).unwrap_or_default().into();
-                    return Err(Error::Backend { step: "share pages", range: Some(range), source });
-                }
-            }
-        }
     }
 }
 

@@ -227,8 +227,6 @@ impl Receiving {
             return Err(Error::Origin("a page is missing").into());
         }
         self.made.commands.give(Command::ReceiveFinish)?;
-        let vm = self.made.finish(self.policy, transcript)?;
-        shared.iter().try_for_each(|range| vm.begin_shared(*range))?;
-        Ok(vm)
+        self.made.finish(self.policy, transcript, shared)
     }
 }

@@ -151,14 +151,19 @@ impl Encrypted {
         self.machine.memory().as_pinned().ok_or_else(|| Error::Options("its memory is not pinned".into()))
     }
 
-    /// The VM, which runs from here on.
-    pub(super) fn finish(self, policy: SevPolicy, transcript: Transcript) -> Result<LocalVm, BoxError> {
+    /// The VM, which runs from here on, with these pages shared.
+    pub(super) fn finish(
+        self,
+        policy: SevPolicy,
+        transcript: Transcript,
+        shared: &[GpaRange],
+    ) -> Result<LocalVm, BoxError> {
         let may_send = !self.es && !policy.flags.contains(SevFlags::NO_SEND);
         let export = match may_send {
             true => Some(SevExport::new(&self, policy)?),
             false => None,
         };
-        self.machine.finish(Box::new(SevTraits { es: self.es, export }), transcript)
+        self.machine.finish(Box::new(SevTraits { es: self.es, export }), transcript, shared)
     }
 }
 
@@ -299,7 +304,7 @@ impl Loader for InPlaceLoader {
             }
         }
         self.made.commands.give(Command::LaunchFinish)?;
-        self.made.finish(self.policy, transcript)
+        self.made.finish(self.policy, transcript, &[])
     }
 }
 

@@ -133,7 +133,7 @@ impl<T> Pins<T> {
     }
 
     /// What a conversion that waits for pins holds.
-    #[cfg(all(test, not(loom)))]
+    #[cfg(test)]
     pub(super) fn lock_for_drain(&self) -> MutexGuard<'_, ()> {
         self.draining.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -35,7 +35,7 @@ impl Deadline {
 }
 
 fn now() -> Instant {
-    #[cfg(all(test, not(loom)))]
+    #[cfg(test)]
     if let Some(now) = clock::now() {
         return now;
     }
@@ -44,7 +44,7 @@ fn now() -> Instant {
 
 /// Waits a moment for another thread.
 pub(super) fn pause() {
-    #[cfg(all(test, not(loom)))]
+    #[cfg(test)]
     if clock::advance(PAUSE) {
         return;
     }
@@ -54,7 +54,6 @@ pub(super) fn pause() {
     loom::thread::yield_now();
 }
 
-#[cfg(not(loom))]
 const PAUSE: Duration = Duration::from_micros(20);
 
 /// Waits until `condvar` is notified, or until `deadline`. `guard` is of `mutex`.
@@ -64,7 +63,7 @@ pub(super) fn wait<'a, T>(
     guard: std::sync::MutexGuard<'a, T>,
     deadline: Deadline,
 ) -> std::sync::MutexGuard<'a, T> {
-    #[cfg(all(test, not(loom)))]
+    #[cfg(test)]
     if clock::now().is_some() {
         drop(guard);
         pause();
@@ -81,7 +80,7 @@ pub(super) fn wait<'a, T>(
 }
 
 /// A clock for tests, which only waits move: what waits too long is seen without waiting.
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
 pub(super) mod clock {
     use std::cell::RefCell;
     use std::time::{Duration, Instant};

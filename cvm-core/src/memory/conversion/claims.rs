@@ -21,6 +21,7 @@ struct Queue {
     count: u64,
     /// The claims by number, in the order that they came in.
     claims: Vec<(u64, GpaRange)>,
+    waiting: usize,
     listeners: Option<Listeners>,
 }
 
@@ -51,7 +52,9 @@ impl Claims {
                 drop(queue);
                 return None;
             }
+            queue.waiting += 1;
             queue = sync::wait(&self.queue, &self.released, queue, deadline);
+            queue.waiting -= 1;
         }
         // A listener that was added while this waited hears of this conversion.
         claim.listeners = queue.listeners.clone();
@@ -83,8 +86,8 @@ impl Drop for Claim<'_> {
     fn drop(&mut self) {
         let mut queue = self.claims.lock();
         queue.claims.retain(|(number, _)| *number != self.number);
-        // Waking nobody is a system call too.
-        if !queue.claims.is_empty() {
+        // Waking nobody is a system call too, and conversions of other pages do not wait.
+        if queue.waiting > 0 {
             self.claims.released.notify_all();
         }
     }

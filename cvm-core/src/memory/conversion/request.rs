@@ -105,9 +105,14 @@ impl Conversion {
         self.progress.reached
     }
 
-    /// Why the answer is not [`Answer::Done`].
+    /// Why the answer is not [`Answer::Done`], if the engine decided that.
     pub fn cause(&self) -> Option<&Error> {
         self.cause.as_ref()
+    }
+
+    /// The same, for who answers no guest.
+    pub fn into_cause(self) -> Option<Error> {
+        self.cause
     }
 }
 
