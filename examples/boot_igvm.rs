@@ -2,8 +2,6 @@
 
 #![deny(clippy::print_stdout, clippy::print_stderr, reason = "they panic where the stream is closed or full")]
 
-#[path = "common/files.rs"]
-mod files;
 #[path = "common/options.rs"]
 mod options;
 #[path = "common/program.rs"]
@@ -17,13 +15,12 @@ use cvm::image::Image;
 use cvm::kvm::KvmPlatform;
 use cvm::x86::{VcpuState, identity_map};
 use cvm::{BoxError, Exit, Gpa, PAGE_SIZE, Platform, Protection, Vcpu, Vm, VmConfig, Watchdog};
-use files::{named, read};
 use igvm::{Arch, IgvmDirectiveHeader, IgvmFile, IgvmPlatformHeader, IgvmRevision};
 use igvm_defs::{
     IGVM_VHS_SUPPORTED_PLATFORM, IgvmNativeVpContextX64, IgvmPageDataFlags, IgvmPageDataType, IgvmPlatformType,
 };
 use options::IsolationChoice;
-use program::{chain, note, print, print_bytes};
+use program::{note, print, print_bytes};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -131,16 +128,15 @@ fn run(options: Options) -> Result<ExitCode, BoxError> {
     }
     let file = match &options.file {
         None => tiny_guest()?,
-        Some(path) => read(path, "igvm file", |start| !start.starts_with(b"IGVM"))?,
+        Some(path) => std::fs::read(path).map_err(|error| format!("failed to read {}: {error}", path.display()))?,
     };
-    let name = options.file.as_deref().unwrap_or(Path::new("the built igvm file"));
-    let image = IgvmImage::native(&file).map_err(named(name))?;
+    let image = IgvmImage::native(&file)?;
     // The boot page of the tiny guest says so, and other files know nothing of it.
     let config =
         VmConfig { transport: Some(Transport::Doorbell), ..VmConfig::new(options.memory << 20, options.vcpus)? };
     let mut launch =
         KvmPlatform::open(Path::new("/dev/kvm"), options.isolation.map(Protection::from))?.launch(config)?;
-    launch.load_igvm(&image, &options.append).map_err(named(name))?;
+    launch.load_igvm(&image, &options.append)?;
     let mut vm = launch.seal()?;
     print(format_args!("measurement: {}", vm.transcript().measurement()))?;
 
@@ -154,7 +150,7 @@ fn run(options: Options) -> Result<ExitCode, BoxError> {
                 Exit::Conversion(request) => {
                     let outcome = vm.convert(&request);
                     if let Some(cause) = outcome.cause() {
-                        note(format_args!("not done: {}", chain(cause)));
+                        note(format_args!("not done: {cause}"));
                     }
                     vcpu.answer_conversion(outcome)?;
                 }
@@ -167,8 +163,7 @@ fn run(options: Options) -> Result<ExitCode, BoxError> {
                 Exit::Ended { code } => return Err(format!("the guest ended with {code}").into()),
                 Exit::Halted => break,
                 Exit::Kicked if watchdog.fired() => {
-                    let seconds = options.timeout;
-                    return Err(format!("the guest ran longer than {seconds} s; --timeout gives it more").into());
+                    return Err("the guest ran too long; --timeout gives it more".into());
                 }
                 Exit::Kicked => {}
                 other => return Err(format!("the guest stopped: {other:?}").into()),

@@ -1,3 +1,5 @@
+#![allow(unsafe_code, reason = "conversions discard memory, so the methods that ask for them are unsafe")]
+
 use crate::hypercall::{EAGAIN, EINVAL, KVM_EINVAL};
 use crate::{Error, Machine, SharedRegion};
 use core::fmt;
@@ -37,16 +39,27 @@ impl<M: Machine> Platform<M> {
 
     /// Makes `range` private or shared. Its contents are lost.
     ///
+    /// # Safety
+    /// As for [`Machine::convert`]: nothing of the guest may be in `range`.
+    /// ```compile_fail,E0133
+    /// fn convert(platform: &cvm_guest::Platform<impl cvm_guest::Machine>, stack: cvm_core::GpaRange) {
+    ///     let _ = platform.convert(stack, cvm_core::Side::Shared);
+    /// }
+    /// ```
+    ///
     /// # Errors
     /// [`Error::NotConverted`] when the host refuses or keeps asking for another try, [`Error::UnknownAnswer`],
     /// [`Error::TooFar`]. Some pages may have been converted then.
-    pub fn convert(&self, range: GpaRange, to: Side) -> Result<(), Error> {
+    pub unsafe fn convert(&self, range: GpaRange, to: Side) -> Result<(), Error> {
         let mut answer = Answer::Retry;
         let mut is_first = true;
         for _ in 0..TRIES {
-            answer = match self.transport {
-                Transport::Hypercall | Transport::PageState => self.ask_by_hypercall(range, to)?,
-                Transport::Doorbell => self.ask_by_doorbell(range, to, is_first)?,
+            // SAFETY: passed on to the caller.
+            answer = unsafe {
+                match self.transport {
+                    Transport::Hypercall | Transport::PageState => self.ask_by_hypercall(range, to)?,
+                    Transport::Doorbell => self.ask_by_doorbell(range, to, is_first)?,
+                }
             };
             is_first = false;
             match answer {
@@ -58,8 +71,11 @@ impl<M: Machine> Platform<M> {
         Err(Error::NotConverted { range, to, answer })
     }
 
-    fn ask_by_hypercall(&self, range: GpaRange, to: Side) -> Result<Answer, Error> {
-        match self.machine.convert(range, to) {
+    /// # Safety
+    /// As for [`Machine::convert`].
+    unsafe fn ask_by_hypercall(&self, range: GpaRange, to: Side) -> Result<Answer, Error> {
+        // SAFETY: passed on to the caller.
+        match unsafe { self.machine.convert(range, to) } {
             0 => Ok(Answer::Done),
             EINVAL | KVM_EINVAL => Ok(Answer::Invalid),
             EAGAIN => Ok(Answer::Retry),
@@ -67,15 +83,19 @@ impl<M: Machine> Platform<M> {
         }
     }
 
-    fn ask_by_doorbell(&self, range: GpaRange, to: Side, is_first: bool) -> Result<Answer, Error> {
+    /// # Safety
+    /// As for [`Machine::convert`].
+    unsafe fn ask_by_doorbell(&self, range: GpaRange, to: Side, is_first: bool) -> Result<Answer, Error> {
         let narrow = |number: u64| u32::try_from(number).map_err(|_| Error::TooFar(range));
         let (frame, pages) = (narrow(range.start().0 / PAGE_SIZE)?, narrow(range.pages())?);
-        // Later the registers have what is left.
-        if is_first {
-            self.machine.write(control::CONVERT_FRAME, frame);
-            self.machine.write(control::CONVERT_PAGES, pages);
+        // SAFETY: passed on to the caller. In a second round the registers hold what is left of the same range.
+        unsafe {
+            if is_first {
+                self.machine.write(control::CONVERT_FRAME, frame);
+                self.machine.write(control::CONVERT_PAGES, pages);
+            }
+            self.machine.write(control::CONVERT, to as u32);
         }
-        self.machine.write(control::CONVERT, to as u32);
         let answer = self.machine.read(control::CONVERT);
         Answer::from_u32(answer).ok_or(Error::UnknownAnswer { range, answer: answer.into() })
     }
@@ -85,16 +105,16 @@ impl<M: Machine> Platform<M> {
     /// # Safety
     /// The guest must map `range` to the same virtual addresses, and where the boot page says so to those `shared_at` above
     /// them; there writable. It must not use the range in any other way, nor have references into it, until
-    /// [`Platform::unshare`] has given it back.
+    /// [`Platform::unshare`] has given it back. So no two regions may have a page in common.
     ///
     /// # Errors
     /// [`Error::NoPointer`], and as [`Platform::convert`]. The range must not be used for anything then: part of it may
     /// be shared.
-    #[allow(unsafe_code, reason = "only the caller knows what else uses the range")]
     pub unsafe fn share(&self, range: GpaRange) -> Result<SharedRegion, Error> {
         // SAFETY: passed on to the caller.
         let region = unsafe { SharedRegion::new(range, self.shared_at)? };
-        self.convert(range, Side::Shared)?;
+        // SAFETY: the caller promises that nothing else uses the range.
+        unsafe { self.convert(range, Side::Shared)? };
         Ok(region)
     }
 
@@ -104,7 +124,8 @@ impl<M: Machine> Platform<M> {
     /// As [`Platform::convert`]. The pages are lost to the guest then: part of them may still be shared.
     pub fn unshare(&self, region: SharedRegion) -> Result<GpaRange, Error> {
         let range = region.range();
-        self.convert(range, Side::Private)?;
+        // SAFETY: whoever made the region promised that nothing else is in its range, and the region ends here.
+        unsafe { self.convert(range, Side::Private)? };
         Ok(range)
     }
 
@@ -128,7 +149,8 @@ impl<M: Machine> Platform<M> {
             return Err(Error::Exception(vector));
         }
         let level = if trigger == Trigger::Level { control::ACCEPT_LEVEL } else { 0 };
-        self.machine.write(control::ACCEPT, u32::from(vector) | level);
+        // SAFETY: the register changes no memory.
+        unsafe { self.machine.write(control::ACCEPT, u32::from(vector) | level) };
         Ok(())
     }
 
@@ -151,7 +173,8 @@ impl<M: Machine> Platform<M> {
     /// Ends the guest with `code`, where 0 is success. A host that runs it on nevertheless finds it repeating itself.
     pub fn end(&self, code: u32) -> ! {
         loop {
-            self.machine.write(control::END, code);
+            // SAFETY: the register changes no memory.
+            unsafe { self.machine.write(control::END, code) };
         }
     }
 }
@@ -162,7 +185,8 @@ pub struct Console<'a, M>(&'a M);
 
 impl<M: Machine> fmt::Write for Console<'_, M> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
-        text.bytes().for_each(|byte| self.0.write(control::CONSOLE, byte.into()));
+        // SAFETY: the register changes no memory.
+        text.bytes().for_each(|byte| unsafe { self.0.write(control::CONSOLE, byte.into()) });
         Ok(())
     }
 }
@@ -183,7 +207,9 @@ impl<M: Machine> DeviceRegisters<M> {
 
     /// Writes the 32 bits at `offset`, as for [`DeviceRegisters::read`].
     pub fn write(&self, offset: u16, value: u32) {
-        self.machine.write(self.base + offset % DEVICE_SPACE, value);
+        // SAFETY: the register is one of a device's below `MAX_DEVICES`. By it the host is told of memory, and can do with
+        // that what it always can: write what is shared.
+        unsafe { self.machine.write(self.base + offset % DEVICE_SPACE, value) };
     }
 }
 
@@ -228,7 +254,7 @@ mod tests {
     }
 
     impl Machine for Host {
-        fn write(&self, register: u16, value: u32) {
+        unsafe fn write(&self, register: u16, value: u32) {
             let ring = self.registers.borrow_mut().access(register, Access::Write(value)).unwrap();
             match ring {
                 Ring::Exit(Exit::Conversion(request)) => match self.answer(request) {
@@ -251,7 +277,7 @@ mod tests {
             }
         }
 
-        fn convert(&self, range: GpaRange, to: Side) -> u64 {
+        unsafe fn convert(&self, range: GpaRange, to: Side) -> u64 {
             self.answer(ConversionRequest::from_guest(0, range.start().0, range.pages(), to))
         }
     }
@@ -259,6 +285,11 @@ mod tests {
     fn platform(host: &Host, transport: Transport) -> Platform<&Host> {
         let boot = BootPage { magic: boot::MAGIC, transport: transport as u32, ..BootPage::new_zeroed() };
         Platform::new(&boot, host).unwrap()
+    }
+
+    fn convert(platform: &Platform<&Host>, range: GpaRange, to: Side) -> Result<(), Error> {
+        // SAFETY: this host converts nothing.
+        unsafe { platform.convert(range, to) }
     }
 
     fn range() -> GpaRange {
@@ -269,7 +300,7 @@ mod tests {
     fn both_transports_ask_the_same_and_try_again_when_told_to() {
         for (transport, retry) in [(Transport::Hypercall, EAGAIN), (Transport::Doorbell, Answer::Retry as u64)] {
             let host = Host::new(&[retry, retry, 0]);
-            platform(&host, transport).convert(range(), Side::Shared).unwrap();
+            convert(&platform(&host, transport), range(), Side::Shared).unwrap();
             let request = ConversionRequest::from_guest(0, 0x20_0000, 3, Side::Shared);
             assert_eq!(*host.requests.borrow(), [request; 3], "{transport:?}");
         }
@@ -279,7 +310,7 @@ mod tests {
     fn by_doorbell_the_next_try_asks_for_what_is_left() {
         let host = Host::new(&[Answer::Retry as u64, 0]);
         host.reached.set(Some(Gpa(0x20_1000)));
-        platform(&host, Transport::Doorbell).convert(range(), Side::Shared).unwrap();
+        convert(&platform(&host, Transport::Doorbell), range(), Side::Shared).unwrap();
         let request = |gpa, pages| ConversionRequest::from_guest(0, gpa, pages, Side::Shared);
         assert_eq!(*host.requests.borrow(), [request(0x20_0000, 3), request(0x20_1000, 2)]);
     }
@@ -288,7 +319,7 @@ mod tests {
     fn a_host_that_always_says_retry_does_not_hold_the_guest_forever() {
         for (transport, retry) in [(Transport::Hypercall, EAGAIN), (Transport::Doorbell, Answer::Retry as u64)] {
             let host = Host::new(&vec![retry; 10 * TRIES as usize]);
-            let error = platform(&host, transport).convert(range(), Side::Private).unwrap_err();
+            let error = convert(&platform(&host, transport), range(), Side::Private).unwrap_err();
             assert_eq!(error, Error::NotConverted { range: range(), to: Side::Private, answer: Answer::Retry });
         }
     }
@@ -297,12 +328,12 @@ mod tests {
     fn answers_that_mean_nothing_are_errors() {
         for transport in [Transport::Hypercall, Transport::Doorbell] {
             let host = Host::new(&[77]);
-            let error = platform(&host, transport).convert(range(), Side::Shared).unwrap_err();
+            let error = convert(&platform(&host, transport), range(), Side::Shared).unwrap_err();
             assert_eq!(error, Error::UnknownAnswer { range: range(), answer: 77 });
         }
         for invalid in [EINVAL, KVM_EINVAL] {
             let host = Host::new(&[invalid]);
-            let error = platform(&host, Transport::Hypercall).convert(range(), Side::Shared).unwrap_err();
+            let error = convert(&platform(&host, Transport::Hypercall), range(), Side::Shared).unwrap_err();
             assert!(matches!(error, Error::NotConverted { answer: Answer::Invalid, .. }));
         }
     }
@@ -324,7 +355,6 @@ mod tests {
         assert!(platform.device(MAX_DEVICES - 1).is_ok());
         let first = GpaRange::from_pages(0, 1).unwrap();
         // SAFETY: nothing is shared, because the range has no pointer.
-        #[allow(unsafe_code, reason = "to see that it is refused")]
         let refused = unsafe { platform.share(first) };
         assert_eq!(refused.unwrap_err(), Error::NoPointer(first));
         assert!(host.requests.borrow().is_empty());
@@ -353,7 +383,7 @@ mod tests {
     fn what_the_doorbell_cannot_name_is_refused_before_it_rings() {
         let host = Host::new(&[]);
         let far = GpaRange::from_pages(PAGE_SIZE << 32, 1).unwrap();
-        let error = platform(&host, Transport::Doorbell).convert(far, Side::Shared).unwrap_err();
+        let error = convert(&platform(&host, Transport::Doorbell), far, Side::Shared).unwrap_err();
         assert_eq!(error, Error::TooFar(far));
         assert!(host.requests.borrow().is_empty());
     }

@@ -44,7 +44,10 @@ impl SharedRegion {
     ///
     /// # Safety
     /// `base` must be valid for reads and writes of `range.len()` bytes for as long as the region lives, and aligned to
-    /// [`PAGE_SIZE`](cvm_core::PAGE_SIZE), and nobody may have references into it.
+    /// [`PAGE_SIZE`](cvm_core::PAGE_SIZE), and nobody may have references into it. `range` must be the same memory: safe
+    /// code may take the region back by [`Platform::unshare`](crate::Platform::unshare), which discards the contents of
+    /// `range`, and tells the host of addresses in it. So nothing else of the guest may be in `range`, and no other region
+    /// that lives on after this one was taken back.
     pub unsafe fn mapped_at(base: NonNull<u8>, range: GpaRange) -> Self {
         Self { base, range }
     }

@@ -3,56 +3,49 @@
 #![allow(unsafe_code, reason = "port, msr and hypercall instructions are assembly")]
 
 use crate::sev::{
-    Acceptance, BlockRecord, CpuidTable, Fault, GhcbPage, GhcbVcpu, Protection, Pvalidate, StatePage, Termination,
-    Validate, Vmgexit, sev_status,
+    Acceptance, BlockRecord, CpuidTable, Fault, GhcbPage, GhcbVcpu, Protection, Pvalidate, StatePage, Vmgexit,
+    sev_status,
 };
-use crate::{Error, Machine, hypercall};
+use crate::{Error, Machine, end, hypercall};
 use core::arch::asm;
 use core::arch::x86_64::__cpuid_count;
-use core::sync::atomic::{AtomicBool, Ordering};
-use cvm_core::boot::{BootPage, Exits};
-use cvm_core::doorbell::{Doorbell, MSR_BASE, PORT_BASE, control};
+use cvm_core::boot::BootPage;
+use cvm_core::doorbell::{Doorbell, MSR_BASE, PORT_BASE, SPACE};
 use cvm_core::x86::VcpuState;
 use cvm_core::{GpaRange, PAGE_SIZE, Side};
 
-/// Whether exits of this guest go by the GHCB: what who panics has to know.
-static BY_GHCB: AtomicBool = AtomicBool::new(false);
-
 /// The processor that the guest runs on: what reaches its host, by whichever way the boot page says.
-///
-/// Under SEV-SNP pages are validated by `V`. Nothing but [`Pvalidate`] protects a guest.
 #[derive(Debug)]
-pub struct Processor<V = Pvalidate> {
-    way: Way<V>,
+pub struct Processor {
+    way: Way,
     protection: Protection,
 }
 
 #[derive(Debug)]
-enum Way<V> {
+enum Way {
     Direct(Direct),
-    Ghcb(GhcbVcpu<Vmgexit, V>),
+    Ghcb(GhcbVcpu<Vmgexit, Pvalidate>),
 }
 
-impl<V: Validate> Processor<V> {
+impl Processor {
     /// The processor of a vCPU as `boot` describes it, with room for its GHCB, and the record of accepted memory that it has in
     /// common with the others. Both are only used by guests of SEV-ES and SEV-SNP.
     ///
     /// # Safety
-    /// The code must run in a guest whose host started it with this boot page: elsewhere the instructions reach real devices.
-    /// All memory must be mapped to its own addresses, and once more from [`BootPage::shared_at`] on if that is not 0. There
-    /// must be one processor for each `ghcb`. It must run in ring 0, or, where exits are direct and as long as it rings by ports and asks for no conversion
-    /// by hypercall, in a ring that may use these ports: elsewhere the instructions fault.
+    /// - The code runs in a guest that was started with this boot page, on the vCPU that uses the value: elsewhere the
+    ///   instructions reach real devices.
+    /// - It runs in ring 0. Where exits are direct it may later leave ring 0, as long as it rings by ports that its ring may
+    ///   use, and asks for no conversion by hypercall.
+    /// - All memory is mapped to its own addresses, and once more from [`BootPage::shared_at`] on if that is not 0.
+    /// - There is one processor for each `ghcb`, and all processors of the guest have the same `blocks`, of which none was
+    ///   used before the guest began.
+    /// - No memory from [`BootPage::accepted`] on is used before it is accepted.
     ///
     /// # Errors
     /// [`Error::BootPage`] for a boot page of a kind that this version does not know. [`Error::Sev`] when the processor is not
     /// what the boot page says, and for faults of the host. A guest should end then.
-    pub unsafe fn new(
-        boot: &BootPage,
-        validate: V,
-        ghcb: &'static GhcbPage,
-        blocks: &'static [BlockRecord],
-    ) -> Result<Self, Error> {
-        BY_GHCB.store(boot.exits() == Some(Exits::Ghcb), Ordering::Relaxed);
+    pub unsafe fn new(boot: &BootPage, ghcb: &'static GhcbPage, blocks: &'static [BlockRecord]) -> Result<Self, Error> {
+        end::learn(boot);
         // SAFETY: the register exists where the boot page says that SEV is on; elsewhere it is not read.
         let protection = Protection::of(boot, || unsafe { sev_status() })?;
         let doorbell = boot.doorbell().ok_or(Error::BootPage("doorbell"))?;
@@ -72,7 +65,7 @@ impl<V: Validate> Processor<V> {
         // SAFETY: the caller promises ring 0, and a GHCB for this vCPU alone; the page is one of `ghcb`'s kind, which is used by
         // its address alone.
         let vcpu = unsafe {
-            let exit = Vmgexit::new();
+            let (exit, validate) = (Vmgexit::new(), Pvalidate::new());
             GhcbVcpu::new(exit, validate, boot, protection, ghcb.gpa(), acceptance, cpuid)?
         };
         Ok(Self { way: Way::Ghcb(vcpu), protection })
@@ -84,7 +77,7 @@ impl<V: Validate> Processor<V> {
     }
 
     /// The vCPU that exits by its GHCB, if it does.
-    pub fn ghcb(&self) -> Option<&GhcbVcpu<Vmgexit, V>> {
+    pub fn ghcb(&self) -> Option<&GhcbVcpu<Vmgexit, Pvalidate>> {
         match &self.way {
             Way::Direct(_) => None,
             Way::Ghcb(vcpu) => Some(vcpu),
@@ -94,14 +87,23 @@ impl<V: Validate> Processor<V> {
     /// Has the vCPU with this APIC ID start at once from `state`, with what this one has of SEV. See
     /// [`GhcbVcpu::start_vcpu`].
     ///
+    /// # Safety
+    /// As there.
+    ///
     /// # Errors
     /// [`Error::Sev`], as there.
-    pub fn start_vcpu(&self, apic_id: u32, page: &'static mut StatePage, state: &VcpuState) -> Result<(), Error> {
+    pub unsafe fn start_vcpu(
+        &self,
+        apic_id: u32,
+        page: &'static mut StatePage,
+        state: &VcpuState,
+    ) -> Result<(), Error> {
         let Way::Ghcb(vcpu) = &self.way else { return Err(Fault::SnpOnly.into()) };
         // SAFETY: a guest that exits by its GHCB is one of SEV, and runs in ring 0, as `new` was promised.
         let status = unsafe { sev_status() };
         // What is on is all of SEV_FEATURES, above the two bits of SEV and SEV-ES (AMD publication 24593, section 15.34.10).
-        Ok(vcpu.start_vcpu(apic_id, page, state, status >> 2)?)
+        // SAFETY: passed on to the caller.
+        unsafe { vcpu.start_vcpu(apic_id, page, state, status >> 2) }.map_err(Error::from)
     }
 
     /// What the processor says of itself: EAX, EBX, ECX, EDX. Only under SEV-SNP somebody vouches for it.
@@ -119,11 +121,14 @@ impl<V: Validate> Processor<V> {
     }
 }
 
-impl<V: Validate> Machine for Processor<V> {
-    fn write(&self, register: u16, value: u32) {
-        match &self.way {
-            Way::Direct(direct) => direct.write(register, value),
-            Way::Ghcb(vcpu) => vcpu.write(register, value),
+impl Machine for Processor {
+    unsafe fn write(&self, register: u16, value: u32) {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            match &self.way {
+                Way::Direct(direct) => direct.write(register, value),
+                Way::Ghcb(vcpu) => vcpu.write(register, value),
+            }
         }
     }
 
@@ -134,10 +139,13 @@ impl<V: Validate> Machine for Processor<V> {
         }
     }
 
-    fn convert(&self, range: GpaRange, to: Side) -> u64 {
-        match &self.way {
-            Way::Direct(direct) => direct.convert(range, to),
-            Way::Ghcb(vcpu) => vcpu.convert(range, to),
+    unsafe fn convert(&self, range: GpaRange, to: Side) -> u64 {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            match &self.way {
+                Way::Direct(direct) => direct.convert(range, to),
+                Way::Ghcb(vcpu) => vcpu.convert(range, to),
+            }
         }
     }
 
@@ -149,25 +157,21 @@ impl<V: Validate> Machine for Processor<V> {
     }
 }
 
-/// Ends a guest that has panicked, with `code`. What panicked is not said: the console is the host's to read.
+/// Writes a doorbell register.
 ///
 /// # Safety
-/// The code must run in a guest, in a ring as for [`Processor::new`].
-pub unsafe fn end_after_panic(code: u32) -> ! {
-    if BY_GHCB.load(Ordering::Relaxed) {
-        // The vCPU's GHCB is not at hand, and need not be in order.
-        // SAFETY: passed on to the caller; this vCPU does nothing else any more.
-        let exit = unsafe { Vmgexit::new() };
-        let code = u8::try_from(code).unwrap_or(u8::MAX);
-        crate::sev::terminate(&exit, Termination::Panic(code));
-    }
-    for doorbell in [Doorbell::Port, Doorbell::Msr] {
-        // SAFETY: passed on to the caller; a host that does not know the doorbell ends the guest all the same.
-        let direct = unsafe { Direct::new(doorbell) };
-        direct.write(control::END, code);
-    }
-    loop {
-        core::hint::spin_loop();
+/// As for [`Machine::write`], in a ring that may use the doorbell.
+pub(crate) unsafe fn ring(doorbell: Doorbell, register: u16, value: u32) {
+    let (port, msr) = (PORT_BASE.wrapping_add(register), MSR_BASE.wrapping_add(register.into()));
+    match doorbell {
+        // SAFETY: passed on to the caller.
+        Doorbell::Port => unsafe {
+            asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack, preserves_flags));
+        },
+        // SAFETY: as above.
+        Doorbell::Msr => unsafe {
+            asm!("wrmsr", in("ecx") msr, in("eax") value, in("edx") 0, options(nostack, preserves_flags));
+        },
     }
 }
 
@@ -191,29 +195,23 @@ impl Direct {
 }
 
 impl Machine for Direct {
-    fn write(&self, register: u16, value: u32) {
-        let (port, msr) = (PORT_BASE.wrapping_add(register), MSR_BASE.wrapping_add(register.into()));
-        match self.doorbell {
-            // SAFETY: `new` was promised that a host listens here; the instruction changes no memory of ours.
-            Doorbell::Port => unsafe {
-                asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack, preserves_flags));
-            },
-            // SAFETY: as above.
-            Doorbell::Msr => unsafe {
-                asm!("wrmsr", in("ecx") msr, in("eax") value, in("edx") 0, options(nostack, preserves_flags));
-            },
-        }
+    unsafe fn write(&self, register: u16, value: u32) {
+        // SAFETY: `new` was promised a guest and a ring that may do this, and the rest is passed on to the caller.
+        unsafe { ring(self.doorbell, register, value) };
     }
 
     fn read(&self, register: u16) -> u32 {
+        if register >= SPACE {
+            return 0;
+        }
         let (port, msr) = (PORT_BASE.wrapping_add(register), MSR_BASE.wrapping_add(register.into()));
         let value;
         match self.doorbell {
-            // SAFETY: as in `write`.
+            // SAFETY: `new` was promised a guest and a ring that may do this; a read changes no memory of the guest.
             Doorbell::Port => unsafe {
                 asm!("in eax, dx", in("dx") port, out("eax") value, options(nostack, preserves_flags));
             },
-            // SAFETY: as in `write`.
+            // SAFETY: as above.
             Doorbell::Msr => unsafe {
                 asm!("rdmsr", in("ecx") msr, out("eax") value, out("edx") _, options(nostack, preserves_flags));
             },
@@ -221,7 +219,7 @@ impl Machine for Direct {
         value
     }
 
-    fn convert(&self, range: GpaRange, to: Side) -> u64 {
+    unsafe fn convert(&self, range: GpaRange, to: Side) -> u64 {
         let (gpa, pages, attributes) = (range.start().0, range.pages(), hypercall::attributes(to));
         let mut rax = hypercall::MAP_GPA_RANGE;
         // RBX holds an operand, and the compiler keeps it for itself: so it is swapped in and out.

@@ -9,7 +9,7 @@ use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tiny_guest::{BLOCK_DEVICE, REPORT, REPORT_DEVICE, Report};
+use tiny_guest::{BLOCK_DEVICE, REPORT, REPORT_DEVICE, Report, TRYING_MMIO};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use zerocopy::FromBytes;
 
@@ -52,6 +52,8 @@ pub struct Machine<'a, V: Vm> {
     exits: Mutex<BTreeMap<&'static str, u64>>,
     refused: Mutex<Vec<String>>,
     finding: Mutex<Option<Finding>>,
+    /// Whether the last exit of vCPU 0 before its end said that it is about to try MMIO.
+    tries_mmio: AtomicBool,
     stopping: AtomicBool,
 }
 
@@ -70,6 +72,7 @@ impl<'a, V: Vm> Machine<'a, V> {
             exits: Mutex::default(),
             refused: Mutex::default(),
             finding: Mutex::default(),
+            tries_mmio: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
         }
     }
@@ -92,6 +95,11 @@ impl<'a, V: Vm> Machine<'a, V> {
     /// Why conversions were refused.
     pub fn refused(&self) -> Vec<String> {
         lock(&self.refused).clone()
+    }
+
+    /// Whether vCPU 0 said that it is about to try MMIO, and did nothing since but end.
+    pub fn tries_mmio(&self) -> bool {
+        self.tries_mmio.load(Ordering::SeqCst)
     }
 
     /// What was found when the guest reported.
@@ -133,6 +141,10 @@ impl<'a, V: Vm> Machine<'a, V> {
     fn step(&self, vcpu: &mut V::Vcpu, watchdog: &Watchdog) -> Result<Option<End>, Error> {
         let exit = vcpu.run()?;
         *lock(&self.exits).entry(kind(&exit)).or_default() += 1;
+        if vcpu.index() == 0 && !matches!(exit, Exit::Kicked | Exit::Ended { .. }) {
+            let tries = matches!(exit, Exit::DoorbellWrite { register: TRYING_MMIO, .. });
+            self.tries_mmio.store(tries, Ordering::SeqCst);
+        }
         match exit {
             Exit::Conversion(request) => {
                 let outcome = self.vm.convert(&request);

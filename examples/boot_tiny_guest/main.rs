@@ -9,8 +9,6 @@ mod attempts;
 #[path = "../common/block.rs"]
 mod block;
 mod disk;
-#[path = "../common/files.rs"]
-mod files;
 mod machine;
 #[path = "../common/options.rs"]
 mod options;
@@ -33,7 +31,7 @@ use machine::Machine;
 use options::IsolationChoice;
 use outcome::{Outcome, Run};
 use program::{chain, conclude};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use tiny_guest::{BOOT_PAGE, MAX_VCPUS, MIN_MEMORY, MMIO, PAGE_TABLES, Task};
@@ -64,11 +62,6 @@ struct Options {
     /// AMD hardware that keeps private memory private, instead of software
     #[arg(long, value_enum, conflicts_with = "isolation")]
     platform: Option<PlatformChoice>,
-
-    /// The hardware of --platform is an emulator's: boot the guest that does not validate its pages, for lack of the
-    /// instruction, and do not expect that memory is really encrypted
-    #[arg(long, requires = "platform")]
-    emulated: bool,
 
     /// What the guest demands of the host besides isolation; a demand that cannot be enforced refuses the launch
     #[arg(long, value_enum, value_name = "DEMAND", value_delimiter = ',')]
@@ -196,12 +189,11 @@ fn load<L: cvm::launch::Loader>(
     image: &Image,
     task: Task,
     nonce: u64,
-    name: &Path,
-) -> Result<L::Vm, BoxError> {
-    launch.load_image(image).map_err(files::named(name))?;
+) -> Result<L::Vm, cvm::Error> {
+    launch.load_image(image)?;
     launch.load_boot_page(Gpa(BOOT_PAGE), [task as u64, nonce, 0, 0])?;
     launch.start_in_long_mode(image.entry(), Gpa(PAGE_TABLES), Gpa(BOOT_PAGE))?;
-    Ok(launch.seal()?)
+    launch.seal()
 }
 
 fn run(options: &Options) -> Result<Outcome, BoxError> {
@@ -213,8 +205,7 @@ fn run(options: &Options) -> Result<Outcome, BoxError> {
     let platform = SevPlatform::open(protection).map_err(|error| {
         let name = choice.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
         format!(
-            "{}\nto see it on emulated hardware: cargo xtask l1 -- target/debug/examples/boot_tiny_guest --platform {name} \
-             --emulated",
+            "{}\nto see it on emulated hardware: cargo xtask l1 -- target/debug/examples/boot_tiny_guest --platform {name}",
             chain(&error)
         )
     })?;
@@ -223,8 +214,7 @@ fn run(options: &Options) -> Result<Outcome, BoxError> {
 
 fn boot<P: Platform>(options: &Options, platform: &P, protection: Protection) -> Result<Outcome, BoxError> {
     let file = match &options.guest {
-        Some(path) => files::read(path, "ELF file", files::is_no_elf)?,
-        None if options.emulated && protection != Protection::SevSnp => tiny_guest::UNVALIDATED_IMAGE.to_vec(),
+        Some(path) => std::fs::read(path).map_err(|error| format!("failed to read {}: {error}", path.display()))?,
         None => tiny_guest::IMAGE.to_vec(),
     };
     let disk = Disk::new(options.disk.as_deref())?;
@@ -246,13 +236,11 @@ fn boot<P: Platform>(options: &Options, platform: &P, protection: Protection) ->
     config.policy = options.policy.iter().copied().map(Policy::from).collect();
     let launch = platform.launch(config)?;
     let transport = launch.transport();
-    let name = options.guest.as_deref().unwrap_or(Path::new("the built image"));
-    let image = Image::from_elf(&file).map_err(files::named(name))?;
-    let mut vm = load(launch, &image, task, nonce, name)?;
+    let mut vm = load(launch, &Image::from_elf(&file)?, task, nonce)?;
     let launched = begin.elapsed();
 
     let vcpus = vm.take_vcpus();
-    let observer = Observer { trust: platform.trust_model(), nonce, emulated: options.emulated };
+    let observer = Observer { trust: platform.trust_model(), nonce };
     let machine = Machine::new(&vm, disk.device()?, observer, !options.json);
     let begin = Instant::now();
     let ends = machine.run(vcpus, Duration::from_secs(options.timeout))?;

@@ -100,6 +100,36 @@ fn describe(end: &End) -> String {
     }
 }
 
+/// The set and the reason with which a guest of SEV-ES or SEV-SNP ends that was told of an access to where there is no
+/// page: [`Termination::Vc`](cvm_guest::sev::Termination) with the error code 0x400.
+const NO_PAGE: (u8, u8) = (0xf, 0);
+
+/// The code with which a guest ends that has no #VC, after a page fault.
+const PAGE_FAULT: u32 = cvm_guest::EXCEPTION + 14;
+
+/// What the backend says when KVM had to emulate an instruction and could not read it.
+const NOT_EXECUTED: &str = "kvm could not execute an instruction";
+
+/// Whether KVM may be unable to read the guest's instructions.
+fn is_unreadable(protection: Protection) -> bool {
+    matches!(protection, Protection::GuestMemfd | Protection::Vault)
+}
+
+/// Whether vCPU 0 ended by an access to [`MMIO`], which is what it said that it would try.
+fn is_refused_mmio(end: &End, protection: Protection) -> bool {
+    match end {
+        End::Failed(Error::MmioRefused { vcpu: 0, gpa: Gpa(MMIO), write: false }) => true,
+        End::Failed(Error::Terminated { vcpu: 0, reason: Some(NO_PAGE) }) => {
+            matches!(protection, Protection::SevEs | Protection::SevSnp)
+        }
+        // KVM would have to read the instruction to say more, which is in private memory. It tells the guest of a page fault
+        // then, or gives up.
+        End::Ended(PAGE_FAULT) => is_unreadable(protection),
+        End::Failed(Error::Crashed { vcpu: 0, reason }) => is_unreadable(protection) && reason == NOT_EXECUTED,
+        _ => false,
+    }
+}
+
 /// How a run went, apart from what is left in the machine and on the disk.
 pub struct Run {
     /// What the guest was told to do.
@@ -183,13 +213,10 @@ impl Outcome {
             let accepted = finding.report.accepted;
             check("the guest used memory that was not loaded", accepted.to_string(), accepted == wanted);
         }
-        let mmio = match (ends.first(), protection) {
-            (Some(End::Failed(Error::MmioRefused { vcpu: 0, gpa: Gpa(MMIO), write: false })), _) => true,
-            // KVM cannot see which instruction of private memory it is.
-            (Some(End::Failed(Error::Crashed { vcpu: 0, .. })), protection) => protection != Protection::None,
-            _ => false,
-        };
-        check("the guest's mmio was refused", ends.first().map(describe).unwrap_or_default(), mmio);
+        let mmio = machine.tries_mmio() && ends.first().is_some_and(|end| is_refused_mmio(end, protection));
+        let found = ends.first().map(describe).unwrap_or_default();
+        let found = if machine.tries_mmio() { found } else { format!("the guest did not try: {found}") };
+        check("the guest's mmio was refused", found, mmio);
         let halted = ends.iter().skip(1).all(|end| matches!(end, End::Halted));
         check("the other vcpus halted", ends.iter().skip(1).map(describe).collect::<Vec<_>>().join(", "), halted);
 

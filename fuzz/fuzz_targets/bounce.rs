@@ -70,13 +70,13 @@ thread_local! {
 struct Host;
 
 impl Machine for Host {
-    fn write(&self, _: u16, _: u32) {}
+    unsafe fn write(&self, _: u16, _: u32) {}
 
     fn read(&self, _: u16) -> u32 {
         0
     }
 
-    fn convert(&self, _: GpaRange, _: Side) -> u64 {
+    unsafe fn convert(&self, _: GpaRange, _: Side) -> u64 {
         0
     }
 }

@@ -155,13 +155,15 @@ fn work(host: &Host<'_>) {
     let mut reporter = Reporter::new(SecretsPage::new(secrets), region(MESSAGES, 2)).unwrap();
     for _ in 0..8 {
         match host.take::<1>()[0] % 6 {
-            0 => vcpu.write(0, 1),
+            // SAFETY: the register changes no memory.
+            0 => unsafe { vcpu.write(0, 1) },
             1 => _ = vcpu.read(0),
             2 => {
                 let to = if host.given.get() { Side::Private } else { Side::Shared };
                 // Only there are pages valid or not.
                 host.given.set(snp);
-                if vcpu.convert(range(DATA, 2), to) != 0 {
+                // SAFETY: nothing uses these pages.
+                if unsafe { vcpu.convert(range(DATA, 2), to) } != 0 {
                     return;
                 }
                 host.given.set(snp && to == Side::Shared);

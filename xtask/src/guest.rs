@@ -20,33 +20,15 @@ const TARGET: &str = "x86_64-unknown-none";
 /// A guest of this workspace.
 struct Source {
     package: &'static str,
-    features: &'static [&'static str],
     linker_script: &'static str,
     image: &'static str,
 }
 
-const SOURCES: [Source; 4] = [
-    Source {
-        package: "tiny-guest",
-        features: &[],
-        linker_script: "guests/tiny/link.ld",
-        image: "guests/tiny/tiny-guest.elf",
-    },
-    Source {
-        package: "tiny-guest",
-        features: &["unvalidated"],
-        linker_script: "guests/tiny/link.ld",
-        image: "guests/tiny/tiny-guest-unvalidated.elf",
-    },
-    Source {
-        package: "io-guest",
-        features: &[],
-        linker_script: "guests/tiny/link.ld",
-        image: "guests/io/io-guest.elf",
-    },
+const SOURCES: [Source; 3] = [
+    Source { package: "tiny-guest", linker_script: "guests/tiny/link.ld", image: "guests/tiny/tiny-guest.elf" },
+    Source { package: "io-guest", linker_script: "guests/tiny/link.ld", image: "guests/io/io-guest.elf" },
     Source {
         package: "loader-stub",
-        features: &[],
         linker_script: "guests/stub/link.ld",
         // In the crate that has it run, which would be incomplete without.
         image: "cvm-backend-kvm/src/local/loader-stub.elf",
@@ -55,7 +37,7 @@ const SOURCES: [Source; 4] = [
 
 /// Build the guests and write their images, the same bytes on every machine.
 ///
-/// The images are guests/tiny/tiny-guest.elf and tiny-guest-unvalidated.elf, guests/io/io-guest.elf and
+/// The images are guests/tiny/tiny-guest.elf, guests/io/io-guest.elf and
 /// cvm-backend-kvm/src/local/loader-stub.elf; files beside them name the compiler that they were built with.
 #[derive(Args)]
 pub struct Guest {
@@ -166,7 +148,7 @@ fn build(source: &Source, rustc: &Rustc) -> Result<PathBuf> {
     build
         .env("RUSTC_WRAPPER", this)
         .env(AS_RUSTC, "yes")
-        .args(["--bin", source.package, "--features", &source.features.join(",")])
+        .args(["--bin", source.package])
         .arg("-Zbuild-std=core,compiler_builtins")
         .arg("-Zbuild-std-features=compiler-builtins-mem")
         // The unstable flags of cargo and rustc, with the stable toolchain.

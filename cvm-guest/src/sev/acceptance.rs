@@ -106,7 +106,7 @@ impl<'a> Acceptance<'a> {
     ///
     /// # Errors
     /// [`Fault::NoPage`] when it is not all memory; [`Fault::Validation`], after which the guest has to end.
-    pub fn accept(&self, range: GpaRange, validate: &impl Validate) -> Result<(), Fault> {
+    pub(super) fn accept(&self, range: GpaRange, validate: &impl Validate) -> Result<(), Fault> {
         self.visit(range, None, validate)
     }
 
@@ -114,7 +114,7 @@ impl<'a> Acceptance<'a> {
     ///
     /// # Errors
     /// As [`Acceptance::accept`].
-    pub fn give(&self, range: GpaRange, validate: &impl Validate) -> Result<(), Fault> {
+    pub(super) fn give(&self, range: GpaRange, validate: &impl Validate) -> Result<(), Fault> {
         self.visit(range, Some(range), validate)
     }
 

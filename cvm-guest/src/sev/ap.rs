@@ -1,5 +1,7 @@
 //! vCPUs that the guest starts by itself, from a state that the host cannot see (AMD publication 56421, section 4.1.9).
 
+#![allow(unsafe_code, reason = "a vcpu that is started runs whatever it is pointed at")]
+
 use super::{Exit, Fault, GhcbVcpu, Validate, Validated};
 use cvm_core::x86::VcpuState;
 use cvm_core::x86::save_area::{self, SaveArea};
@@ -33,10 +35,25 @@ impl<E: Exit, V: Validate> GhcbVcpu<E, V> {
     /// Has the vCPU with this APIC ID start at once from `state` with these SEV_FEATURES, which have to be those of all vCPUs.
     /// The page is the processor's from then on; and it is lost after a fault too, since the host may have it then.
     ///
+    /// # Safety
+    /// The vCPU runs whatever is at `state.rip`, on the page tables and with the stack of `state`: that must be code which
+    /// is written for this, with a stack of its own. If the vCPU runs already, it is stopped where it is and must own
+    /// nothing. The page must be mapped to its own address.
+    /// ```compile_fail,E0133
+    /// # use cvm_guest::sev::{Exit, GhcbVcpu, StatePage, Validate};
+    /// fn start(
+    ///     vcpu: &GhcbVcpu<impl Exit, impl Validate>,
+    ///     page: &'static mut StatePage,
+    ///     state: &cvm_core::x86::VcpuState,
+    /// ) {
+    ///     let _ = vcpu.start_vcpu(1, page, state, 1);
+    /// }
+    /// ```
+    ///
     /// # Errors
     /// [`Fault::SnpOnly`]; [`Fault::NoPage`] for a page at a multiple of 2 MiB; [`Fault::Validation`] for one that the
     /// processor does not take; faults of the host.
-    pub fn start_vcpu(
+    pub unsafe fn start_vcpu(
         &self,
         apic_id: u32,
         page: &'static mut StatePage,
@@ -91,7 +108,8 @@ mod tests {
         let vcpu = vcpu(host, pages, &boot).unwrap();
         assert_eq!(vcpu.features(), Ok(3));
         host.exits.borrow_mut().clear();
-        vcpu.start_vcpu(5, page, &STATE, 1)
+        // SAFETY: this host starts nothing.
+        unsafe { vcpu.start_vcpu(5, page, &STATE, 1) }
     }
 
     #[test]

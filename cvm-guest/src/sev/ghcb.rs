@@ -99,7 +99,7 @@ impl Reply<'_> {
 
 /// The GHCB of one vCPU.
 #[derive(Debug)]
-pub struct Ghcb {
+pub(crate) struct Ghcb {
     page: SharedRegion,
     version: u16,
     /// Two vCPUs, or two exits at once, would write over each other.

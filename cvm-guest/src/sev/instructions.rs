@@ -4,6 +4,7 @@
 
 use super::{Exit, PageSize, Validate, Validated};
 use core::arch::asm;
+use core::marker::PhantomData;
 
 /// The MSR that holds the GPA of the GHCB, or a request (AMD publication 56421, section 2.3).
 const GHCB_MSR: u32 = 0xc001_0130;
@@ -26,17 +27,24 @@ pub(crate) unsafe fn sev_status() -> u64 {
     unsafe { read_msr(SEV_STATUS_MSR) }
 }
 
-/// The instruction, and the MSR around it.
-#[derive(Debug, Clone, Copy)]
-pub struct Vmgexit(());
+/// VMGEXIT with the GHCB MSR around it, of one vCPU, which it cannot leave.
+///
+/// ```compile_fail,E0277
+/// fn to_another_vcpu<T: Send>() {}
+/// to_another_vcpu::<cvm_guest::sev::Vmgexit>();
+/// ```
+#[derive(Debug)]
+pub struct Vmgexit(PhantomData<*mut ()>);
 
 impl Vmgexit {
     /// The exit of this vCPU.
     ///
     /// # Safety
     /// The code must run in ring 0 of a guest of SEV-ES or SEV-SNP, and nothing else may use its GHCB MSR at the same time.
+    /// The value gives whoever has it all that a guest can ask of its host, conversions and new vCPUs among it: it must go
+    /// to a [`GhcbVcpu`](super::GhcbVcpu), or to other code that asks for nothing which memory in use does not survive.
     pub unsafe fn new() -> Self {
-        Self(())
+        Self(PhantomData)
     }
 }
 
@@ -53,8 +61,24 @@ impl Exit for Vmgexit {
 }
 
 /// PVALIDATE and RMPADJUST.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Pvalidate;
+///
+/// ```compile_fail,E0133
+/// let power_over_every_page = cvm_guest::sev::Pvalidate::new();
+/// ```
+#[derive(Debug)]
+pub struct Pvalidate(());
+
+impl Pvalidate {
+    /// The instructions.
+    ///
+    /// # Safety
+    /// The code must run in ring 0 of a guest of SEV-SNP, whose memory is mapped to its own addresses. The value gives
+    /// whoever has it the power over every page of the guest: it must go to a [`GhcbVcpu`](super::GhcbVcpu), or to other
+    /// code that makes no page in use invalid, and none valid twice.
+    pub unsafe fn new() -> Self {
+        Self(())
+    }
+}
 
 /// FAIL_SIZEMISMATCH (AMD publication 24594, PVALIDATE and RMPADJUST).
 const SIZE_MISMATCH: u32 = 6;
@@ -90,21 +114,5 @@ impl Validate for Pvalidate {
             SIZE_MISMATCH => Validated::SizeMismatch,
             code => Validated::Failed(code),
         }
-    }
-}
-
-/// No validation, and no marking of states: for guests under emulators that lack the instructions.
-///
-/// A host can replace pages of such a guest, so it has no place on hardware. A guest that uses this says so where people
-/// see it.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Unvalidated;
-
-impl Validate for Unvalidated {
-    fn validate(&self, _gpa: u64, _size: PageSize, _valid: bool) -> Validated {
-        Validated::Changed
-    }
-    fn make_state(&self, _gpa: u64) -> Validated {
-        Validated::Changed
     }
 }

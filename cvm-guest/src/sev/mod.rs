@@ -36,11 +36,12 @@ pub use ap::StatePage;
 pub use cpuid::{CpuidLeaf, CpuidTable};
 pub use detect::Protection;
 pub use fault::Fault;
-pub use ghcb::{Ghcb, GhcbPage};
+use ghcb::Ghcb;
+pub use ghcb::GhcbPage;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use instructions::sev_status;
 #[cfg(target_arch = "x86_64")]
-pub use instructions::{Pvalidate, Unvalidated, Vmgexit};
+pub use instructions::{Pvalidate, Vmgexit};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use msr::terminate;
 pub use msr::{Exit, Termination, cpuid_by_msr};

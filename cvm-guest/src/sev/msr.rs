@@ -93,7 +93,15 @@ pub(super) fn change_page(exit: &impl Exit, page: GpaRange, to: Side) -> Result<
     Err(Fault::PageState { range: page, to, answer })
 }
 
-/// Why a guest ends by itself. The first set of reasons is the protocol's, the other one this library's.
+/// Why a guest ends by itself, told to the host by the GHCB MSR as a set of reasons and a reason in it.
+///
+/// | set | reason |
+/// |---|---|
+/// | 0 | the protocol's: 0 [`General`](Self::General), 1 [`Version`](Self::Version) |
+/// | 0xc | 1 [`Fault`](Self::Fault), 2 [`Validation`](Self::Validation), from 0x80 on [`Panic`](Self::Panic) |
+/// | 0xd | [`Exception`](Self::Exception): the vector |
+/// | 0xe | [`Vc`](Self::Vc) below 0x100: the error code |
+/// | 0xf | [`Vc`](Self::Vc) from 0x400 to 0x4ff: what the error code has above 0x400 |
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Termination {
     /// It has its reasons.
@@ -106,11 +114,26 @@ pub enum Termination {
     Validation,
     /// The guest's code panicked, with this code.
     Panic(u8),
+    /// An exception other than #VC that the guest does not handle, by its vector: the host replaced a page, perhaps, or raised
+    /// it.
+    Exception(u8),
+    /// A #VC that the guest does not handle, by its error code (AMD publication 24593, appendix C): the code of the exit that
+    /// an instruction would have caused, 0x400 where there is no page, and 0x404 for a page that is not valid, which the host
+    /// replaced or the guest never accepted.
+    Vc(u64),
 }
 
 impl Termination {
-    /// This library's set of reasons: the protocol leaves all but 0 to others, and Linux has 1.
+    /// This library's sets of reasons: the protocol leaves all but 0 to others, and Linux has 1.
     const OWN_SET: u64 = 0xc;
+    /// The reason is the vector of an exception. It is that of #VC for an error code that the next two sets have no room for.
+    const EXCEPTION_SET: u64 = 0xd;
+    /// The reason is the error code of #VC.
+    const VC_SET: u64 = 0xe;
+    /// The reason is the error code of #VC above 0x400.
+    const VC_PAGE_SET: u64 = 0xf;
+    const VC_PAGE: u64 = 0x400;
+    const VC_VECTOR: u8 = 29;
 
     /// What terminates the guest when it is written to the GHCB MSR.
     pub fn request(self) -> u64 {
@@ -120,6 +143,12 @@ impl Termination {
             Self::Fault => (Self::OWN_SET, 1),
             Self::Validation => (Self::OWN_SET, 2),
             Self::Panic(code) => (Self::OWN_SET, 0x80 | code),
+            Self::Exception(vector) => (Self::EXCEPTION_SET, vector),
+            Self::Vc(error) => match (u8::try_from(error), u8::try_from(error.wrapping_sub(Self::VC_PAGE))) {
+                (Ok(error), _) => (Self::VC_SET, error),
+                (_, Ok(above)) => (Self::VC_PAGE_SET, above),
+                _ => (Self::EXCEPTION_SET, Self::VC_VECTOR),
+            },
         };
         TERMINATE | set << 12 | u64::from(code) << 16
     }
@@ -200,6 +229,10 @@ mod tests {
         assert_eq!(Termination::Panic(5).request(), 0x85_c100);
         assert_eq!(Termination::General.request(), 0x100);
         assert_eq!(Termination::Version.request(), 0x1_0100);
+        assert_eq!(Termination::Exception(14).request(), 0x0e_d100);
+        assert_eq!(Termination::Vc(0x72).request(), 0x72_e100);
+        assert_eq!(Termination::Vc(0x404).request(), 0x04_f100);
+        assert_eq!(Termination::Vc(0x8000_0010).request(), 0x1d_d100);
     }
 
     #[test]

@@ -1,10 +1,12 @@
+#![allow(unsafe_code, reason = "conversions discard memory, so the methods that ask for them are unsafe")]
+
 use super::msr::{self, Exit, Termination};
 use super::validate::set_valid;
 use super::{Acceptance, CpuidTable, Fault, Ghcb, Protection, Validate, page_state};
 use crate::hypercall::{self, EINVAL};
 use crate::{Error, Machine, SharedRegion};
 use cvm_core::boot::BootPage;
-use cvm_core::doorbell::{Doorbell, MSR_BASE, PORT_BASE};
+use cvm_core::doorbell::{Doorbell, MSR_BASE, PORT_BASE, SPACE};
 use cvm_core::{Gpa, GpaRange, PAGE_SIZE, Side};
 
 /// A vCPU of SEV-ES or SEV-SNP: it reaches its host by its GHCB.
@@ -43,11 +45,12 @@ impl<E: Exit, V: Validate> GhcbVcpu<E, V> {
     ///
     /// # Safety
     /// The page at `gpa` must be the guest's, used for nothing else, and mapped writable at `gpa + boot.shared_at` too.
+    /// `protection` and `cpuid` must be what they are said to be, and `blocks` in `acceptance` the same records for all vCPUs of
+    /// the guest, of which none was used before the guest began. Memory that has to be accepted must not be used before.
     ///
     /// # Errors
     /// [`Error::BootPage`] for a doorbell that this version does not know, a protection without a GHCB, and a table of CPUID
     /// leaves that is missing or that nobody vouches for; faults of the host, after which the contents of the page are unknown.
-    #[allow(unsafe_code, reason = "only the caller knows what else uses the page")]
     pub unsafe fn new(
         exit: E,
         validate: V,
@@ -142,7 +145,7 @@ impl<E: Exit, V: Validate> GhcbVcpu<E, V> {
 }
 
 impl<E: Exit, V: Validate> Machine for GhcbVcpu<E, V> {
-    fn write(&self, register: u16, value: u32) {
+    unsafe fn write(&self, register: u16, value: u32) {
         self.must(match self.doorbell {
             Doorbell::Port => self.ghcb.port_write(&self.exit, PORT_BASE.wrapping_add(register), value),
             Doorbell::Msr => self.ghcb.msr_write(&self.exit, MSR_BASE.wrapping_add(register.into()), value.into()),
@@ -150,6 +153,9 @@ impl<E: Exit, V: Validate> Machine for GhcbVcpu<E, V> {
     }
 
     fn read(&self, register: u16) -> u32 {
+        if register >= SPACE {
+            return 0;
+        }
         self.must(match self.doorbell {
             Doorbell::Port => self.ghcb.port_read(&self.exit, PORT_BASE.wrapping_add(register)),
             Doorbell::Msr => {
@@ -158,7 +164,7 @@ impl<E: Exit, V: Validate> Machine for GhcbVcpu<E, V> {
         })
     }
 
-    fn convert(&self, range: GpaRange, to: Side) -> u64 {
+    unsafe fn convert(&self, range: GpaRange, to: Side) -> u64 {
         if self.is_snp() {
             return self.change_state(range, to);
         }
@@ -219,6 +225,16 @@ mod tests {
         }
     }
 
+    fn convert(vcpu: &GhcbVcpu<&Host, &Pages>, range: GpaRange, to: Side) -> u64 {
+        // SAFETY: this host converts nothing.
+        unsafe { vcpu.convert(range, to) }
+    }
+
+    fn write(vcpu: &GhcbVcpu<&Host, &Pages>, register: u16, value: u32) {
+        // SAFETY: as above.
+        unsafe { vcpu.write(register, value) };
+    }
+
     /// Whether the guest terminates.
     fn terminates<R>(work: impl FnOnce() -> R) -> bool {
         match catch_unwind(AssertUnwindSafe(work)) {
@@ -269,7 +285,7 @@ mod tests {
             let setting = Setting::new(Protection::SevSnp, doorbell);
             let vcpu = setting.vcpu();
             setting.host.value.set(0x1234_5678);
-            vcpu.write(control::END, 7);
+            write(&vcpu, control::END, 7);
             assert_eq!(vcpu.read(control::CONVERT), 0x1234_5678);
             let exits = setting.host.exits.borrow();
             assert!(exits.iter().all(|seen| seen.code == code));
@@ -287,11 +303,13 @@ mod tests {
         let platform = Platform::new(&setting.boot, setting.vcpu()).unwrap();
         std::fmt::Write::write_str(&mut platform.console(), "hi").unwrap();
         platform.accept_interrupt(0x41, Trigger::Edge).unwrap();
-        platform.convert(setting.page(2, 1), Side::Shared).unwrap();
+        // SAFETY: this host converts nothing.
+        unsafe { platform.convert(setting.page(2, 1), Side::Shared).unwrap() };
         let codes: Vec<u64> = setting.host.exits.borrow().iter().map(|seen| seen.code).collect();
         assert_eq!(codes, [code::IOIO, code::IOIO, code::IOIO, code::VMMCALL]);
         setting.host.value.set(EINVAL);
-        assert!(platform.convert(setting.page(2, 1), Side::Shared).is_err());
+        // SAFETY: as above.
+        assert!(unsafe { platform.convert(setting.page(2, 1), Side::Shared) }.is_err());
         assert_eq!(platform.machine().cpuid(0xd, 1).unwrap(), [EINVAL as u32; 4]);
     }
 
@@ -307,16 +325,15 @@ mod tests {
             let pages: *const Pages = &raw const setting.pages;
             move |_, seen| {
                 assert_eq!(seen.code, code::PAGE_STATE);
-                #[allow(unsafe_code, reason = "the closure has to be 'static")]
                 // SAFETY: the setting outlives the host that has this closure.
                 let valid = unsafe { &*pages }.valid();
                 assert!(!valid.contains(&first) && !valid.contains(&(first + 1)));
                 false
             }
         });
-        assert_eq!(vcpu.convert(setting.page(3, 2), Side::Shared), 0);
+        assert_eq!(convert(&vcpu, setting.page(3, 2), Side::Shared), 0);
         assert_eq!(setting.pages.valid().len(), 2);
-        assert_eq!(vcpu.convert(setting.page(3, 2), Side::Private), 0);
+        assert_eq!(convert(&vcpu, setting.page(3, 2), Side::Private), 0);
         assert_eq!(setting.pages.valid(), valid);
     }
 
@@ -324,7 +341,7 @@ mod tests {
     fn what_is_no_memory_is_not_given_away() {
         let setting = Setting::new(Protection::SevSnp, Doorbell::Port);
         let vcpu = setting.vcpu();
-        assert_eq!(vcpu.convert(setting.page(7, 2), Side::Shared), EINVAL);
+        assert_eq!(convert(&vcpu, setting.page(7, 2), Side::Shared), EINVAL);
         assert_eq!(vcpu.accept(setting.page(8, 1)), Err(Fault::NoPage(setting.page(8, 1).start().0).into()));
         assert!(setting.host.exits.borrow().is_empty());
     }
@@ -334,12 +351,12 @@ mod tests {
         let setting = Setting::new(Protection::SevSnp, Doorbell::Port);
         let vcpu = setting.vcpu();
         // It was never valid.
-        assert!(terminates(|| vcpu.convert(setting.page(3, 1), Side::Shared)));
+        assert!(terminates(|| convert(&vcpu, setting.page(3, 1), Side::Shared)));
         // Somebody else has made it valid meanwhile.
         setting.pages.set(setting.page(4, 1).start().0 / PAGE_SIZE);
-        assert_eq!(vcpu.convert(setting.page(4, 1), Side::Shared), 0);
+        assert_eq!(convert(&vcpu, setting.page(4, 1), Side::Shared), 0);
         setting.pages.set(setting.page(4, 1).start().0 / PAGE_SIZE);
-        assert!(terminates(|| vcpu.convert(setting.page(4, 1), Side::Private)));
+        assert!(terminates(|| convert(&vcpu, setting.page(4, 1), Side::Private)));
     }
 
     #[test]
@@ -412,8 +429,8 @@ mod tests {
                 true
             });
             terminates(|| vcpu.read(0));
-            terminates(|| vcpu.write(0, 1));
-            terminates(|| vcpu.convert(setting.page(2, 2), Side::Shared));
+            terminates(|| write(&vcpu, 0, 1));
+            terminates(|| convert(&vcpu, setting.page(2, 2), Side::Shared));
             terminates(|| vcpu.cpuid(1, 0));
             terminates(|| vcpu.features());
         }

@@ -1,5 +1,7 @@
 //! A device whose every answer is up to a test: it sees registers and the pool, as a host does.
 
+#![allow(unsafe_code, reason = "the trait has unsafe methods")]
+
 use super::{DeviceQueue, DoorbellTransport};
 use crate::pool::tests::bare;
 use crate::{Machine, Platform, Pool, PoolOptions, Queue, QueueOptions, SharedRegion};
@@ -120,7 +122,7 @@ impl Host {
 }
 
 impl Machine for Host {
-    fn write(&self, register: u16, value: u32) {
+    unsafe fn write(&self, register: u16, value: u32) {
         let offset = register - device_base(0);
         if offset == 0x050 {
             let answer = self.answers.borrow_mut().pop_front();
@@ -159,7 +161,7 @@ impl Machine for Host {
         }
     }
 
-    fn convert(&self, range: GpaRange, to: Side) -> u64 {
+    unsafe fn convert(&self, range: GpaRange, to: Side) -> u64 {
         panic!("no driver makes {range} {to}")
     }
 }

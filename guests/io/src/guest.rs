@@ -9,7 +9,7 @@ use core::panic::PanicInfo;
 use cvm_core::boot::BootPage;
 use cvm_core::doorbell::Doorbell;
 use cvm_core::{GpaRange, PAGE_SIZE, Side};
-use cvm_guest::sev::{BlockRecord, GhcbPage, Pvalidate};
+use cvm_guest::sev::{BlockRecord, GhcbPage};
 use cvm_guest::virtio::DoorbellTransport;
 use cvm_guest::{DeviceRegisters, Platform, Processor, SharedRegion};
 use io_guest::*;
@@ -99,7 +99,7 @@ extern "C" fn main(_index: u64, boot: *const BootPage) {
     let Some(doorbell) = boot.doorbell() else { panic!() };
     // SAFETY: this is ring 0, or by ports another one that may use them, the boot page is the host's, all memory is mapped as
     // the launch contract says, and there is one vCPU.
-    let Ok(processor) = (unsafe { Processor::new(&boot, Pvalidate, &GHCB, &BLOCKS) }) else { panic!() };
+    let Ok(processor) = (unsafe { Processor::new(&boot, &GHCB, &BLOCKS) }) else { panic!() };
     let Ok(platform) = Platform::new(&boot, processor) else { panic!() };
     let Some((page, arena)) = share(&platform, &boot) else { platform.end(code::PLATFORM) };
     let Ok(control) = platform.device(CONTROL) else { platform.end(code::PLATFORM) };
@@ -127,7 +127,8 @@ fn share(platform: &Platform<Processor>, boot: &BootPage) -> Option<(SharedRegio
     hal::set_up(platform, pool, bounce).ok()?;
     match (bounce, boot.shared_at) {
         (true, _) => platform.accept(arena).ok()?,
-        (false, 0) => platform.convert(arena, Side::Shared).ok()?,
+        // SAFETY: nothing of the guest is in the arena yet. Its buffers are the devices' from then on.
+        (false, 0) => unsafe { platform.convert(arena, Side::Shared) }.ok()?,
         // The devices' buffers are used at their own addresses.
         (false, _) => return None,
     }

@@ -4,19 +4,17 @@
 
 use crate::disk::{self, ForgetfulHal};
 use core::arch::asm;
+use core::arch::x86_64::__cpuid;
 use core::fmt::Write;
 use core::hint::spin_loop;
 use core::panic::PanicInfo;
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use cvm_core::boot::BootPage;
+use cvm_core::x86::VcpuState;
 use cvm_core::{GpaRange, PAGE_SIZE, Side};
-#[cfg(not(feature = "unvalidated"))]
-use cvm_guest::sev::Pvalidate as Validation;
-#[cfg(feature = "unvalidated")]
-use cvm_guest::sev::Unvalidated as Validation;
-use cvm_guest::sev::{BlockRecord, GhcbPage, Protection, Reporter, SecretsPage};
+use cvm_guest::sev::{BlockRecord, GhcbPage, Protection, Reporter, SecretsPage, StatePage};
 use cvm_guest::virtio::DoorbellTransport;
-use cvm_guest::{Error, Machine, Platform};
+use cvm_guest::{Error, Machine, Platform, Processor};
 use sha2::{Digest, Sha256};
 use spin::Mutex;
 use tiny_guest::*;
@@ -40,36 +38,50 @@ static SECRET: Mutex<Secret> = Mutex::new(Secret([0; SECRET_LEN]));
 static GHCBS: [GhcbPage; MAX_VCPUS as usize] = [const { GhcbPage::new() }; _];
 static BLOCKS: [BlockRecord; (MMIO >> 21) as usize] = [const { BlockRecord::new() }; _];
 
-type Processor = cvm_guest::Processor<Validation>;
-
 static VCPUS_DONE: AtomicU32 = AtomicU32::new(0);
 static CONVERTED_BY_OTHERS: AtomicU64 = AtomicU64::new(0);
 
-extern "C" fn main(index: u64, boot: *const BootPage) {
+/// The state that vCPU 1 starts from if the guest starts it, whether it was, and whether it is ready for that.
+static mut STATE: StatePage = StatePage::new();
+static STARTED: AtomicBool = AtomicBool::new(false);
+static PARKED: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn main(index: u64, boot_page: *const BootPage) {
     // SAFETY: the VMM's convention is that RSI has the address of the boot page, a private page that nobody changes.
-    let boot = unsafe { boot.read() };
+    let boot = unsafe { boot_page.read() };
+    let task = Task::from_u64(boot.argument[0]);
+    if index > 0 && task == Some(Task::StartVcpu) && !STARTED.load(Ordering::Acquire) {
+        PARKED.store(true, Ordering::Release);
+        // A vCPU that has halted is not entered again before an interrupt.
+        loop {
+            spin_loop();
+        }
+    }
     let Some(ghcb) = GHCBS.get(index as usize) else { panic!() };
     // SAFETY: this is ring 0, the boot page is the host's, all memory is mapped as the launch contract says, and the GHCB is
     // this vCPU's alone.
-    let Ok(processor) = (unsafe { Processor::new(&boot, Validation, ghcb, &BLOCKS) }) else { panic!() };
+    let Ok(processor) = (unsafe { Processor::new(&boot, ghcb, &BLOCKS) }) else { panic!() };
     let Ok(platform) = Platform::new(&boot, processor) else { panic!() };
     if index > 0 {
         convert_back_and_forth(&platform, &boot, index);
         return;
     }
-    match Task::from_u64(boot.argument[0]) {
+    match task {
         Some(Task::Work) => work(&platform, &boot),
         Some(Task::Spin) => loop {
             spin_loop();
         },
         // SAFETY: without an interrupt descriptor table, an exception cannot be delivered.
         Some(Task::TripleFault) => unsafe { asm!("lidt [{table}]", "ud2", table = in(reg) &[0u16; 5]) },
-        Some(Task::UnknownDoorbell) => platform.machine().write(0x1fc, 0),
+        // SAFETY: the register is not one that converts.
+        Some(Task::UnknownDoorbell) => unsafe { platform.machine().write(0x1fc, 0) },
         Some(Task::BadConversions) => {
             let top = boot.end_of_memory();
             let bad = [(top, 1), (top - PAGE_SIZE, 2), (1 << 40, 1)];
             let bad = bad.into_iter().flat_map(|(start, pages)| GpaRange::from_pages(start, pages).ok());
-            let refused = bad.filter(|range| platform.convert(*range, Side::Shared).is_err()).count() as u32;
+            // SAFETY: nothing of the guest is there. That holds for the last page of memory too.
+            let refused = |range: &GpaRange| unsafe { platform.convert(*range, Side::Shared) }.is_err();
+            let refused = bad.filter(refused).count() as u32;
             platform.end(code::REFUSED + refused);
         }
         Some(Task::Panic) => panic!(),
@@ -78,6 +90,12 @@ extern "C" fn main(index: u64, boot: *const BootPage) {
             send(&platform, pool(&boot), GREETING);
             platform.end(0);
         }
+        Some(Task::StrayCpuid) => {
+            __cpuid(0);
+            platform.end(code::CPUID);
+        }
+        Some(Task::ReadReplaced) => read_replaced(&platform),
+        Some(Task::StartVcpu) => start_vcpu(&platform, boot_page),
         None => platform.end(code::PLATFORM),
     }
     platform.end(code::PLATFORM)
@@ -95,9 +113,6 @@ fn work(platform: &Platform<Processor>, boot: &BootPage) {
             let _ = writeln!(console, "tiny guest: the processor is {name}, sev protection {protection:?}");
         }
         Err(_) => platform.end(code::PLATFORM),
-    }
-    if cfg!(feature = "unvalidated") {
-        let _ = writeln!(console, "tiny guest: this image does not validate its pages: it is for emulators only");
     }
     let secret = {
         let mut secret = SECRET.lock();
@@ -140,10 +155,52 @@ fn work(platform: &Platform<Processor>, boot: &BootPage) {
     send(platform, pool, report.as_bytes());
 
     let _ = writeln!(console, "tiny guest: trying mmio at {MMIO:#x}");
+    if platform.device(REPORT_DEVICE).map(|device| device.write(TRYING_MMIO - REPORT, 1)).is_err() {
+        platform.end(code::PLATFORM);
+    }
     // SAFETY: nothing is there, so nothing of ours can change.
     let value = unsafe { core::ptr::with_exposed_provenance::<u32>(MMIO as usize).read_volatile() };
     let _ = writeln!(console, "tiny guest: mmio gave {value:#x}");
     platform.end(code::MMIO)
+}
+
+/// Reads a private page after the VMM was told where it is.
+fn read_replaced(platform: &Platform<Processor>) -> ! {
+    let mut secret = SECRET.lock();
+    secret.0.fill(0xa5);
+    let gpa = secret.0.as_ptr().expose_provenance() as u64;
+    if platform.device(REPORT_DEVICE).map(|it| it.write(PRIVATE_FRAME - REPORT, (gpa / PAGE_SIZE) as u32)).is_err() {
+        platform.end(code::PLATFORM);
+    }
+    // SAFETY: the page is that of the lock. The read is volatile, because somebody else may have changed it.
+    let now = unsafe { secret.0.as_ptr().cast::<u64>().read_volatile() };
+    platform.end(if now == u64::from_ne_bytes([0xa5; 8]) { code::UNCHANGED } else { code::CHANGED })
+}
+
+/// Starts vCPU 1 from a state in a page of the guest's, and waits for it.
+fn start_vcpu(platform: &Platform<Processor>, boot: *const BootPage) -> ! {
+    unsafe extern "C" {
+        fn start() -> !;
+    }
+    while !PARKED.load(Ordering::Acquire) {
+        spin_loop();
+    }
+    let cr3: u64;
+    // SAFETY: ring 0 can read the register.
+    unsafe { asm!("mov {}, cr3", out(reg) cr3, options(nomem, nostack, preserves_flags)) };
+    let rip = (start as *const ()).expose_provenance() as u64;
+    let state = VcpuState { rip, rsp: 0, rdi: 1, rsi: boot.expose_provenance() as u64, cr3 };
+    STARTED.store(true, Ordering::Release);
+    // SAFETY: this runs once, and nothing else refers to the page.
+    let page = unsafe { &mut *(&raw mut STATE) };
+    // SAFETY: `start` is made for new vCPUs and takes a stack of its own; vCPU 1 has nothing, and its stack is free.
+    if unsafe { platform.machine().start_vcpu(1, page, &state) }.is_err() {
+        platform.end(code::VCPUS);
+    }
+    while VCPUS_DONE.load(Ordering::Acquire) == 0 {
+        spin_loop();
+    }
+    platform.end(0)
 }
 
 /// Uses memory that was not loaded. Returns how many bytes of it; none if there are too few.

@@ -12,11 +12,6 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 #[cfg(not(target_os = "none"))]
 pub const IMAGE: &[u8] = include_bytes!("../tiny-guest.elf");
 
-/// The same, but that it does not validate its pages, for emulators without the instruction: there it stands for the other one
-/// under SEV-SNP.
-#[cfg(not(target_os = "none"))]
-pub const UNVALIDATED_IMAGE: &[u8] = include_bytes!("../tiny-guest-unvalidated.elf");
-
 /// The most vCPUs that the guest has stacks for.
 pub const MAX_VCPUS: u32 = 16;
 
@@ -41,6 +36,13 @@ pub const REPORT_DEVICE: u16 = MAX_DEVICES - 1;
 
 /// The doorbell register for the frame number of a [`Report`].
 pub const REPORT: u16 = device_base(REPORT_DEVICE);
+
+/// The doorbell register by which the guest says that the next thing vCPU 0 does is to read from [`MMIO`].
+pub const TRYING_MMIO: u16 = REPORT + 4;
+
+/// The doorbell register by which the guest names the frame of a private page that it is about to read:
+/// [`Task::ReadReplaced`].
+pub const PRIVATE_FRAME: u16 = REPORT + 8;
 
 /// An address where there is no memory as long as it ends below.
 pub const MMIO: u64 = 0xd000_0000;
@@ -87,11 +89,18 @@ pub enum Task {
     Panic = 5,
     /// Say hello on the console, share a page with [`GREETING`], tell the VMM its frame number by [`REPORT`], and end.
     Hello = 6,
+    /// Execute CPUID, which guests of SEV-ES and SEV-SNP have to ask for by their GHCB.
+    StrayCpuid = 7,
+    /// Tell the VMM of a private page by [`PRIVATE_FRAME`], read it then, and end with [`code::UNCHANGED`] if its contents
+    /// are there still.
+    ReadReplaced = 8,
+    /// Have vCPU 1 start anew from a state that the guest has made, and end when that vCPU has done its part.
+    StartVcpu = 9,
 }
 
 impl Task {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 10] = [
         Self::Work,
         Self::Spin,
         Self::TripleFault,
@@ -99,6 +108,9 @@ impl Task {
         Self::BadConversions,
         Self::Panic,
         Self::Hello,
+        Self::StrayCpuid,
+        Self::ReadReplaced,
+        Self::StartVcpu,
     ];
 
     /// The task that a number stands for.
@@ -119,6 +131,12 @@ pub mod code {
     pub const VCPUS: u32 = 104;
     /// MMIO was not refused.
     pub const MMIO: u32 = 105;
+    /// [`Task::StrayCpuid`](super::Task::StrayCpuid) had no effect.
+    pub const CPUID: u32 = 106;
+    /// [`Task::ReadReplaced`](super::Task::ReadReplaced) found its page as it was.
+    pub const UNCHANGED: u32 = 107;
+    /// [`Task::ReadReplaced`](super::Task::ReadReplaced) found a page with other contents, and nothing has told it so.
+    pub const CHANGED: u32 = 108;
     /// [`Task::BadConversions`](super::Task::BadConversions): plus the number of refused requests.
     pub const REFUSED: u32 = 200;
 }

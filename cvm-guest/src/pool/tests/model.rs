@@ -48,13 +48,13 @@ fn step() -> impl Strategy<Value = Step> {
 struct Host(RefCell<Vec<(GpaRange, Side)>>);
 
 impl Machine for Host {
-    fn write(&self, _: u16, _: u32) {}
+    unsafe fn write(&self, _: u16, _: u32) {}
 
     fn read(&self, _: u16) -> u32 {
         0
     }
 
-    fn convert(&self, range: GpaRange, to: Side) -> u64 {
+    unsafe fn convert(&self, range: GpaRange, to: Side) -> u64 {
         self.0.borrow_mut().push((range, to));
         0
     }
@@ -300,13 +300,13 @@ fn growing_shares_a_chunk_and_shrinking_makes_it_private() {
 struct Refuser;
 
 impl Machine for Refuser {
-    fn write(&self, _: u16, _: u32) {}
+    unsafe fn write(&self, _: u16, _: u32) {}
 
     fn read(&self, _: u16) -> u32 {
         0
     }
 
-    fn convert(&self, _: GpaRange, _: Side) -> u64 {
+    unsafe fn convert(&self, _: GpaRange, _: Side) -> u64 {
         22
     }
 }
