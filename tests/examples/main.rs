@@ -10,7 +10,7 @@ mod output;
 mod tiny_guest;
 
 use serde_json::Value;
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -69,4 +69,13 @@ fn boot_well(arguments: &[&str]) -> Value {
 fn offered(protection: &str) -> bool {
     let offers: Value = serde_json::from_str(&stdout(&run("probe", &["--json"]))).unwrap();
     offers.as_array().unwrap().iter().any(|offer| offer["protection"] == protection && offer["offered"] == true)
+}
+
+/// The built image with eight bytes changed.
+fn changed_image(directory: &Path, offset: usize, value: u64) -> String {
+    let mut image = ::tiny_guest::IMAGE.to_vec();
+    image[offset..offset + 8].copy_from_slice(&value.to_le_bytes());
+    let path = directory.join(format!("image-{offset}-{value}"));
+    fs::write(&path, image).unwrap();
+    path.to_str().unwrap().to_owned()
 }

@@ -1,10 +1,9 @@
 //! `boot_tiny_guest`: what works, what is refused, and how a guest that misbehaves ends.
 
-use crate::{boot, boot_well, kvm, offered, run, stderr, stdout};
+use crate::{boot, boot_well, changed_image, kvm, offered, run, stderr, stdout};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::fs;
-use std::path::Path;
 
 #[test]
 fn the_tiny_guest_does_its_work_whatever_the_number_of_vcpus_and_the_size_of_memory() {
@@ -106,12 +105,8 @@ fn hardware_that_the_host_lacks_is_refused_with_what_lacks_and_how_to_see_it_all
     }
     for (platform, protection) in [("snp", "sev-snp"), ("sev-es", "sev-es"), ("sev", "sev")] {
         if offered(protection) {
-            let mut arguments = vec!["--platform", platform];
-            // Memory is plain text in L1.
-            let emulated = platform != "snp" && Path::new("/proc/fakepsp").exists();
-            arguments.extend(emulated.then_some("--emulated"));
             let checks = if platform == "snp" { 16 } else { 14 };
-            let json = boot_well(&arguments);
+            let json = boot_well(&["--platform", platform]);
             assert_eq!(json["checks"].as_array().unwrap().len(), checks);
             if platform == "snp" {
                 let image = concat!(env!("CARGO_MANIFEST_DIR"), "/guests/tiny/tiny-guest.elf");
@@ -125,7 +120,7 @@ fn hardware_that_the_host_lacks_is_refused_with_what_lacks_and_how_to_see_it_all
         assert!(!output.status.success(), "{platform}");
         let errors = stderr(&output);
         assert!(errors.starts_with(&format!("error: {protection} is not offered here: ")), "{errors}");
-        assert!(errors.contains(&format!("boot_tiny_guest --platform {platform} --emulated")), "{errors}");
+        assert!(errors.contains(&format!("boot_tiny_guest --platform {platform}")), "{errors}");
     }
 }
 
@@ -142,6 +137,46 @@ fn a_disk_of_the_users_is_read_whole_and_left_alone() {
     let sha256: String = Sha256::digest(&contents).iter().map(|byte| format!("{byte:02x}")).collect();
     assert_eq!(json["disk_sha256"], sha256);
     assert_eq!(fs::read(&path).unwrap(), contents);
+}
+
+/// A guest that did not try MMIO was not refused it, however it ended.
+fn assert_no_mmio(json: &Value) {
+    let checks = json["checks"].as_array().unwrap();
+    let check = checks.iter().find(|check| check["what"] == "the guest's mmio was refused").unwrap();
+    assert_eq!(check["holds"], false, "{check:#}");
+}
+
+#[test]
+fn a_guest_of_somebody_elses_passes_for_nothing() {
+    if !kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    // Where the code begins, another guest has an instruction that faults (UD2). The tables of handlers are not loaded yet.
+    let image = changed_image(directory.path(), start_of_code(), 0x0b0f);
+    let mut settings = vec![vec!["--guest", &image]];
+    settings.extend(["guest-memfd", "vault"].map(|isolation| vec!["--guest", &image, "--isolation", isolation]));
+    settings.extend(["snp", "sev-es", "sev"].map(|platform| vec!["--guest", &image, "--platform", platform]));
+    for arguments in settings {
+        let is_offered = match arguments[..] {
+            [_, _, "--platform", "snp"] => offered("sev-snp"),
+            [_, _, _, protection] => offered(protection),
+            _ => true,
+        };
+        if !is_offered {
+            continue;
+        }
+        let (json, success) = boot(&arguments);
+        assert!(!success, "{arguments:?}: {json:#}");
+        assert_no_mmio(&json);
+    }
+}
+
+/// Where the built image has its first instruction (ELF-64: the first program header at 64, whose offset in the file is at
+/// 8).
+fn start_of_code() -> usize {
+    let (offset, _) = ::tiny_guest::IMAGE[64 + 8..].split_first_chunk().unwrap();
+    u64::from_le_bytes(*offset) as usize
 }
 
 #[test]
@@ -161,6 +196,7 @@ fn a_guest_that_misbehaves_is_stopped_with_a_clear_reason() {
         let (json, success) = boot(&["--misbehave", how, "--timeout", timeout]);
         let end = json["ends"][0].as_str().unwrap();
         assert!(!success && end.contains(reason), "{how}: {end}");
+        assert_no_mmio(&json);
     }
     let (json, _) = boot(&["--misbehave", "bad-conversions", "--timeout", "240"]);
     assert_eq!(json["conversions"]["refused"], 3);
