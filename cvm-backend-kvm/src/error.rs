@@ -1,6 +1,7 @@
 use cvm_core::{BoxError, Error as CoreError, GpaRange, Protection};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// What can go wrong between this backend and the host.
 #[derive(Debug, thiserror::Error)]
@@ -112,7 +113,16 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
-    /// The vault does not keep to the protocol, so that it cannot be trusted; it was killed.
+    /// The vault did not answer by the [deadline](crate::KvmPlatform::with_vault_deadline), as if it were stopped; it was
+    /// given up, and with it the VM.
+    #[error("the vault did not {operation} within {waited:?}")]
+    VaultOverdue {
+        /// What it was to do.
+        operation: &'static str,
+        /// How long this process has waited for it.
+        waited: Duration,
+    },
+    /// The vault breaks the protocol, so that it cannot be trusted; it was given up, and with it the VM.
     #[error("the vault is not what it should be: {what}")]
     VaultProtocol {
         /// What it did.

@@ -1,6 +1,7 @@
 //! Descriptors that count signals.
 
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::fstat;
 use rustix::io::{ReadWriteFlags, preadv2, write};
 use std::io::{self, IoSliceMut};
 use std::os::fd::OwnedFd;
@@ -20,4 +21,11 @@ pub(crate) fn signal(eventfd: &OwnedFd) {
 /// the flag by which an empty one is not waited for.
 pub(crate) fn take(eventfd: &OwnedFd) -> bool {
     preadv2(eventfd, &mut [IoSliceMut::new(&mut [0; 8])], u64::MAX, ReadWriteFlags::NOWAIT).is_ok()
+}
+
+/// Checks that something from another process is served by the kernel alone, as an eventfd is: to poll or read a file may wait
+/// for the process that serves its file system. What only the kernel is to use, the kernel checks by itself.
+pub(crate) fn check(theirs: &OwnedFd) -> io::Result<()> {
+    let device = |descriptor: &OwnedFd| fstat(descriptor).map(|status| status.st_dev);
+    if device(theirs)? == device(&new()?)? { Ok(()) } else { Err(io::Error::other("it is no eventfd")) }
 }

@@ -12,6 +12,7 @@ use cvm_core::platform::{Missing, Offer, Party, Platform, Powers, TrustModel};
 use cvm_core::{Error as CoreError, Launch, Policy, Protection};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::time::Duration;
 
 /// Plain KVM on this host.
 ///
@@ -27,6 +28,7 @@ pub struct KvmPlatform {
     vault: Option<Program>,
     /// What is known of vaults that something else starts.
     peer: Option<Start>,
+    vault_deadline: Duration,
     hypercalls: OnceLock<bool>,
 }
 
@@ -85,7 +87,15 @@ impl KvmPlatform {
         let host = Host::open(path)?;
         let lacks = probe::guest_memfd(&host).missing;
         let isolation = if lacks.is_empty() { Isolation::GuestMemfd } else { Isolation::None };
-        Ok(Self { device: path.to_owned(), host, isolation, vault: None, peer: None, hypercalls: OnceLock::new() })
+        Ok(Self {
+            device: path.to_owned(),
+            host,
+            isolation,
+            vault: None,
+            peer: None,
+            vault_deadline: vault::DEADLINE,
+            hypercalls: OnceLock::new(),
+        })
     }
 
     fn with_vault(self, mut program: Program) -> Result<Self, Error> {
@@ -96,6 +106,18 @@ impl KvmPlatform {
     /// The ways into a vault as the processes are now; none where there is no vault.
     fn findings(&self) -> Vec<Finding> {
         self.vault.as_ref().map(|program| Facts::read(program, self.peer).findings()).unwrap_or_default()
+    }
+
+    /// The same platform, whose [vaults](crate::vault) must answer within `deadline`: 60 s if nothing else is said, which is
+    /// generous even where processors are emulated.
+    ///
+    /// The deadline is for all that a vault does by itself, such as its start, each step of a launch, and each conversion,
+    /// and for the return of a vCPU that was kicked. A guest may run for as long as it likes. A vault that misses it, because
+    /// it is stopped or hostile, is given up: it is killed, and every handle of its VM fails with
+    /// [`Error::VaultOverdue`] at first and [`Error::VaultDied`] from then on.
+    #[must_use]
+    pub fn with_vault_deadline(self, deadline: Duration) -> Self {
+        Self { vault_deadline: deadline, ..self }
     }
 
     /// What protects the guests that are launched here.
@@ -178,8 +200,9 @@ impl Platform for KvmPlatform {
                     Some(_) => self.host.check(&config, Policy::empty())?,
                 }
                 let guarding = if way.is_none() { Guarding::Enforced } else { Guarding::Library };
+                let deadline = self.vault_deadline;
                 LoaderOf::Vault(
-                    vault::launch(program, &self.device, &config, transport, self.isolation, guarding)
+                    vault::launch(program, &self.device, &config, transport, self.isolation, guarding, deadline)
                         .map_err(failed("create the vm"))?,
                 )
             }

@@ -90,31 +90,51 @@ impl Interrupts {
 
     /// An eventfd that raises `vector` on `vcpu`.
     pub(crate) fn descriptor(&self, vcpu: u32, vector: u8) -> Result<OwnedFd, CoreError> {
+        self.check(vcpu, vector)?;
+        let mut sources = lock(&self.gates.sources);
+        if let Some(known) = Self::known(&sources, vcpu, vector) {
+            return known.eventfd.try_clone().map_err(failed("copy an eventfd"));
+        }
+        let ours = eventfd::new().map_err(failed("make an eventfd"))?;
+        let theirs = ours.try_clone().map_err(failed("copy an eventfd"))?;
+        self.add(&mut sources, Source { vcpu, vector, eventfd: ours })?;
+        Ok(theirs)
+    }
+
+    /// Has an eventfd of another process raise `vector` on `vcpu`.
+    pub(crate) fn connect(&self, vcpu: u32, vector: u8, eventfd: OwnedFd) -> Result<(), CoreError> {
+        self.check(vcpu, vector)?;
+        let mut sources = lock(&self.gates.sources);
+        if Self::known(&sources, vcpu, vector).is_some() {
+            return Err(CoreError::NoDescriptor("the interrupt has one already".into()));
+        }
+        eventfd::check(&eventfd).map_err(failed("take an eventfd"))?;
+        self.add(&mut sources, Source { vcpu, vector, eventfd })
+    }
+
+    /// Whether there may be a descriptor that raises `vector` on `vcpu`.
+    fn check(&self, vcpu: u32, vector: u8) -> Result<(), CoreError> {
         if self.controller == InterruptController::None {
             return Err(CoreError::NoDescriptor(
                 "without an interrupt controller no kernel interrupts a guest: launch with the apic".into(),
             ));
         }
         let accepted = self.gates.guard(vcpu)?.accepts(vector, Trigger::Edge);
-        accepted.map_err(|reason| CoreError::InjectionRefused { vcpu, event: Event::Interrupt(vector), reason })?;
+        accepted.map_err(|reason| CoreError::InjectionRefused { vcpu, event: Event::Interrupt(vector), reason })
+    }
 
-        let mut sources = lock(&self.gates.sources);
-        if let Some(known) = sources.iter().find(|source| (source.vcpu, source.vector) == (vcpu, vector)) {
-            return known.eventfd.try_clone().map_err(failed("copy an eventfd"));
-        }
+    fn known(sources: &[Arc<Source>], vcpu: u32, vector: u8) -> Option<&Arc<Source>> {
+        sources.iter().find(|source| (source.vcpu, source.vector) == (vcpu, vector))
+    }
+
+    fn add(&self, sources: &mut Vec<Arc<Source>>, source: Source) -> Result<(), CoreError> {
         if sources.len() == KVM_MAX_IRQ_ROUTES {
             return Err(CoreError::NoDescriptor("the kernel has no more interrupt routes".into()));
         }
-        let ours = eventfd::new().map_err(failed("make an eventfd"))?;
-        let theirs = ours.try_clone().map_err(failed("copy an eventfd"))?;
-        sources.push(Arc::new(Source { vcpu, vector, eventfd: ours }));
-        let connected = if self.counted { self.relay() } else { self.gates.connect(&sources) };
-        if let Err(error) = connected {
-            // A route that is left over leads from nowhere, and the next table is without it.
-            sources.pop();
-            return Err(error);
-        }
-        Ok(theirs)
+        sources.push(Arc::new(source));
+        let connected = if self.counted { self.relay() } else { self.gates.connect(sources) };
+        // A route that is left over leads from nowhere, and the next table is without it.
+        connected.inspect_err(|_| drop(sources.pop()))
     }
 
     /// Has the relay look at the sources, all of them.

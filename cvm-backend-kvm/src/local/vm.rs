@@ -15,7 +15,7 @@ use cvm_core::{
 };
 use kvm_ioctls::VmFd;
 use std::io::ErrorKind;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 /// What a VM and its vCPUs keep alive together.
@@ -41,6 +41,29 @@ impl LocalVm {
     pub(crate) fn new(shared: Arc<Shared>, vcpus: Vec<LocalVcpu>, doorbell: Doorbell, transcript: Transcript) -> Self {
         let kickers = vcpus.iter().map(Vcpu::kicker).collect();
         Self { shared, vcpus, kickers, doorbell, transcript }
+    }
+
+    /// Has the kernel signal `eventfd` when the guest writes `register`, with the errors of [`Vm::doorbell_fd`].
+    pub(crate) fn connect_doorbell(&self, register: u16, eventfd: impl AsFd) -> Result<(), Error> {
+        if self.doorbell != Doorbell::Port {
+            return Err(Error::NoDescriptor(
+                "the kernel knows no descriptors for msrs: launch with the port doorbell".into(),
+            ));
+        }
+        if doorbell::device_of(register).is_none() || !register.is_multiple_of(4) {
+            return Err(Error::NoDescriptor("it is no register of a device".into()));
+        }
+        match vm_fd::signal_on_write(&self.shared.vm, doorbell::PORT_BASE + register, eventfd) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                Err(Error::NoDescriptor("the register has one already".into()))
+            }
+            connected => connected.map_err(failed("connect a doorbell register")),
+        }
+    }
+
+    /// Has `eventfd` raise `vector` on `vcpu`, with the errors of [`Vm::interrupt_fd`].
+    pub(crate) fn connect_interrupt(&self, vcpu: u32, vector: u8, eventfd: OwnedFd) -> Result<(), Error> {
+        self.shared.interrupts.connect(vcpu, vector, eventfd)
     }
 }
 
@@ -94,21 +117,9 @@ impl Vm for LocalVm {
     }
 
     fn doorbell_fd(&self, register: u16) -> Result<OwnedFd, Error> {
-        if self.doorbell != Doorbell::Port {
-            return Err(Error::NoDescriptor(
-                "the kernel knows no descriptors for msrs: launch with the port doorbell".into(),
-            ));
-        }
-        if doorbell::device_of(register).is_none() || !register.is_multiple_of(4) {
-            return Err(Error::NoDescriptor("it is no register of a device".into()));
-        }
         let signalled = eventfd::new().map_err(failed("make an eventfd"))?;
-        match vm_fd::signal_on_write(&self.shared.vm, doorbell::PORT_BASE + register, &signalled) {
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                Err(Error::NoDescriptor("the register has one already".into()))
-            }
-            connected => connected.map(|()| signalled).map_err(failed("connect a doorbell register")),
-        }
+        self.connect_doorbell(register, &signalled)?;
+        Ok(signalled)
     }
 
     fn interrupt_fd(&self, vcpu: u32, vector: u8) -> Result<OwnedFd, Error> {

@@ -1,14 +1,16 @@
 //! How one end of a page tells the other that there is something new, and how the other waits for it.
 
+use rustix::event::Timespec;
 use rustix::thread::futex;
 use std::sync::atomic::{AtomicU32, Ordering, fence};
+use std::time::Duration;
 
 /// A number that both ends see, and that one of them can sleep on.
 pub(super) trait Word {
     fn load(&self) -> u32;
     fn store(&self, value: u32);
-    /// Sleeps until it is woken, unless the number is not `value` any more; may return for no reason.
-    fn sleep(&self, value: u32);
+    /// Sleeps until it is woken or `at_most` is over, unless the number is not `value` any more; may return for no reason.
+    fn sleep(&self, value: u32, at_most: Option<Duration>);
     fn wake(&self);
     /// What this thread has stored is seen by whoever stores, passes this and loads after it.
     fn settle();
@@ -23,9 +25,10 @@ impl Word for AtomicU32 {
         AtomicU32::store(self, value, Ordering::Release);
     }
 
-    fn sleep(&self, value: u32) {
+    fn sleep(&self, value: u32, at_most: Option<Duration>) {
+        let at_most = at_most.and_then(|at_most| Timespec::try_from(at_most).ok());
         // Whatever ends it, the caller looks again.
-        let _ = futex::wait(self, futex::Flags::empty(), value, None);
+        let _ = futex::wait(self, futex::Flags::empty(), value, at_most.as_ref());
     }
 
     fn wake(&self) {
@@ -37,6 +40,10 @@ impl Word for AtomicU32 {
         fence(Ordering::SeqCst);
     }
 }
+
+/// A wait for the other end took too long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Overdue;
 
 /// What is rung for each message in one direction: its number, and whether the other end may be sleeping.
 #[derive(Debug)]
@@ -50,18 +57,24 @@ impl<W: Word> Bell<'_, W> {
     pub(super) fn ring(&self, number: u32) {
         self.number.store(number);
         W::settle();
-        // Only who sleeps takes this back: he may have set it for the next message already, and not sleep yet.
+        // Only the other end clears its flag: it may have set it for the next message already, without sleeping yet.
         if self.sleeps.load() != 0 {
             self.number.wake();
         }
     }
 
-    /// Waits for a number other than `last`: looks for it so many times, and then sleeps.
-    pub(super) fn wait(&self, last: u32, looks: u32) -> u32 {
+    /// Waits for a number other than `last`: looks for it so many times, and then sleeps. Before each sleep `limit` says how
+    /// long it may take at most, or that the wait is over.
+    pub(super) fn wait(
+        &self,
+        last: u32,
+        looks: u32,
+        mut limit: impl FnMut() -> Result<Option<Duration>, Overdue>,
+    ) -> Result<u32, Overdue> {
         for _ in 0..looks {
             let now = self.number.load();
             if now != last {
-                return now;
+                return Ok(now);
             }
             std::hint::spin_loop();
         }
@@ -71,9 +84,9 @@ impl<W: Word> Bell<'_, W> {
             let now = self.number.load();
             if now != last {
                 self.sleeps.store(0);
-                return now;
+                return Ok(now);
             }
-            self.number.sleep(last);
+            self.number.sleep(last, limit()?);
         }
     }
 }
@@ -108,7 +121,8 @@ mod tests {
             self.number.store(value, Ordering::Release);
         }
 
-        fn sleep(&self, value: u32) {
+        fn sleep(&self, value: u32, at_most: Option<Duration>) {
+            assert_eq!(at_most, None, "the model has no clock");
             let kernel = self.kernel.lock().unwrap();
             if self.number.load(Ordering::SeqCst) == value {
                 drop(self.sleepers.wait(kernel).unwrap());
@@ -136,7 +150,7 @@ mod tests {
                 let bell = Bell { number: &theirs.0, sleeps: &theirs.1 };
                 let mut last = 0;
                 while last < 2 {
-                    last = bell.wait(last, looks);
+                    last = bell.wait(last, looks, || Ok(None)).unwrap();
                 }
             });
             let bell = Bell { number: &words.0, sleeps: &words.1 };

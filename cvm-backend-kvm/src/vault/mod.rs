@@ -26,6 +26,7 @@
 
 mod bell;
 mod client;
+mod connection;
 mod credentials;
 mod launcher;
 mod page;
@@ -35,6 +36,7 @@ mod sandbox;
 mod server;
 mod socket;
 mod vcpu;
+mod vcpu_thread;
 
 pub(crate) use client::{VaultLoader, VaultVm, launch};
 pub use launcher::Launcher;
@@ -47,12 +49,16 @@ use std::env;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::time::Duration;
 
 /// What a vault is called, as a program, in its arguments, and where processes are listed.
 const NAME: &str = "cvm-vault";
 
 /// Set in a vault's environment, so that a program which does not call [`init`] does not start itself forever.
 const MARK: &str = "CVM_IS_VAULT";
+
+/// How long a vault may take for what it does by itself, where processors are emulated and files come over a network.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
 /// The most bytes that are loaded by one order.
 const MOST_LOADED: u64 = 2 << 20;

@@ -5,7 +5,7 @@
 //! | 0 | sequence number of the last request | VMM |
 //! | 64 | its message | VMM |
 //! | 128 | whether the vault may sleep until there is another | vault |
-//! | 192 | sequence number of the last reply; [`DEAD`] when there will be none | vault; [`DEAD`] the VMM's own watcher |
+//! | 192 | sequence number of the last reply; [`DEAD`] when there will be none | vault; [`DEAD`] the VMM itself |
 //! | 256 | its message | vault |
 //! | 320 | whether the VMM may sleep until there is another | VMM |
 //! | 384 | whether the vCPU is to be kicked | VMM; the vault clears it |
@@ -15,7 +15,7 @@
 //! Either end may change anything at any time. So a message is copied before it is looked at, and all that is in the
 //! page is read and written by atomic or volatile accesses.
 
-use super::bell::{Bell, Word};
+use super::bell::{Bell, Overdue, Word};
 use super::protocol::{Encoded, MOST_TEXT, Message, WORDS};
 use crate::Error;
 use crate::local::Backing;
@@ -23,10 +23,11 @@ use cvm_core::PAGE_SIZE;
 use std::io;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 use zerocopy::IntoBytes;
 
-/// The bit of a reply's sequence number that says that the vault is dead.
+/// The bit of a reply's sequence number that says that the vault is dead, or that the VMM has given it up.
 const DEAD: u32 = 1 << 31;
 
 const KICK: usize = 384;
@@ -123,9 +124,15 @@ impl<'a> Page<'a> {
         self.bell(to).ring(sequence);
     }
 
-    /// Waits for a sequence number other than `last`.
-    fn wait(&self, on: Direction, last: u32, looks: u32) -> u32 {
-        self.bell(on).wait(last, if self.looks { looks } else { 0 })
+    /// Waits for a sequence number other than `last`, as long as `limit` allows before each sleep.
+    fn wait(
+        &self,
+        on: Direction,
+        last: u32,
+        looks: u32,
+        limit: impl FnMut() -> Result<Option<Duration>, Overdue>,
+    ) -> Result<u32, Overdue> {
+        self.bell(on).wait(last, if self.looks { looks } else { 0 }, limit)
     }
 
     fn bell(&self, of: Direction) -> Bell<'a, AtomicU32> {
@@ -148,8 +155,8 @@ impl<'a> Page<'a> {
         (message, text)
     }
 
-    /// For the VMM's watcher: there will be no more replies.
-    pub(super) fn bury(&self) {
+    /// For the VMM: there will be no more replies.
+    pub(super) fn poison(&self) {
         let sequence = self.word(REPLIES.sequence);
         sequence.fetch_or(DEAD, Ordering::SeqCst);
         sequence.wake();
@@ -166,6 +173,45 @@ impl<'a> Page<'a> {
     }
 }
 
+/// How often a VMM that waits for the end of a run looks whether the vCPU was kicked meanwhile.
+const KICK_CHECK: Duration = Duration::from_secs(1);
+
+/// How long the VMM waits for a reply.
+#[derive(Clone, Copy)]
+pub(super) enum Limit<'a> {
+    /// This long: the vault does it by itself.
+    Within(Duration),
+    /// As long as the guest runs, and this long after the vCPU was kicked.
+    AfterKick { within: Duration, is_kicked: &'a dyn Fn() -> bool },
+}
+
+impl Limit<'_> {
+    fn looks(self) -> u32 {
+        match self {
+            Self::Within(_) => PATIENT_LOOKS,
+            Self::AfterKick { .. } => LOOKS,
+        }
+    }
+
+    /// What says before each sleep how long it may take.
+    fn clock(self) -> impl FnMut() -> Result<Option<Duration>, Overdue> {
+        let mut begin = None;
+        move || {
+            let within = match self {
+                Self::Within(within) => within,
+                Self::AfterKick { within, is_kicked } if is_kicked() => within,
+                // Nothing wakes a sleeping thread for a kick but the vault, which may be stopped.
+                Self::AfterKick { within, .. } => {
+                    begin = None;
+                    return Ok(Some(within.min(KICK_CHECK)));
+                }
+            };
+            let left = within.checked_sub(begin.get_or_insert_with(Instant::now).elapsed());
+            left.filter(|left| !left.is_zero()).map(Some).ok_or(Overdue)
+        }
+    }
+}
+
 /// The VMM's end.
 #[derive(Debug, Default)]
 pub(super) struct Asking {
@@ -177,20 +223,21 @@ pub(super) struct Asking {
 pub(super) enum NoReply {
     Dead,
     OutOfOrder,
+    Overdue,
 }
 
 impl Asking {
-    /// Sends a request, and waits for the reply to it, which the vault gives by itself or when its guest has exited.
+    /// Sends a request, and waits for the reply to it.
     pub(super) fn ask(
         &mut self,
         page: Page<'_>,
         request: Encoded,
-        of_its_own: bool,
+        limit: Limit<'_>,
     ) -> Result<(Message, Vec<u8>), NoReply> {
         let before = self.last;
         self.last = Page::after(before);
         page.write(REQUESTS, self.last, request);
-        let now = page.wait(REPLIES, before, if of_its_own { PATIENT_LOOKS } else { LOOKS });
+        let now = page.wait(REPLIES, before, limit.looks(), limit.clock()).map_err(|Overdue| NoReply::Overdue)?;
         if now & DEAD != 0 {
             return Err(NoReply::Dead);
         }
@@ -212,7 +259,8 @@ impl Answering {
     /// Waits for a request; nothing if what came is out of order. Either has to be [answered](Answering::answer).
     pub(super) fn next(&mut self, page: Page<'_>) -> Option<(Message, Vec<u8>)> {
         let before = self.last;
-        self.last = page.wait(REQUESTS, before, LOOKS);
+        // It may wait for ever: the main thread ends the process when the VMM is gone. Without a limit nothing is overdue.
+        self.last = page.wait(REQUESTS, before, LOOKS, || Ok(None)).unwrap_or(before);
         let (message, text) = page.read(REQUESTS);
         (self.last == Page::after(before) && message.sequence == self.last).then_some((message, text))
     }
@@ -228,6 +276,8 @@ mod tests {
     use super::*;
     use crate::vault::protocol::{Given, Request};
     use zerocopy::FromBytes;
+
+    const PATIENT: Limit<'_> = Limit::Within(Duration::from_secs(60));
 
     fn pages(vcpus: u32) -> Pages {
         let backing = Backing::new("cvm-pages", Pages::bytes(vcpus)).unwrap();
@@ -249,7 +299,7 @@ mod tests {
             let mut asking = Asking::default();
             for value in 0..1000 {
                 let (message, _) =
-                    asking.ask(pages.page(1), Request::Run(Given::Value(value)).encode(), false).unwrap();
+                    asking.ask(pages.page(1), Request::Run(Given::Value(value)).encode(), PATIENT).unwrap();
                 assert_eq!(message.operands[0], value + 1);
                 if value % 100 == 0 {
                     // Long enough for the other end to fall asleep.
@@ -264,13 +314,33 @@ mod tests {
         let pages = pages(1);
         std::thread::scope(|scope| {
             let asked =
-                scope.spawn(|| Asking::default().ask(pages.page(0), Request::Run(Given::Nothing).encode(), false));
+                scope.spawn(|| Asking::default().ask(pages.page(0), Request::Run(Given::Nothing).encode(), PATIENT));
             std::thread::sleep(std::time::Duration::from_millis(20));
-            pages.page(0).bury();
+            pages.page(0).poison();
             assert_eq!(asked.join().unwrap(), Err(NoReply::Dead));
         });
-        let again = Asking::default().ask(pages.page(0), Request::Run(Given::Nothing).encode(), false);
+        let again = Asking::default().ask(pages.page(0), Request::Run(Given::Nothing).encode(), PATIENT);
         assert_eq!(again, Err(NoReply::Dead));
+    }
+
+    #[test]
+    fn a_silent_vault_is_overdue() {
+        let pages = pages(1);
+        let limit = Limit::Within(Duration::from_millis(20));
+        let asked = Asking::default().ask(pages.page(0), Request::Run(Given::Nothing).encode(), limit);
+        assert_eq!(asked, Err(NoReply::Overdue));
+    }
+
+    #[test]
+    fn a_run_is_overdue_only_after_a_kick() {
+        let pages = pages(1);
+        let within = Duration::from_millis(20);
+        let checks = AtomicU32::new(0);
+        let is_kicked = || checks.fetch_add(1, Ordering::Relaxed) >= 10;
+        let limit = Limit::AfterKick { within, is_kicked: &is_kicked };
+        let asked = Asking::default().ask(pages.page(0), Request::Run(Given::Nothing).encode(), limit);
+        assert_eq!(asked, Err(NoReply::Overdue));
+        assert!(checks.load(Ordering::Relaxed) > 10, "it gave up before the kick");
     }
 
     #[test]
@@ -285,7 +355,10 @@ mod tests {
         page.write(REQUESTS, 8, Request::Run(Given::Nothing).encode());
         assert!(answering.next(page).is_some(), "one that is in order again");
         page.write(REPLIES, 5, Request::Run(Given::Nothing).encode());
-        assert_eq!(Asking::default().ask(page, Request::Run(Given::Nothing).encode(), false), Err(NoReply::OutOfOrder));
+        assert_eq!(
+            Asking::default().ask(page, Request::Run(Given::Nothing).encode(), PATIENT),
+            Err(NoReply::OutOfOrder)
+        );
     }
 
     #[test]
@@ -301,7 +374,7 @@ mod tests {
                 answering.next(pages.page(0)).unwrap();
                 answering.answer(pages.page(0), Request::Run(Given::Nothing).encode());
             });
-            asking.ask(pages.page(0), Request::Run(Given::Nothing).encode(), false).unwrap();
+            asking.ask(pages.page(0), Request::Run(Given::Nothing).encode(), PATIENT).unwrap();
         });
     }
 

@@ -19,7 +19,7 @@ use std::io;
 use std::ptr::null;
 
 /// The first thing that a vault does: nobody looks into it from now on. `keep` is the only descriptor that it has kept.
-pub(super) fn close_the_doors(keep: u32) -> Result<(), Error> {
+pub(super) fn drop_privileges(keep: u32) -> Result<(), Error> {
     set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(Error::vault("refuse to be dumped"))?;
     // Who had attached himself before that is still there.
     let status = fs::read_to_string("/proc/self/status").map_err(Error::vault("look for a tracer"))?;

@@ -1,31 +1,61 @@
 //! The vault itself: it holds the VM, and does for its VMM what the guest and the rules allow.
 
-use super::page::{self, Answering, Page, Pages};
-use super::protocol::{Failure, Given, Malformed, Order, Reply, Report, Request};
-use super::socket::{self, Received};
+use super::page::{self, Pages};
+use super::protocol::{Order, Report};
+use super::socket::{self, Descriptors, Received};
+use super::vcpu_thread::VcpuThread;
 use super::{MOST_LOADED, sandbox};
-use crate::local::{Backing, Layout, LocalLoader, LocalVcpu, LocalVm};
-use crate::{Error, KvmPlatform, eventfd};
+use crate::local::{Backing, Layout, LocalLoader, LocalVm};
+use crate::{Error, KvmPlatform};
 use cvm_core::launch::VmConfig;
-use cvm_core::memory::LeftAs;
-use cvm_core::{
-    BoxError, Error as CoreError, GpaRange, InterruptPolicy, Kick, Launch, PageKind, PageState, Trigger, Vcpu, Vm,
-};
+use cvm_core::{BoxError, Error as CoreError, GpaRange, InterruptPolicy, Kick, Launch, PageKind, Trigger, Vcpu, Vm};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{FileType, fstat};
 use rustix::io::Errno;
-use rustix::net::RecvFlags;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// How many requests that no honest VMM makes a vault refuses before it gives up on its VMM.
-const PATIENCE: u32 = 1 << 16;
+/// How many orders and requests that no honest VMM makes a vault refuses before it ends.
+const REFUSALS: u32 = 1 << 12;
+
+/// How many more refusals there will be. An honest VMM uses none up, so that it needs no refill.
+#[derive(Debug)]
+pub(super) struct RefusalBudget(AtomicU32);
+
+impl RefusalBudget {
+    /// Counts a refusal of what no honest VMM asks for; ends the vault after too many.
+    pub(super) fn spend(&self) {
+        if self.0.fetch_sub(1, Ordering::Relaxed) <= 1 {
+            process::exit(2);
+        }
+    }
+}
+
+/// Why an order is not carried out.
+enum Refusal {
+    /// No honest VMM gives it, for this reason.
+    Senseless(String),
+    /// It failed.
+    Failed(BoxError),
+}
+
+impl<E: Into<BoxError>> From<E> for Refusal {
+    fn from(error: E) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+/// A refusal of an order that no honest VMM gives.
+fn senseless<T>(reason: impl ToString) -> Result<T, Refusal> {
+    Err(Refusal::Senseless(reason.to_string()))
+}
 
 /// An error with all its sources.
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+pub(super) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     std::iter::successors(error.source(), |error| error.source())
         .fold(error.to_string(), |text, source| format!("{text}: {source}"))
 }
@@ -48,7 +78,7 @@ pub(super) fn serve(socket: BorrowedFd<'static>, device: &Path) -> ! {
 }
 
 fn prepare(device: &Path) -> Result<KvmPlatform, Error> {
-    sandbox::close_the_doors(0)?;
+    sandbox::drop_privileges(0)?;
     let platform = KvmPlatform::local(device)?;
     page::worth_looking();
     sandbox::lock_down()?;
@@ -81,19 +111,10 @@ struct Server {
     socket: BorrowedFd<'static>,
     platform: KvmPlatform,
     stage: Stage,
+    /// The VMM's kicks arrive here.
     kicks: Option<OwnedFd>,
-    /// What goes with the next report.
-    handed_over: Option<OwnedFd>,
     last: u32,
-    /// How many more senseless requests are put up with.
-    patience: Arc<AtomicU32>,
-}
-
-/// Counts a request that no honest VMM makes.
-fn lose_patience(patience: &AtomicU32) {
-    if patience.fetch_sub(1, Ordering::Relaxed) <= 1 {
-        process::exit(2);
-    }
+    budget: Arc<RefusalBudget>,
 }
 
 impl Server {
@@ -103,9 +124,8 @@ impl Server {
             platform,
             stage: Stage::Configured { memory: Vec::new(), interrupts: InterruptPolicy::default() },
             kicks: None,
-            handed_over: None,
             last: 0,
-            patience: Arc::new(AtomicU32::new(PATIENCE)),
+            budget: Arc::new(RefusalBudget(AtomicU32::new(REFUSALS))),
         }
     }
 
@@ -123,7 +143,7 @@ impl Server {
                 self.pass_kicks_on();
             }
             if !for_orders.is_empty() {
-                match socket::receive(self.socket, RecvFlags::DONTWAIT) {
+                match socket::receive(self.socket, Descriptors::Some) {
                     Ok(Some(received)) => {
                         if self.obey(received).is_err() {
                             return 1;
@@ -137,9 +157,11 @@ impl Server {
         }
     }
 
-    fn pass_kicks_on(&self) {
-        // First the counter, then the pages: what is asked for meanwhile counts again.
-        self.kicks.as_ref().map(eventfd::take);
+    fn pass_kicks_on(&mut self) {
+        // First the socket, then the pages: what is asked for meanwhile is signalled again.
+        if self.kicks.as_ref().is_some_and(|kicks| socket::take_signals(kicks).is_err()) {
+            self.kicks = None;
+        }
         if let Stage::Running { pages, kickers, .. } = &self.stage {
             for (index, kicker) in (0..).zip(&**kickers) {
                 if pages.page(index).take_kick() {
@@ -154,23 +176,30 @@ impl Server {
         let sequence = received.message.sequence;
         let order = Order::decode(&received.message, &received.text);
         let report = if sequence != self.last.wrapping_add(1) {
-            Err("the order is out of order".into())
+            senseless("the order is out of order")
         } else {
-            order.map_err(Into::into).and_then(|order| self.carry_out(order, received.descriptors))
+            order.or_else(senseless).and_then(|order| self.carry_out(order, received.descriptors))
         };
         self.last = sequence;
-        let report = report.unwrap_or_else(|error: BoxError| {
-            lose_patience(&self.patience);
-            Report::Failed(chain(&*error))
+        let report = report.unwrap_or_else(|refusal| match refusal {
+            Refusal::Senseless(reason) => {
+                self.budget.spend();
+                Report::Failed(reason)
+            }
+            Refusal::Failed(error) => Report::Failed(chain(&*error)),
         });
-        let handed_over = self.handed_over.take();
-        let descriptors: Vec<_> = handed_over.iter().map(AsFd::as_fd).collect();
-        socket::send(self.socket, sequence, report.encode(), &descriptors)
+        socket::send(self.socket, sequence, report.encode(), &[])
     }
 
-    fn carry_out(&mut self, order: Order, descriptors: Vec<OwnedFd>) -> Result<Report, BoxError> {
-        if !descriptors.is_empty() && !matches!(order, Order::Create { .. }) {
-            return Err("it takes no descriptors".into());
+    fn carry_out(&mut self, order: Order, mut descriptors: Vec<OwnedFd>) -> Result<Report, Refusal> {
+        let expected = match order {
+            // That too many or too few came is one of the ways to fail for good.
+            Order::Create { .. } => descriptors.len(),
+            Order::DoorbellFd(_) | Order::InterruptFd { .. } => 1,
+            _ => 0,
+        };
+        if descriptors.len() != expected {
+            return senseless(format_args!("it takes {expected} descriptors"));
         }
         match (order, &mut self.stage) {
             (Order::Slot(range), Stage::Configured { memory, .. }) => {
@@ -221,51 +250,40 @@ impl Server {
             }
             (Order::Seal, stage @ Stage::Loading { .. }) => {
                 let Stage::Loading { launch, pages, .. } = std::mem::replace(stage, Stage::Over) else {
-                    return Err("nothing is being loaded".into());
+                    return senseless("nothing is being loaded");
                 };
-                self.start(*launch, pages)
+                Ok(self.start(*launch, pages)?)
             }
             (Order::Count, Stage::Running { vm, .. }) => {
                 let allocated = vm.allocated()?;
                 Ok(Report::Memory { private: allocated.private, shared: allocated.shared })
             }
             (Order::DoorbellFd(register), Stage::Running { vm, .. }) => {
-                let eventfd = vm.doorbell_fd(register);
-                self.hand_over(eventfd)
+                let Some(eventfd) = descriptors.pop() else { return senseless("it takes a descriptor") };
+                connected(vm.connect_doorbell(register, eventfd))
             }
             (Order::InterruptFd { vcpu, vector }, Stage::Running { vm, .. }) => {
-                let eventfd = vm.interrupt_fd(vcpu, vector);
-                self.hand_over(eventfd)
+                let Some(eventfd) = descriptors.pop() else { return senseless("it takes a descriptor") };
+                connected(vm.connect_interrupt(vcpu, vector, eventfd))
             }
             (Order::CountDropped, Stage::Running { vm, .. }) => Ok(Report::Dropped(vm.dropped_interrupts()?)),
-            _ => Err("this is not the time for that".into()),
-        }
-    }
-
-    /// Puts a descriptor beside the report, or says why there is none.
-    fn hand_over(&mut self, eventfd: Result<OwnedFd, CoreError>) -> Result<Report, BoxError> {
-        match eventfd {
-            Ok(eventfd) => {
-                self.handed_over = Some(eventfd);
-                Ok(Report::Descriptor)
-            }
-            Err(CoreError::NoDescriptor(reason)) => Ok(Report::NoDescriptor(reason)),
-            Err(CoreError::InjectionRefused { reason, .. }) => Ok(Report::InjectionRefused(reason)),
-            Err(error) => Err(error.into()),
+            _ => senseless("this is not the time for that"),
         }
     }
 
     fn create(&mut self, config: VmConfig, descriptors: Vec<OwnedFd>) -> Result<(), BoxError> {
         config.check()?;
-        let [shared, pages] = <[OwnedFd; 2]>::try_from(descriptors).map_err(|_| "it takes two descriptors")?;
+        let [shared, pages, kicks] = <[OwnedFd; 3]>::try_from(descriptors).map_err(|_| "it takes 3 descriptors")?;
         let layout = Layout::new(&config.memory)?;
         let shared = Backing::adopt(shared, layout.bytes())?;
         let pages = Pages::map(&Backing::adopt(pages, Pages::bytes(config.vcpus))?, config.vcpus)?;
-        let kicks = eventfd::new().map_err(Error::vault("make an eventfd"))?;
-        let theirs = kicks.try_clone().map_err(Error::vault("copy an eventfd"))?;
+        // To poll some other file may wait for the process that serves its file system.
+        let status = fstat(&kicks).map_err(Error::vault("look at the socket for kicks"))?;
+        if FileType::from_raw_mode(status.st_mode) != FileType::Socket {
+            return Err("kicks come by a socket".into());
+        }
         let kept = shared.try_clone().map_err(Error::vault("copy the descriptor of shared memory"))?;
         let launch = self.platform.launch_in_vault(config, shared)?;
-        self.handed_over = Some(theirs);
         self.kicks = Some(kicks);
         self.stage = Stage::Loading { launch: Box::new(launch), pages: Arc::new(pages), shared: kept, layout };
         Ok(())
@@ -277,10 +295,11 @@ impl Server {
         let measurement = vm.transcript().measurement();
         let kickers: Arc<[_]> = vcpus.iter().map(Vcpu::kicker).collect();
         for vcpu in vcpus {
-            let attendant = Attendant { vcpu, kickers: Arc::clone(&kickers), patience: Arc::clone(&self.patience) };
+            let index = vcpu.index();
+            let thread = VcpuThread::new(vcpu, Arc::clone(&kickers), Arc::clone(&self.budget));
             let pages = Arc::clone(&pages);
-            let name = format!("vcpu-{}", attendant.vcpu.index());
-            let thread = std::thread::Builder::new().name(name).spawn(move || attendant.attend(&pages));
+            let name = format!("vcpu-{index}");
+            let thread = std::thread::Builder::new().name(name).spawn(move || thread.serve(&pages));
             thread.map_err(Error::vault("start a thread for a vcpu"))?;
         }
         self.stage = Stage::Running { vm, pages, kickers };
@@ -309,85 +328,12 @@ fn load(
     Ok(shared.free(offset, range.len()).map_err(Error::memory("free", range))?)
 }
 
-/// Looks after one vCPU, on its thread.
-struct Attendant {
-    vcpu: LocalVcpu,
-    /// Those of all vCPUs.
-    kickers: Arc<[Arc<dyn Kick>]>,
-    patience: Arc<AtomicU32>,
-}
-
-impl Attendant {
-    fn attend(mut self, pages: &Pages) {
-        let page: Page<'_> = pages.page(self.vcpu.index());
-        let mut answering = Answering::default();
-        loop {
-            let reply = match answering.next(page).map(|(message, text)| Request::decode(&message, &text)) {
-                Some(Ok(request)) => self.carry_out(request),
-                Some(Err(malformed @ Malformed { .. })) => Reply::Refused(malformed.to_string()),
-                None => Reply::Refused("the request is out of order".into()),
-            };
-            if matches!(reply, Reply::Refused(_)) {
-                lose_patience(&self.patience);
-            }
-            answering.answer(page, reply.encode());
-        }
-    }
-
-    fn carry_out(&mut self, request: Request) -> Reply {
-        let index = self.vcpu.index();
-        match request {
-            Request::Run(given) => self.run(given),
-            Request::Convert { range, to } => match self.vcpu.engine().convert_part(index, range, to) {
-                Ok(()) => Reply::Done,
-                Err(error @ CoreError::NotAsked { .. }) => Reply::Refused(chain(&error)),
-                Err(error) => {
-                    if self.vcpu.engine().is_lost() {
-                        self.kickers.iter().for_each(|kicker| kicker.kick());
-                    }
-                    let map = self.vcpu.engine().memory().map();
-                    let unchanged = map.first_not_in(range, PageState::from(to.other())).is_none();
-                    let left_as = if unchanged { LeftAs::Before } else { LeftAs::Unknown };
-                    Reply::NotConverted { left_as, reason: chain(&error) }
-                }
-            },
-            Request::Poison(range) => {
-                // Who could not convert has poisoned already, and pages that are well are nobody's to take.
-                let map = self.vcpu.engine().memory().map();
-                match map.first_not_in(range, PageState::Poisoned) {
-                    None if !self.vcpu.engine().is_lost() => Reply::Done,
-                    _ => Reply::Refused("the pages are not lost, or not out of the guest's reach".into()),
-                }
-            }
-            Request::Register(register) => Reply::Register(self.vcpu.exposed(register)),
-            Request::Inject(event) => match self.vcpu.inject(event) {
-                Ok(()) => Reply::Done,
-                Err(CoreError::InjectionRefused { reason, .. }) => Reply::InjectionRefused(reason),
-                Err(error) => Reply::Failed(Failure::Host(chain(&error))),
-            },
-        }
-    }
-
-    fn run(&mut self, given: Given) -> Reply {
-        let answered = match given {
-            Given::Nothing => Ok(()),
-            Given::Value(value) => self.vcpu.answer_read(value),
-            Given::Answer(answer) => {
-                let concluded = self.vcpu.engine().conclude(self.vcpu.index(), answer);
-                concluded.and_then(|conversion| self.vcpu.answer_conversion(conversion))
-            }
-        };
-        match answered.and_then(|()| self.vcpu.run()) {
-            Ok(exit) => Reply::Exit(exit),
-            Err(CoreError::MmioRefused { gpa, write, .. }) => Reply::Failed(Failure::Mmio { gpa, write }),
-            Err(CoreError::MissingConversion { gpa, .. }) => Reply::Failed(Failure::MissingConversion { gpa }),
-            Err(CoreError::UnknownDoorbell { register, access, .. }) => {
-                Reply::Failed(Failure::UnknownDoorbell { register, access })
-            }
-            Err(CoreError::Crashed { reason, .. }) => Reply::Failed(Failure::Crashed(reason)),
-            Err(CoreError::Lost) => Reply::Failed(Failure::Lost),
-            Err(error @ (CoreError::Protocol { .. } | CoreError::NotAsked { .. })) => Reply::Refused(chain(&error)),
-            Err(error) => Reply::Failed(Failure::Host(chain(&error))),
-        }
+/// Reports whether a descriptor was connected.
+fn connected(connected: Result<(), CoreError>) -> Result<Report, Refusal> {
+    match connected {
+        Ok(()) => Ok(Report::Done),
+        Err(CoreError::NoDescriptor(reason)) => Ok(Report::NoDescriptor(reason)),
+        Err(CoreError::InjectionRefused { reason, .. }) => Ok(Report::InjectionRefused(reason)),
+        Err(error) => Err(error.into()),
     }
 }

@@ -1,18 +1,23 @@
-//! The socket between a VMM and its vault: whole messages, some with descriptors.
+//! The sockets between a VMM and its vault: one for whole messages, some with descriptors, and one for kicks.
+//!
+//! Descriptors cross in one direction only, to the vault. A VMM takes none: whatever a hostile vault hands over might block
+//! the VMM that uses it, or even closes it.
 
 use super::protocol::{Encoded, MOST_TEXT, Message};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, send as send_bytes, sendmsg, socketpair,
 };
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// The most descriptors that come with a message.
-pub(super) const MOST_DESCRIPTORS: usize = 2;
+pub(super) const MOST_DESCRIPTORS: usize = 3;
 
 /// A message with what came along.
 #[derive(Debug)]
@@ -27,7 +32,29 @@ pub(super) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
 }
 
-/// Sends a message. It never waits: who does not fetch what was sent to him is not sent more.
+/// Both ends of a new socket for [kicks](signal).
+pub(super) fn kick_pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?)
+}
+
+/// Makes the other end of a socket for kicks readable. Unlike a write to an eventfd, whose flags the other end can change,
+/// it never waits.
+pub(super) fn signal(kicks: impl AsFd) {
+    // It fails where so many kicks wait already that one more tells nothing new, and where the other end is gone.
+    let _ = send_bytes(kicks, &[0], SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+}
+
+/// Takes what was signalled, or the better part of it. An error says that there will be no more.
+pub(super) fn take_signals(kicks: impl AsFd) -> io::Result<()> {
+    let (mut bytes, mut none) = ([0; 256], RecvAncillaryBuffer::default());
+    match recvmsg(kicks, &mut [IoSliceMut::new(&mut bytes)], &mut none, RecvFlags::DONTWAIT) {
+        Ok(received) if received.bytes == 0 => Err(io::ErrorKind::UnexpectedEof.into()),
+        Ok(_) | Err(Errno::AGAIN | Errno::INTR) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Sends a message. It never waits: a peer that does not fetch its messages gets no more.
 pub(super) fn send(
     socket: impl AsFd,
     sequence: u32,
@@ -45,14 +72,39 @@ pub(super) fn send(
     Ok(())
 }
 
-/// Receives a message, waiting for it unless `flags` say otherwise; nothing when the other end is gone.
-pub(super) fn receive(socket: impl AsFd, flags: RecvFlags) -> io::Result<Option<Received>> {
+/// Whether descriptors may come with a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Descriptors {
+    /// A message with some is malformed, and they are not even opened here.
+    None,
+    /// As many as [`MOST_DESCRIPTORS`].
+    Some,
+}
+
+/// Waits until there is a message or the other end is gone; false if neither comes in time.
+pub(super) fn await_message(socket: impl AsFd, limit: Duration) -> io::Result<bool> {
+    let begin = Instant::now();
+    loop {
+        let left = Timespec::try_from(limit.saturating_sub(begin.elapsed())).ok();
+        match poll(&mut [PollFd::new(&socket, PollFlags::IN)], left.as_ref()) {
+            Ok(ready) => return Ok(ready > 0),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Receives a message without waiting for it; nothing when the other end is gone.
+pub(super) fn receive(socket: impl AsFd, descriptors: Descriptors) -> io::Result<Option<Received>> {
     let mut bytes = [0; size_of::<Message>() + MOST_TEXT];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
     let (received, flags, descriptors) = loop {
-        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let mut ancillary = match descriptors {
+            Descriptors::None => RecvAncillaryBuffer::default(),
+            Descriptors::Some => RecvAncillaryBuffer::new(&mut space),
+        };
         let mut parts = [IoSliceMut::new(&mut bytes)];
-        match recvmsg(&socket, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC | flags) {
+        match recvmsg(&socket, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT) {
             Ok(received) => {
                 let mut descriptors = Vec::new();
                 for message in ancillary.drain() {

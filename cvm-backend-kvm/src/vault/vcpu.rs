@@ -2,9 +2,10 @@
 
 use super::client::{Held, Shared};
 use super::protocol::{Failure, Given, Reply, Request};
+use super::socket;
+use crate::Error;
 use crate::error::failed;
 use crate::questions::Questions;
-use crate::{Error, eventfd};
 use cvm_core::x86::Register;
 use cvm_core::{Answer, Conversion, Error as CoreError, Event, Exit, Kick, RegisterRead, Vcpu};
 use std::sync::Arc;
@@ -47,11 +48,11 @@ impl VaultVcpu {
             }
             let given = std::mem::replace(&mut self.given, Given::Nothing);
             let was_done = matches!(given, Given::Answer(Answer::Done));
-            let mut reply = self.shared.held.vault.ask(self.index, &Request::Run(given));
-            if was_done && matches!(reply, Err(Error::VaultRefused { .. })) {
+            let run = |given| self.shared.held.vault.run(self.index, given, &|| self.kicker.is_asked());
+            let mut reply = run(given);
+            if was_done && matches!(reply, Ok(Reply::Outdated(_))) {
                 // Another vCPU has taken pages back since, so that it is not true any more: this one may ask again.
-                let retry = Request::Run(Given::Answer(Answer::Retry));
-                reply = self.shared.held.vault.ask(self.index, &retry);
+                reply = run(Given::Answer(Answer::Retry));
             }
             self.kicker.leave();
             let reply = reply.map_err(failed("run a vcpu"));
@@ -142,7 +143,7 @@ impl Vcpu for VaultVcpu {
 struct Kicker {
     index: u32,
     held: Arc<Held>,
-    /// Whether a kick was asked for and nobody has heard of it yet.
+    /// Whether a kick was asked for that no run has ended for yet.
     asked: AtomicBool,
     /// Whether the vault runs the vCPU, or is about to, or has just done so.
     running: AtomicBool,
@@ -155,6 +156,10 @@ impl Kicker {
 
     fn take(&self) -> bool {
         self.asked.swap(false, Ordering::SeqCst)
+    }
+
+    fn is_asked(&self) -> bool {
+        self.asked.load(Ordering::SeqCst)
     }
 
     /// Before the vault runs it; false if it was kicked.
@@ -178,7 +183,7 @@ impl Kick for Kicker {
         self.asked.store(true, Ordering::SeqCst);
         if self.running.load(Ordering::SeqCst) {
             self.held.vault.page(self.index).ask_for_kick();
-            eventfd::signal(&self.held.kicks);
+            socket::signal(&self.held.kicks);
         }
     }
 }

@@ -32,7 +32,7 @@ use zerocopy::{FromBytes, IntoBytes};
 /// What a packet was answered with.
 #[derive(Debug)]
 pub enum Heard {
-    Report(Report, Vec<OwnedFd>),
+    Report(Report),
     /// The vault has closed its socket.
     Gone,
 }
@@ -55,7 +55,7 @@ impl Vault {
         let vault = Self { process: command.spawn().unwrap(), socket: Some(ours), sequence: 0 };
         // What is left of the command has the vault's end of the socket.
         drop(command);
-        assert!(matches!(vault.hear(), Heard::Report(Report::Done, _)));
+        assert!(matches!(vault.hear(), Heard::Report(Report::Done)));
         vault
     }
 
@@ -86,9 +86,9 @@ impl Vault {
             RecvAncillaryMessage::ScmRights(rights) => Some(rights),
             _ => None,
         });
-        let descriptors = descriptors.flatten().collect();
+        assert_eq!(descriptors.flatten().count(), 0, "no descriptor crosses from a vault to its VMM");
         let (message, text) = Message::read_from_prefix(&bytes[..len]).unwrap();
-        Heard::Report(Report::decode(&message, text).unwrap(), descriptors)
+        Heard::Report(Report::decode(&message, text).unwrap())
     }
 
     /// An order as a packet with this sequence number.
@@ -105,7 +105,7 @@ impl Vault {
 
     pub fn order(&mut self, order: &Order) -> Report {
         match self.order_with(order, &[]) {
-            Heard::Report(report, _) => report,
+            Heard::Report(report) => report,
             Heard::Gone => panic!("{order:?} has ended the vault"),
         }
     }
@@ -156,6 +156,11 @@ pub fn sealed_file(bytes: u64) -> File {
     file
 }
 
+/// Both ends of a socket for kicks, of which the vault gets the second.
+pub fn kick_sockets() -> (OwnedFd, OwnedFd) {
+    socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap()
+}
+
 pub fn create(vcpus: u32) -> Order {
     Order::Create {
         vcpus,
@@ -180,9 +185,9 @@ impl Loading {
         let mut vault = Vault::start();
         vault.done(&Order::Slot(range(0, MEMORY / PAGE_SIZE)));
         let (shared, pages) = (sealed_file(MEMORY), sealed_file(u64::from(vcpus) * PAGE_SIZE));
-        let created = vault.order_with(&create(vcpus), &[shared.as_fd(), pages.as_fd()]);
-        let Heard::Report(Report::Done, mut descriptors) = created else { panic!("{created:?}") };
-        let kicks = descriptors.pop().expect("it gives a way to kick");
+        let (kicks, theirs) = kick_sockets();
+        let created = vault.order_with(&create(vcpus), &[shared.as_fd(), pages.as_fd(), theirs.as_fd()]);
+        assert!(matches!(created, Heard::Report(Report::Done)), "{created:?}");
         Self { vault, shared, pages, kicks, vcpus }
     }
 
@@ -308,6 +313,17 @@ impl Hostage {
     pub fn refused(&mut self, request: &Request) {
         let reply = self.ask(FIRST, request);
         assert!(matches!(reply, Reply::Refused(_)), "{request:?}: {reply:?}");
+    }
+
+    /// Wakes the vault for kicks.
+    pub fn signal(&self) {
+        rustix::net::send(&self.kicks, &[0], SendFlags::NOSIGNAL | SendFlags::DONTWAIT).unwrap();
+    }
+
+    #[track_caller]
+    pub fn outdated(&mut self, request: &Request) {
+        let reply = self.ask(FIRST, request);
+        assert!(matches!(reply, Reply::Outdated(_)), "{request:?}: {reply:?}");
     }
 
     /// Runs the first vCPU up to its next exit.

@@ -2,7 +2,7 @@
 
 use crate::common::{BOOT_PAGE, CODE, DATA, MEMORY, TABLES, assemble, config, load, range};
 use crate::guests::{SAYS_SECRET, witness};
-use crate::hostile_vmm::{Heard, Loading, Vault, create, file, sealed_file};
+use crate::hostile_vmm::{Heard, Loading, Vault, create, file, kick_sockets, sealed_file};
 use crate::{PATIENCE, vaults};
 use cvm_backend_kvm::vault::protocol::{Given, Message, Order, Report};
 use cvm_core::doorbell::{Doorbell, Transport};
@@ -58,7 +58,7 @@ fn orders_that_repeat_or_jump_are_refused() {
     vault.done(&accept);
     for sequence in [1, 0, u32::MAX, 5, 5, 4] {
         vault.send(&Vault::packet(&accept, sequence), &[]);
-        assert!(matches!(vault.hear(), Heard::Report(Report::Failed(_), _)), "{sequence}");
+        assert!(matches!(vault.hear(), Heard::Report(Report::Failed(_))), "{sequence}");
     }
     vault.sequence = 4;
     vault.done(&accept);
@@ -70,7 +70,7 @@ fn packets_that_are_no_orders_are_refused_or_end_the_vault() {
     let mut vault = Vault::start();
     for (sequence, kind) in (1..).zip([0, 1, 0x11, 0x30, 0x1ff, 0x201, 0xffff]) {
         vault.send(Message { sequence, kind, ..Message::default() }.as_bytes(), &[]);
-        assert!(matches!(vault.hear(), Heard::Report(Report::Failed(_), _)), "kind {kind:#x}");
+        assert!(matches!(vault.hear(), Heard::Report(Report::Failed(_))), "kind {kind:#x}");
     }
     let packet = Vault::packet(&Order::Count, 1);
     let lying = Message { sequence: 1, kind: 0x107, text: 9, ..Message::default() };
@@ -101,14 +101,14 @@ fn descriptors_that_do_not_belong_are_refused() {
     let before = fs::read_dir(format!("/proc/{}/fd", vault.process.id())).map(Iterator::count).ok();
     for _ in 0..4 {
         let heard = vault.order_with(&Order::Slot(range(0, 1)), &[null.as_fd()]);
-        assert!(matches!(heard, Heard::Report(Report::Failed(_), _)), "{heard:?}");
+        assert!(matches!(heard, Heard::Report(Report::Failed(_))), "{heard:?}");
     }
     let after = fs::read_dir(format!("/proc/{}/fd", vault.process.id())).map(Iterator::count).ok();
     assert_eq!(after, before, "it has kept what it refused");
 }
 
 #[test]
-fn a_launch_begins_with_two_files_of_fixed_and_right_sizes_and_nothing_else() {
+fn a_launch_begins_with_two_files_of_fixed_and_right_sizes_a_socket_and_nothing_else() {
     let Some(_vaults) = vaults() else { return };
     let (good, good_pages) = (sealed_file(MEMORY), sealed_file(PAGE_SIZE));
     let (small, large) = (sealed_file(MEMORY - PAGE_SIZE), sealed_file(MEMORY + PAGE_SIZE));
@@ -130,21 +130,25 @@ fn a_launch_begins_with_two_files_of_fixed_and_right_sizes_and_nothing_else() {
         ("a file on a disk", on_disk.as_fd()),
         ("an eventfd", event.as_fd()),
     ];
-    let (good, good_pages) = (good.as_fd(), good_pages.as_fd());
-    let mut cases: Vec<_> = shared.map(|(what, shared)| (what, vec![shared, good_pages])).into();
+    let (_ours, kicks) = kick_sockets();
+    let (good, good_pages, kicks) = (good.as_fd(), good_pages.as_fd(), kicks.as_fd());
+    let mut cases: Vec<_> = shared.map(|(what, shared)| (what, vec![shared, good_pages, kicks])).into();
     cases.extend([
-        ("no pages", vec![good]),
+        ("no pages", vec![good, kicks]),
         ("nothing", vec![]),
-        ("the wrong way round", vec![good_pages, good]),
-        ("pages unsealed", vec![good, unsealed_pages.as_fd()]),
-        ("pages of another size", vec![good, good]),
-        ("too many", vec![good, good_pages, good, good]),
+        ("the wrong way round", vec![good_pages, good, kicks]),
+        ("pages unsealed", vec![good, unsealed_pages.as_fd(), kicks]),
+        ("pages of another size", vec![good, good, kicks]),
+        ("no kicks", vec![good, good_pages]),
+        ("kicks by an eventfd", vec![good, good_pages, event.as_fd()]),
+        ("kicks by a device", vec![good, good_pages, null.as_fd()]),
+        ("too many", vec![good, good_pages, kicks, good]),
     ]);
     for (what, descriptors) in cases {
         let mut vault = Vault::start();
         vault.done(&Order::Slot(range(0, MEMORY / PAGE_SIZE)));
         let heard = vault.order_with(&create(1), &descriptors);
-        assert!(matches!(heard, Heard::Report(Report::Failed(_), _) | Heard::Gone), "{what}: {heard:?}");
+        assert!(matches!(heard, Heard::Report(Report::Failed(_)) | Heard::Gone), "{what}: {heard:?}");
     }
 }
 
@@ -157,8 +161,9 @@ fn configurations_that_make_no_sense_are_refused() {
         let bytes = slots.iter().map(GpaRange::len).sum();
         let Order::Create { vcpus, .. } = order else { panic!("{order:?}") };
         let (shared, pages) = (sealed_file(bytes), sealed_file(u64::from((*vcpus).min(9)) * PAGE_SIZE));
-        match vault.order_with(order, &[shared.as_fd(), pages.as_fd()]) {
-            Heard::Report(Report::Failed(reason), _) => reason,
+        let (_ours, kicks) = kick_sockets();
+        match vault.order_with(order, &[shared.as_fd(), pages.as_fd(), kicks.as_fd()]) {
+            Heard::Report(Report::Failed(reason)) => reason,
             heard => panic!("{order:?} with {slots:?}: {heard:?}"),
         }
     };

@@ -17,20 +17,21 @@ fn nothing_is_converted_but_what_the_guest_has_asked_for_and_as_long_as_it_waits
     let mut guest = Hostage::start(2, witness);
     let convert = |range, to| Request::Convert { range, to };
     let secret = convert(range(DATA, 1), Side::Shared);
-    guest.refused(&secret);
+    guest.outdated(&secret);
     assert_eq!(guest.run(Given::Nothing), SAYS_SECRET);
-    guest.refused(&secret);
-    guest.refused(&Request::Run(Given::Answer(Answer::Done)));
+    guest.outdated(&secret);
+    guest.outdated(&Request::Run(Given::Answer(Answer::Done)));
     guest.refused(&Request::Run(Given::Value(1)));
     assert_eq!(guest.run(Given::Nothing), SAYS_SECRET);
 
     // It reads: it takes a value and nothing else.
     assert_eq!(guest.run(Given::Nothing), Exit::DoorbellRead { register: HEARD });
     guest.refused(&Request::Run(Given::Nothing));
-    for answer in [Answer::Done, Answer::Invalid, Answer::Retry] {
+    guest.outdated(&Request::Run(Given::Answer(Answer::Done)));
+    for answer in [Answer::Invalid, Answer::Retry] {
         guest.refused(&Request::Run(Given::Answer(answer)));
     }
-    guest.refused(&secret);
+    guest.outdated(&secret);
     assert_eq!(guest.run(Given::Value(0xffff_ffff_0000_0007)), says(7));
 
     // It asks: it takes what is true.
@@ -38,7 +39,7 @@ fn nothing_is_converted_but_what_the_guest_has_asked_for_and_as_long_as_it_waits
         assert!(matches!(guest.run(Given::Nothing), Exit::Conversion(request) if request.gpa() == Gpa(POOL)));
         guest.refused(&Request::Run(Given::Nothing));
         guest.refused(&Request::Run(Given::Value(0)));
-        guest.refused(&Request::Run(Given::Answer(Answer::Done)));
+        guest.outdated(&Request::Run(Given::Answer(Answer::Done)));
         for wrong in [
             secret.clone(),
             convert(pool(), to.other()),
@@ -50,16 +51,16 @@ fn nothing_is_converted_but_what_the_guest_has_asked_for_and_as_long_as_it_waits
             Request::Poison(range(DATA, 1)),
             Request::Poison(range(MEMORY, 1)),
         ] {
-            guest.refused(&wrong);
+            guest.outdated(&wrong);
         }
         let other = guest.ask(1, &convert(pool(), to));
-        assert!(matches!(other, Reply::Refused(_)), "on another's behalf: {other:?}");
+        assert!(matches!(other, Reply::Outdated(_)), "on another's behalf: {other:?}");
         assert_eq!(guest.ask(FIRST, &convert(range(POOL, 1), to)), Reply::Done);
-        guest.refused(&Request::Run(Given::Answer(Answer::Done)));
+        guest.outdated(&Request::Run(Given::Answer(Answer::Done)));
         assert_eq!(guest.ask(FIRST, &convert(pool(), to)), Reply::Done);
         assert_eq!(guest.run(Given::Answer(Answer::Done)), says(Answer::Done as u32));
-        guest.refused(&convert(pool(), to));
-        guest.refused(&convert(pool(), to.other()));
+        guest.outdated(&convert(pool(), to));
+        guest.outdated(&convert(pool(), to.other()));
     }
     // What is refused cannot be carried out afterwards.
     for answer in [Answer::Retry, Answer::Invalid] {
@@ -68,8 +69,8 @@ fn nothing_is_converted_but_what_the_guest_has_asked_for_and_as_long_as_it_waits
         for to in [Side::Shared, Side::Private] {
             assert!(matches!(guest.run(Given::Nothing), Exit::Conversion(_)));
             assert_eq!(guest.run(Given::Answer(answer)), says(answer as u32));
-            guest.refused(&convert(pool(), to));
-            guest.refused(&Request::Run(Given::Answer(Answer::Done)));
+            guest.outdated(&convert(pool(), to));
+            guest.outdated(&Request::Run(Given::Answer(Answer::Done)));
         }
     }
     assert_eq!(guest.run(Given::Nothing), SAYS_SECRET);

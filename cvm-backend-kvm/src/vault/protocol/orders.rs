@@ -22,7 +22,7 @@ pub enum Order {
         /// Nothing if there is no limit.
         most_per_second: Option<NonZeroU32>,
     },
-    /// Begin the launch. With it come the file of the shared side and that of the vCPUs' pages.
+    /// Begin the launch. With it come the file of the shared side, that of the vCPUs' pages, and a socket for kicks.
     Create {
         /// How many vCPUs.
         vcpus: u32,
@@ -53,9 +53,9 @@ pub enum Order {
     Seal,
     /// Say how much memory is in use.
     Count,
-    /// Give a descriptor that is signalled when the guest writes this doorbell register.
+    /// Have the eventfd that comes with this signalled when the guest writes this doorbell register.
     DoorbellFd(u16),
-    /// Give a descriptor that raises an interrupt.
+    /// Have the eventfd that comes with this raise an interrupt.
     InterruptFd {
         /// On which vCPU.
         vcpu: u32,
@@ -67,6 +67,22 @@ pub enum Order {
 }
 
 impl Order {
+    /// What it has the vault do, for errors.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Slot(_) => "take a memory slot",
+            Self::Accept { .. } => "take the interrupt policy",
+            Self::Create { .. } => "create the vm",
+            Self::Load { .. } => "load pages",
+            Self::SetVcpu { .. } => "set the initial state of a vcpu",
+            Self::Seal => "seal the launch",
+            Self::Count => "count the memory in use",
+            Self::DoorbellFd(_) => "connect a doorbell register",
+            Self::InterruptFd { .. } => "connect an interrupt",
+            Self::CountDropped => "count dropped interrupts",
+        }
+    }
+
     /// As a message.
     pub fn encode(&self) -> Encoded {
         match *self {
@@ -141,7 +157,7 @@ impl Order {
 /// What a vault answers on the socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Report {
-    /// It is done; of the launch's begin, with the descriptor that wakes the vault for kicks.
+    /// It is done.
     Done,
     /// The launch has ended with this measurement.
     Sealed(Measurement),
@@ -154,9 +170,7 @@ pub enum Report {
     },
     /// It is not done, for this reason.
     Failed(String),
-    /// The descriptor that was asked for comes with this.
-    Descriptor,
-    /// There is no such descriptor, for this reason.
+    /// There can be no such descriptor, for this reason.
     NoDescriptor(String),
     /// The guard does not allow that descriptor.
     InjectionRefused(Refusal),
@@ -178,10 +192,9 @@ impl Report {
                 encoded(0x203, &[private.is_some().into(), private.unwrap_or(0), *shared])
             }
             Self::Failed(reason) => with_text(encoded(0x204, &[]), reason),
-            Self::Descriptor => encoded(0x205, &[]),
-            Self::NoDescriptor(reason) => with_text(encoded(0x206, &[]), reason),
-            Self::InjectionRefused(refusal) => encoded(0x207, &refusal_operands(*refusal)),
-            Self::Dropped(count) => encoded(0x208, &[*count]),
+            Self::NoDescriptor(reason) => with_text(encoded(0x205, &[]), reason),
+            Self::InjectionRefused(refusal) => encoded(0x206, &refusal_operands(*refusal)),
+            Self::Dropped(count) => encoded(0x207, &[*count]),
         }
     }
 
@@ -209,10 +222,9 @@ impl Report {
                 shared: parts.next()?,
             },
             0x204 => Self::Failed(parts.text()?),
-            0x205 => Self::Descriptor,
-            0x206 => Self::NoDescriptor(parts.text()?),
-            0x207 => Self::InjectionRefused(parts.refusal()?),
-            0x208 => Self::Dropped(parts.next()?),
+            0x205 => Self::NoDescriptor(parts.text()?),
+            0x206 => Self::InjectionRefused(parts.refusal()?),
+            0x207 => Self::Dropped(parts.next()?),
             _ => return Err(parts.malformed()),
         };
         parts.end(report)

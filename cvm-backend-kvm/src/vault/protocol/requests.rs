@@ -41,6 +41,17 @@ pub enum Request {
 const ANSWERS: [Answer; 3] = [Answer::Done, Answer::Invalid, Answer::Retry];
 
 impl Request {
+    /// What it has the vault do, for errors.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Run(_) => "run a vcpu",
+            Self::Convert { .. } => "convert pages",
+            Self::Poison(_) => "poison pages",
+            Self::Register(_) => "show a register",
+            Self::Inject(_) => "inject an event",
+        }
+    }
+
     /// As a message.
     pub fn encode(&self) -> Encoded {
         match *self {
@@ -136,7 +147,10 @@ pub enum Reply {
     Register(Option<u64>),
     /// The guard does not allow the injection.
     InjectionRefused(Refusal),
-    /// The vault does not do that, for this reason.
+    /// What the request takes for granted does not hold, for this reason: an honest VMM asks that too, when other vCPUs have
+    /// been faster.
+    Outdated(String),
+    /// The vault does not do that, for this reason; no honest VMM asks for it.
     Refused(String),
 }
 
@@ -179,6 +193,7 @@ impl Reply {
             Self::Register(exposed) => encoded(0x32, &[exposed.is_some().into(), exposed.unwrap_or(0)]),
             Self::InjectionRefused(refusal) => encoded(0x40, &refusal_operands(*refusal)),
             Self::Refused(reason) => with_text(encoded(0x50, &[]), reason),
+            Self::Outdated(reason) => with_text(encoded(0x51, &[]), reason),
         }
     }
 
@@ -216,6 +231,7 @@ impl Reply {
             }),
             0x40 => Self::InjectionRefused(parts.refusal()?),
             0x50 => Self::Refused(parts.text()?),
+            0x51 => Self::Outdated(parts.text()?),
             _ => return Err(parts.malformed()),
         };
         parts.end(reply)

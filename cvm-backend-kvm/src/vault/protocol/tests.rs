@@ -140,6 +140,7 @@ fn reply() -> impl Strategy<Value = Reply> {
         prop::option::of(number()).prop_map(Reply::Register),
         refusal().prop_map(Reply::InjectionRefused),
         text().prop_map(Reply::Refused),
+        text().prop_map(Reply::Outdated),
     ]
 }
 
@@ -181,7 +182,6 @@ fn report() -> impl Strategy<Value = Report> {
         any::<[[u8; 16]; 3]>().prop_map(|digest| Report::Sealed(Measurement(digest.concat().try_into().unwrap()))),
         (prop::option::of(number()), number()).prop_map(|(private, shared)| Report::Memory { private, shared }),
         text().prop_map(Report::Failed),
-        Just(Report::Descriptor),
         text().prop_map(Report::NoDescriptor),
         refusal().prop_map(Report::InjectionRefused),
         number().prop_map(Report::Dropped),
