@@ -20,9 +20,12 @@ impl Queue<'_> {
         self.to_device(data).ok().map(|ToDevice(raw)| self.pool().gpa_of(&raw))
     }
 
-    /// A buffer for a device to write.
+    /// A buffer for a device to write. Its bytes are zero, since all of it is copied out even if the device writes less: what
+    /// was in it may have been another driver's.
     pub(crate) fn room_for(&mut self, len: usize) -> Option<Gpa> {
-        self.from_device(len).ok().map(|FromDevice(raw)| self.pool().gpa_of(&raw))
+        let FromDevice(raw) = self.from_device(len).ok()?;
+        self.pool().scrub(&raw);
+        Some(self.pool().gpa_of(&raw))
     }
 
     /// Zeroed memory in one piece, at a multiple of `align`, and a pointer to it.

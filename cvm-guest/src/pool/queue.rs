@@ -171,7 +171,9 @@ impl<'p> Queue<'p> {
         Ok(ToDevice(raw))
     }
 
-    /// A buffer of `len` bytes for a device to write. What the guest has is not copied into it.
+    /// A buffer of `len` bytes for a device to write. What the guest has is not copied into it, and what was in its slot
+    /// before stays there: it may be bytes of another queue, which the host has seen. So copy out only what the device says
+    /// that it has written.
     #[inline]
     pub fn from_device(&mut self, len: usize) -> Result<FromDevice, Refusal> {
         self.from_device_at(len, Placement::ANY)

@@ -85,13 +85,16 @@ pub enum Fault {
     /// Only guests of SEV-SNP have it.
     #[error("only guests of sev-snp have this")]
     SnpOnly,
-    /// The key for messages to the secure processor has been given up, since its next number could have been used before.
+    /// There is no key for messages to the secure processor, or it has no numbers left.
     #[error("the key for messages to the secure processor is not used any more")]
     KeyDisabled,
-    /// What came back is not the answer of the secure processor to the last message; the key is given up.
+    /// The host has no time for a message to the secure processor now. The message is the same when it is asked again.
+    #[error("the host is busy, and the message to the secure processor has to be sent again")]
+    Busy,
+    /// What came back is not the answer of the secure processor to the last message.
     #[error("the answer is not from the secure processor, or not to this message")]
     NotAuthentic,
-    /// The secure processor, or the host in its place, refused the message; the key is given up.
+    /// The secure processor, or the host in its place, refused the message.
     #[error("the request was refused: firmware {firmware:#x}, host {host:#x}")]
     Request {
         /// The firmware's code.

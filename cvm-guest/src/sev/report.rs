@@ -4,7 +4,6 @@
 
 use super::event::code;
 use super::ghcb::{Event, offset};
-use super::msr::TRIES;
 use super::{Exit, Fault, Ghcb, GhcbVcpu, Validate};
 use crate::{Error, SharedRegion};
 use aes_gcm::aead::{AeadInOut, KeyInit};
@@ -57,7 +56,7 @@ impl SecretsPage {
         }
     }
 
-    /// Whether the key can be used: it was not given up, and there are numbers left for a message and its answer.
+    /// Whether the key can be used: there is one, and there are numbers left for a message and its answer.
     fn is_usable(&self) -> bool {
         *self.key() != [0; KEY_LEN] && self.count() < u32::MAX - 1
     }
@@ -71,11 +70,6 @@ impl SecretsPage {
         let count = self.count();
         self.store(COUNT, &(count + 2).to_le_bytes());
         Ok(u64::from(count) + 1)
-    }
-
-    /// Gives up the key, for good.
-    fn disable(&mut self) {
-        self.store(KEY, &[0; KEY_LEN]);
     }
 }
 
@@ -197,11 +191,43 @@ pub struct Report {
     pub certificate_pages: u64,
 }
 
+/// A message that was sealed and not answered yet. Its number was taken for these bytes and goes with no others.
+#[derive(Debug)]
+struct Pending {
+    number: u64,
+    data: [u8; 64],
+    bytes: [u8; HEADER_LEN + size_of::<ReportRequest>()],
+}
+
+impl Pending {
+    fn seal(secrets: &mut SecretsPage, cipher: &Aes256Gcm, data: &[u8; 64]) -> Result<Self, Fault> {
+        let number = secrets.take_number()?;
+        let mut request = ReportRequest { data: *data, ..ReportRequest::new_zeroed() };
+        let mut header = Header::new(REPORT_REQUEST, number, size_of::<ReportRequest>());
+        let sealed = cipher.encrypt_inout_detached(
+            &header.nonce().into(),
+            header.authenticated(),
+            request.as_mut_bytes().into(),
+        );
+        header.tag = sealed.map_err(|_| Fault::NotAuthentic)?.into();
+        let mut bytes = [0; _];
+        let (head, payload) = bytes.split_at_mut(HEADER_LEN);
+        head.copy_from_slice(header.as_bytes());
+        payload.copy_from_slice(request.as_bytes());
+        Ok(Self { number, data: *data, bytes })
+    }
+}
+
 /// Asks for reports.
+///
+/// A message that has no answer yet is kept, and is sent again byte by byte: neither a host that is busy nor one that lies
+/// can make the guest use its number for another. So keep the reporter; with it a message that is pending is lost, and the
+/// secure processor takes no other in its place.
 #[derive(Debug)]
 pub struct Reporter {
     secrets: SecretsPage,
     messages: SharedRegion,
+    pending: Option<Pending>,
 }
 
 impl Reporter {
@@ -213,15 +239,18 @@ impl Reporter {
         if messages.range().pages() != 2 {
             return Err(Fault::NoPage(messages.gpa(0).0));
         }
-        Ok(Self { secrets, messages })
+        Ok(Self { secrets, messages, pending: None })
     }
 
     /// A report that has `data` in it. In `certificates`, which must be whole pages, the host puts what it has for whoever
     /// checks reports; the guest need not believe it, since certificates are signed.
     ///
+    /// The host is asked once: how long a guest waits for a host that is busy is for its own clock to say. A message that an
+    /// earlier call left without an answer is sent first, unless it is for the same `data`.
+    ///
     /// # Errors
-    /// [`Fault::KeyDisabled`]; [`Fault::NotAuthentic`], [`Fault::Request`] and faults of the host's, each of which gives up
-    /// the key for good: what became of the message is unknown; [`Fault::NoReport`]; [`Fault::SnpOnly`].
+    /// [`Fault::Busy`], [`Fault::Request`], [`Fault::NotAuthentic`], and faults of the host's: what became of the message is
+    /// unknown, and the next call sends it again. [`Fault::NoReport`], [`Fault::KeyDisabled`], [`Fault::SnpOnly`].
     pub fn report<E: Exit, V: Validate>(
         &mut self,
         vcpu: &GhcbVcpu<E, V>,
@@ -232,55 +261,56 @@ impl Reporter {
             return Err(Fault::SnpOnly.into());
         }
         let cipher = Aes256Gcm::new((&*self.secrets.key()).into());
-        let number = self.secrets.take_number()?;
-        let answered = self.exchange(vcpu, &cipher, number, data, certificates);
-        match answered {
-            Ok((response, certificate_pages)) => {
-                if response.status != 0 || response.len as usize != REPORT_LEN {
-                    return Err(Fault::NoReport(response.status).into());
-                }
-                Ok(Report { bytes: response.report, certificate_pages })
-            }
-            Err(error) => {
-                self.secrets.disable();
-                Err(error)
-            }
+        if let Some(earlier) = self.pending.take_if(|pending| pending.data != *data) {
+            // Whoever asked for it is not there any more.
+            self.exchange(vcpu, &cipher, earlier, None)?;
         }
+        let pending = match self.pending.take() {
+            Some(pending) => pending,
+            None => Pending::seal(&mut self.secrets, &cipher, data)?,
+        };
+        let (response, certificate_pages) = self.exchange(vcpu, &cipher, pending, certificates)?;
+        if response.status != 0 || response.len as usize != REPORT_LEN {
+            return Err(Fault::NoReport(response.status).into());
+        }
+        Ok(Report { bytes: response.report, certificate_pages })
     }
 
-    /// Sends a message and opens what comes back.
+    /// Sends a message and opens what comes back. Without an authentic answer the message is pending.
     fn exchange<E: Exit, V: Validate>(
+        &mut self,
+        vcpu: &GhcbVcpu<E, V>,
+        cipher: &Aes256Gcm,
+        pending: Pending,
+        certificates: Option<&SharedRegion>,
+    ) -> Result<(ReportResponse, u64), Error> {
+        let answered = self.send(vcpu, cipher, &pending, certificates);
+        if answered.is_err() {
+            self.pending = Some(pending);
+        }
+        answered
+    }
+
+    fn send<E: Exit, V: Validate>(
         &self,
         vcpu: &GhcbVcpu<E, V>,
         cipher: &Aes256Gcm,
-        number: u64,
-        data: &[u8; 64],
+        pending: &Pending,
         mut certificates: Option<&SharedRegion>,
     ) -> Result<(ReportResponse, u64), Error> {
-        let mut request = ReportRequest { data: *data, ..ReportRequest::new_zeroed() };
-        let mut header = Header::new(REPORT_REQUEST, number, size_of::<ReportRequest>());
-        let sealed = cipher.encrypt_inout_detached(
-            &header.nonce().into(),
-            header.authenticated(),
-            request.as_mut_bytes().into(),
-        );
-        header.tag = sealed.map_err(|_| Fault::NotAuthentic)?.into();
-        self.messages.write(0, header.as_bytes())?;
-        self.messages.write(HEADER_LEN, request.as_bytes())?;
         let answer_at = PAGE_SIZE as usize;
+        self.messages.write(0, &pending.bytes)?;
         self.messages.zero(answer_at, PAGE_SIZE as usize)?;
 
         let (to, from) = (self.messages.gpa(0), self.messages.gpa(answer_at));
         let mut certificate_pages = 0;
-        let mut tries = 0;
         loop {
             let requested = vcpu.ghcb().guest_request(vcpu.exit(), to, from, certificates)?;
             match (requested.firmware, requested.host) {
                 (0, 0) => break,
                 // Nothing was sent yet. The same message goes without, so that its number is used as it was meant.
                 (_, TOO_FEW_PAGES) if certificates.take().is_some() => certificate_pages = requested.pages,
-                // The same message again, byte by byte.
-                (_, BUSY) if tries < TRIES => tries += 1,
+                (_, BUSY) => return Err(Fault::Busy.into()),
                 (firmware, host) => return Err(Fault::Request { firmware, host }.into()),
             }
         }
@@ -293,7 +323,7 @@ impl Reporter {
         let expected = Header {
             tag: answered.tag,
             rest_of_tag: answered.rest_of_tag,
-            ..Header::new(REPORT_RESPONSE, number + 1, size_of::<ReportResponse>())
+            ..Header::new(REPORT_RESPONSE, pending.number + 1, size_of::<ReportResponse>())
         };
         if answered != expected {
             return Err(Fault::NotAuthentic.into());

@@ -32,7 +32,9 @@ pub trait DeviceQueue {
 /// A device that is honest ends such a request with an error; from one that is not, the caller gets its own buffer back
 /// unchanged, as if the device had chosen these bytes. [`QueueUse::exhausted`](crate::QueueUse::exhausted) counts.
 ///
-/// `virtio-drivers` does not pass on how much the device says it has written, so the whole buffer is copied out.
+/// `virtio-drivers` does not pass on how much the device says it has written, so the whole buffer is copied out. What an honest
+/// device has not written is zero then, or what the caller had in a buffer for both directions: never the bytes of another
+/// driver.
 #[derive(Debug)]
 pub struct QueueHal<Q>(PhantomData<Q>);
 
@@ -116,6 +118,64 @@ mod tests {
     }
 
     type TestHal = QueueHal<TestQueue>;
+
+    static DISK: Mutex<Option<Queue<'static>>> = Mutex::new(None);
+    static NET: Mutex<Option<Queue<'static>>> = Mutex::new(None);
+
+    struct Disk;
+
+    impl DeviceQueue for Disk {
+        fn with<R>(work: impl FnOnce(&mut Queue<'static>) -> R) -> R {
+            work(DISK.lock().as_mut().unwrap())
+        }
+    }
+
+    struct Net;
+
+    impl DeviceQueue for Net {
+        fn with<R>(work: impl FnOnce(&mut Queue<'static>) -> R) -> R {
+            work(NET.lock().as_mut().unwrap())
+        }
+    }
+
+    #[test]
+    fn what_a_device_did_not_write_is_not_the_bytes_of_another_driver() {
+        const COUNT: usize = 400;
+        let pool: &Pool = Box::leak(Box::new(pool(1, 2)));
+        *DISK.lock() = Some(pool.queue(QueueOptions::default()).unwrap());
+        *NET.lock() = Some(pool.queue(QueueOptions::default()).unwrap());
+        for len in [64, 4096, 256 << 10, 300_000] {
+            // Another driver sends, and gives back what it has at hand.
+            let mut frame = vec![b'S'; len];
+            let buffer = NonNull::from(&mut frame[..]);
+            let count = if len > 4096 { 1 } else { COUNT };
+            for _ in 0..count {
+                // SAFETY: the buffer is used by nobody else.
+                unsafe {
+                    let gpa = QueueHal::<Net>::share(buffer, BufferDirection::DriverToDevice);
+                    assert_ne!(gpa, EXHAUSTED);
+                    QueueHal::<Net>::unshare(gpa, buffer, BufferDirection::DriverToDevice);
+                }
+            }
+            Net::with(|queue| queue.trim());
+            for direction in [BufferDirection::DeviceToDriver, BufferDirection::Both] {
+                for _ in 0..count {
+                    let mut sector = vec![b'o'; len];
+                    let buffer = NonNull::from(&mut sector[..]);
+                    // SAFETY: as above.
+                    unsafe {
+                        let gpa = QueueHal::<Disk>::share(buffer, direction);
+                        pool.write(pool.offset(Gpa(gpa)).unwrap(), b"device");
+                        QueueHal::<Disk>::unshare(gpa, buffer, direction);
+                    }
+                    assert_eq!(&sector[..6], b"device");
+                    let rest = if direction == BufferDirection::Both { b'o' } else { 0 };
+                    assert!(sector[6..].iter().all(|byte| *byte == rest), "{len} bytes, {direction:?}");
+                }
+            }
+            Disk::with(|queue| queue.trim());
+        }
+    }
 
     #[test]
     fn payloads_bounce_both_ways_and_an_exhausted_pool_yields_a_private_address() {

@@ -12,7 +12,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use cvm_core::boot::BootPage;
 use cvm_core::x86::VcpuState;
 use cvm_core::{GpaRange, PAGE_SIZE, Side};
-use cvm_guest::sev::{BlockRecord, GhcbPage, Protection, Reporter, SecretsPage, StatePage};
+use cvm_guest::sev::{BlockRecord, Fault, GhcbPage, Protection, Reporter, SecretsPage, StatePage};
 use cvm_guest::virtio::DoorbellTransport;
 use cvm_guest::{Error, Machine, Platform, Processor};
 use sha2::{Digest, Sha256};
@@ -236,7 +236,13 @@ fn attest(
     // SAFETY: the boot page says that the secrets are there; nobody else uses the page, and this is the only time.
     let secrets = unsafe { &mut *core::ptr::with_exposed_provenance_mut(boot.secrets as usize) };
     let mut reporter = Reporter::new(SecretsPage::new(secrets), messages)?;
-    Ok(reporter.report(vcpu, &report_data(nonce), None)?.bytes)
+    loop {
+        // The VMM stops a guest whose host is busy for too long.
+        match reporter.report(vcpu, &report_data(nonce), None) {
+            Err(Error::Sev(Fault::Busy)) => spin_loop(),
+            report => return Ok(report?.bytes),
+        }
+    }
 }
 
 /// Reads the whole disk, writes some sectors of it and reads them back.

@@ -118,12 +118,14 @@ impl Setting {
     }
 }
 
-fn assert_given_up(setting: &Setting) {
-    let before = setting.numbers().len();
-    let again = setting.report(&mut setting.reporter(), None);
-    assert_eq!(again, Err(Fault::KeyDisabled.into()));
-    assert_eq!(setting.numbers().len(), before);
-    assert_eq!(*setting.secrets().key(), [0; KEY_LEN]);
+/// The message without an answer is sent again by the same reporter, whatever it is asked for, and the key is there.
+fn assert_pending(setting: &Setting, reporter: &mut Reporter) {
+    let before = setting.firmware.got.borrow().last().unwrap().clone();
+    for data in [[0x5a; 64], [0x5b; 64]] {
+        assert!(setting.report_of(&data, reporter, None).is_err());
+        assert_eq!(*setting.firmware.got.borrow().last().unwrap(), before);
+    }
+    assert_eq!(*setting.secrets().key(), SECRET_KEY);
 }
 
 #[test]
@@ -165,7 +167,7 @@ fn a_key_that_was_used_too_often_is_not_used_any_more() {
 }
 
 #[test]
-fn an_answer_that_was_changed_or_replayed_gives_up_the_key() {
+fn an_answer_that_was_changed_or_replayed_is_none_and_the_message_stays_the_only_one_of_its_number() {
     let changes: [fn(&Host, usize); 4] = [
         |host, _| host.memory.write(2 * PAGE + HEADER_LEN + 40, &[1]).unwrap(),
         |host, _| host.memory.write(2 * PAGE, &[1]).unwrap(),
@@ -178,8 +180,9 @@ fn an_answer_that_was_changed_or_replayed_gives_up_the_key() {
             change(host, 0);
             answer.into()
         });
-        assert_eq!(setting.report(&mut setting.reporter(), None), Err(Fault::NotAuthentic.into()));
-        assert_given_up(&setting);
+        let mut reporter = setting.reporter();
+        assert_eq!(setting.report(&mut reporter, None), Err(Fault::NotAuthentic.into()));
+        assert_pending(&setting, &mut reporter);
     }
 
     let first: RefCell<Option<Vec<u8>>> = RefCell::default();
@@ -194,44 +197,59 @@ fn an_answer_that_was_changed_or_replayed_gives_up_the_key() {
     let mut reporter = setting.reporter();
     setting.report(&mut reporter, None).unwrap();
     assert_eq!(setting.report(&mut reporter, None), Err(Fault::NotAuthentic.into()));
-    assert_given_up(&setting);
+    assert_pending(&setting, &mut reporter);
 }
 
 #[test]
-fn a_message_that_is_thrown_away_or_refused_gives_up_the_key() {
-    let setting = Setting::new(|_, _, _| 0x16);
-    let error = Fault::Request { firmware: 0x16, host: 0 };
-    assert_eq!(setting.report(&mut setting.reporter(), None), Err(error.into()));
-    assert_given_up(&setting);
+fn a_message_that_is_thrown_away_or_refused_is_sent_again() {
+    for (answer, firmware, host) in [(0x16, 0x16, 0), (3 << 32, 0, 3)] {
+        let setting = Setting::new(move |_, _, _| answer);
+        let mut reporter = setting.reporter();
+        let error = Fault::Request { firmware, host };
+        assert_eq!(setting.report(&mut reporter, None), Err(error.into()));
+        assert_pending(&setting, &mut reporter);
+    }
 }
 
 #[test]
-fn a_busy_host_gets_the_same_bytes_again_and_not_forever() {
+fn a_host_may_be_busy_for_any_time_and_gets_the_same_bytes_until_it_forwards_them() {
     let setting = Setting::honest();
-    let (tries, firmware) = (Rc::new(Cell::new(0)), Rc::clone(&setting.firmware));
-    let count = Rc::clone(&tries);
+    let (left, firmware) = (Rc::new(Cell::new(5000)), Rc::clone(&setting.firmware));
+    let busy = Rc::clone(&left);
     let first: RefCell<Vec<u8>> = RefCell::default();
     setting.host.answer_by(move |host, _| {
-        count.set(count.get() + 1);
         let mut message = vec![0; PAGE];
         host.memory.read(PAGE, &mut message).unwrap();
         let mut first = first.borrow_mut();
         if first.is_empty() {
             first.clone_from(&message);
         }
-        assert!(*first == message);
-        let answer = if count.get() < 5 { u64::from(BUSY) << 32 } else { firmware.request(host).into() };
+        let answer = match busy.get() {
+            0 => {
+                first.clear();
+                firmware.request(host).into()
+            }
+            _ => {
+                assert!(*first == message);
+                busy.set(busy.get() - 1);
+                u64::from(BUSY) << 32
+            }
+        };
         host.write(field::EXIT_INFO_2, answer);
         true
     });
-    setting.report(&mut setting.reporter(), None).unwrap();
-    assert_eq!(tries.get(), 5);
+    let mut reporter = setting.reporter();
+    for _ in 0..5000 {
+        assert_eq!(setting.report(&mut reporter, None), Err(Fault::Busy.into()));
+    }
+    let report = setting.report(&mut reporter, None).unwrap();
+    assert_eq!((&report.bytes[0x50..0x90], setting.numbers()), (&[0x5a; 64][..], vec![1]));
 
-    let setting = Setting::new(|_, _, _| u64::from(BUSY) << 32);
-    let error = Fault::Request { firmware: 0, host: BUSY };
-    assert_eq!(setting.report(&mut setting.reporter(), None), Err(error.into()));
-    assert_eq!(setting.numbers(), vec![1; TRIES as usize + 1]);
-    assert_given_up(&setting);
+    // Another report is asked for than the one that the host had no time for: it comes, and so does the first message.
+    left.set(1);
+    assert_eq!(setting.report(&mut reporter, None), Err(Fault::Busy.into()));
+    let report = setting.report_of(&[0x77; 64], &mut reporter, None).unwrap();
+    assert_eq!((&report.bytes[0x50..0x90], setting.numbers()), (&[0x77; 64][..], vec![1, 3, 5]));
 }
 
 #[test]
