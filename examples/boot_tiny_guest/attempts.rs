@@ -1,8 +1,9 @@
 //! What a VMM that holds a VM can try to get at the guest's secret, and what each attempt gives.
 
+use crate::program::chain;
 use cvm::platform::{Asset, Party, Powers};
 use cvm::x86::Register;
-use cvm::{ConversionRequest, Error, Event, RegisterRead, Side, TrustModel, Vcpu, Vm};
+use cvm::{ConversionRequest, Event, RegisterRead, Side, TrustModel, Vcpu, Vm};
 use serde::Serialize;
 use std::fs::{self, File};
 use std::io;
@@ -73,7 +74,7 @@ pub fn all<V: Vm>(vm: &V, vcpu: &mut V::Vcpu, observer: &Observer, secret: u64) 
 fn by_view<V: Vm>(vm: &V, secret: u64, nonce: u64) -> (bool, String) {
     let mut page = [0; SECRET_LEN];
     match vm.memory().memory().read_slice(&mut page, GuestAddress(secret)) {
-        Err(error) => (false, error.to_string()),
+        Err(error) => (false, chain(&error)),
         Ok(()) if is_secret(&page, nonce) => (true, "the secret".into()),
         Ok(()) => (true, "bytes of a private page".into()),
     }
@@ -81,7 +82,7 @@ fn by_view<V: Vm>(vm: &V, secret: u64, nonce: u64) -> (bool, String) {
 
 fn by_writing<V: Vm>(vm: &V, secret: u64) -> (bool, String) {
     match vm.memory().memory().write_obj(0u8, GuestAddress(secret)) {
-        Err(error) => (false, error.to_string()),
+        Err(error) => (false, chain(&error)),
         Ok(()) => (true, "a byte of a private page was changed".into()),
     }
 }
@@ -89,15 +90,14 @@ fn by_writing<V: Vm>(vm: &V, secret: u64) -> (bool, String) {
 fn by_converting<V: Vm>(vm: &V, vcpu: &V::Vcpu, secret: u64) -> (bool, String) {
     let outcome = vm.convert(&ConversionRequest::from_guest(vcpu.index(), secret, 1, Side::Shared));
     match outcome.cause() {
-        Some(cause) => (false, cause.to_string()),
+        Some(cause) => (false, chain(cause)),
         None => (true, "the page is shared now".into()),
     }
 }
 
 fn by_injecting<V: Vcpu>(vcpu: &mut V, event: Event) -> (bool, String) {
     match vcpu.inject(event) {
-        Err(Error::InjectionRefused { reason, .. }) => (false, reason.to_string()),
-        Err(error) => (false, error.to_string()),
+        Err(error) => (false, chain(&error)),
         Ok(()) => (true, "it will arrive".into()),
     }
 }
@@ -107,7 +107,7 @@ fn by_register<V: Vcpu>(vcpu: &V) -> (bool, String) {
         Ok(RegisterRead::Visible(value)) => (true, format!("rsp is {value:#x}")),
         Ok(RegisterRead::Exposed(value)) => (false, format!("rsp is {value:#x}, which this exit exposes")),
         Ok(RegisterRead::Hidden) => (false, "it is hidden".into()),
-        Err(error) => (false, error.to_string()),
+        Err(error) => (false, chain(&error)),
     }
 }
 
@@ -137,7 +137,7 @@ fn by_files(nonce: u64) -> (bool, String) {
     match search() {
         Ok((_, Some(found))) => (true, found),
         Ok((searched, None)) => (false, format!("not in {searched} files of memory, as far as they can be read")),
-        Err(error) => (false, error.to_string()),
+        Err(error) => (false, chain(&error)),
     }
 }
 
@@ -170,6 +170,6 @@ fn by_mappings(secret: u64, nonce: u64) -> (bool, String) {
     match search() {
         Ok((_, Some(found))) => (true, found),
         Ok((searched, None)) => (false, format!("not in the {searched} mappings that could show it")),
-        Err(error) => (false, error.to_string()),
+        Err(error) => (false, chain(&error)),
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::attempts::{self, Attempt, Observer};
 use crate::block::BlockDevice;
+use crate::program::chain;
 use cvm::memory::Allocated;
 use cvm::{Answer, BoxError, Error, Exit, Kick, Vcpu, Vm, Watchdog, doorbell};
 use std::collections::BTreeMap;
@@ -32,8 +33,8 @@ pub enum End {
 pub struct Finding {
     /// What the guest says.
     pub report: Report,
-    /// How much memory the VM occupied, and how many pages were shared.
-    pub allocated: Allocated,
+    /// How much memory the VM occupied, or why that is not known.
+    pub allocated: Result<Allocated, String>,
     /// The same, counted in the page-state map.
     pub shared_pages: u64,
     /// What the VMM tried.
@@ -152,7 +153,7 @@ impl<'a, V: Vm> Machine<'a, V> {
                     let mut refused = lock(&self.refused);
                     // A guest can go on with this for long.
                     if refused.len() < MOST_REASONS {
-                        refused.push(cause.to_string());
+                        refused.push(chain(cause));
                     }
                 }
                 vcpu.answer_conversion(outcome)?;
@@ -170,8 +171,8 @@ impl<'a, V: Vm> Machine<'a, V> {
                 vcpu.answer_read(value.into())?;
             }
             Exit::DoorbellWrite { register: REPORT, value } if self.finding().is_none() => {
-                let finding = self.look(vcpu, u64::from(value) << 12);
-                *self.finding() = finding;
+                let finding = self.look(vcpu, u64::from(value) << 12)?;
+                *self.finding() = Some(finding);
             }
             Exit::DoorbellWrite { register, value } => match doorbell::device_of(register) {
                 Some((BLOCK_DEVICE, offset)) => self.disk().write(offset, value, self.vm.memory()),
@@ -195,14 +196,19 @@ impl<'a, V: Vm> Machine<'a, V> {
     }
 
     /// Takes the report from the shared page at `gpa`, counts memory, and tries to reach the secret.
-    fn look(&self, vcpu: &mut V::Vcpu, gpa: u64) -> Option<Finding> {
+    fn look(&self, vcpu: &mut V::Vcpu, gpa: u64) -> Result<Finding, Error> {
         let mut bytes = [0; size_of::<Report>()];
-        self.vm.memory().memory().read_slice(&mut bytes, GuestAddress(gpa)).ok()?;
-        let report = Report::read_from_bytes(&bytes).ok()?;
-        let allocated = self.vm.allocated().ok()?;
+        let unreadable = |why| {
+            let reason = format!("its report at {gpa:#x} cannot be read: {why}");
+            Error::Crashed { vcpu: vcpu.index(), reason }
+        };
+        let read = self.vm.memory().memory().read_slice(&mut bytes, GuestAddress(gpa));
+        read.map_err(|error| unreadable(chain(&error)))?;
+        let report = Report::read_from_bytes(&bytes).map_err(|error| unreadable(error.to_string()))?;
+        let allocated = self.vm.allocated().map_err(|error| chain(&error));
         let shared_pages = self.vm.memory().map().count(cvm::PageState::Shared);
         let attempts = attempts::all(self.vm, vcpu, &self.observer, report.secret);
-        Some(Finding { report, allocated, shared_pages, attempts })
+        Ok(Finding { report, allocated, shared_pages, attempts })
     }
 }
 

@@ -6,6 +6,7 @@ use crate::machine::{End, Machine};
 use crate::program::chain;
 use cvm::doorbell::Transport;
 use cvm::interrupt::Guarding;
+use cvm::memory::Allocated;
 use cvm::sev::SevFeatures;
 use cvm::sev::snp::of_transcript;
 use cvm::{BoxError, Error, Gpa, Lifecycle, LifecycleAnswer, PAGE_SIZE, Protection, Vm};
@@ -43,12 +44,23 @@ struct Conversions {
     pages_to_private: u64,
 }
 
-/// Memory that the VM occupied when the guest reported, or else at its end, in bytes.
+/// Memory that the VM occupied when the guest reported, or else at its end, in bytes. A number is missing where the host does
+/// not tell.
 #[derive(Debug, Serialize)]
 struct Memory {
-    /// Nothing where the host does not tell.
     private: Option<u64>,
-    shared: u64,
+    shared: Option<u64>,
+    /// Why neither number is known.
+    error: Option<String>,
+}
+
+impl From<Result<Allocated, String>> for Memory {
+    fn from(allocated: Result<Allocated, String>) -> Self {
+        match allocated {
+            Ok(Allocated { private, shared }) => Self { private, shared: Some(shared), error: None },
+            Err(error) => Self { private: None, shared: None, error: Some(error) },
+        }
+    }
 }
 
 /// Everything about a run.
@@ -187,12 +199,18 @@ impl Outcome {
                     && report.converted_by_others == others * ROUNDS * 2 * VCPU_PAGES,
             );
             let memory = memory_len(machine);
-            let (private, shared) = (finding.allocated.private, finding.allocated.shared);
             let shared_by_map = finding.shared_pages * PAGE_SIZE;
             check(
                 "no page has memory on both sides",
-                format!("{} private, {shared} shared of {shared_by_map}", told(private)),
-                shared <= shared_by_map && private.is_none_or(|private| private <= memory - shared_by_map),
+                match &finding.allocated {
+                    Ok(Allocated { private, shared }) => {
+                        format!("{} private, {shared} shared of {shared_by_map}", told(*private))
+                    }
+                    Err(error) => error.clone(),
+                },
+                finding.allocated.as_ref().is_ok_and(|Allocated { private, shared }| {
+                    *shared <= shared_by_map && private.is_none_or(|private| private <= memory - shared_by_map)
+                }),
             );
         }
         let predicted =
@@ -228,9 +246,10 @@ impl Outcome {
             };
             (format!("{what:?}"), answer)
         });
+        // The report on a vault that was killed does without it.
         let allocated = match &finding {
-            Some(finding) => finding.allocated,
-            None => machine.vm.allocated()?,
+            Some(finding) => finding.allocated.clone(),
+            None => machine.vm.allocated().map_err(|error| chain(&error)),
         };
         Ok(Self {
             ok: attempts && checks.iter().all(|check| check.holds),
@@ -254,7 +273,7 @@ impl Outcome {
             disk_sha256: finding.as_ref().map(|finding| hex(&finding.report.sha256)),
             bounced_to_device: finding.as_ref().map_or(0, |finding| finding.report.bounced_to_device),
             bounced_from_device: finding.as_ref().map_or(0, |finding| finding.report.bounced_from_device),
-            memory: Memory { private: allocated.private, shared: allocated.shared },
+            memory: allocated.into(),
             interrupts_guarded_by: match machine.vm.guarding() {
                 Guarding::Library => "this library, in the vmm's process",
                 Guarding::Enforced => "a party that the vmm cannot get around",
@@ -290,7 +309,12 @@ impl fmt::Display for Outcome {
             "bytes bounced",
             &format!("{} to the device, {} from it", self.bounced_to_device, self.bounced_from_device),
         )?;
-        row("memory allocated", &format!("{} private, {} shared", told(self.memory.private), self.memory.shared))?;
+        match &self.memory {
+            Memory { error: Some(error), .. } => row("memory allocated", &format!("unknown: {error}"))?,
+            Memory { private, shared, .. } => {
+                row("memory allocated", &format!("{} private, {} shared", told(*private), told(*shared)))?
+            }
+        }
         for (kind, count) in &self.exits {
             row(&format!("exits: {kind}"), count)?;
         }

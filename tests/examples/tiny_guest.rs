@@ -1,9 +1,13 @@
 //! `boot_tiny_guest`: what works, what is refused, and how a guest that misbehaves ends.
 
-use crate::{boot, boot_well, changed_image, kvm, offered, run, stderr, stdout};
+use crate::{boot, boot_well, changed_image, example, kvm, offered, run, stderr, stdout};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::fs;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
 
 #[test]
 fn the_tiny_guest_does_its_work_whatever_the_number_of_vcpus_and_the_size_of_memory() {
@@ -202,4 +206,39 @@ fn a_guest_that_misbehaves_is_stopped_with_a_clear_reason() {
     assert_eq!(json["conversions"]["refused"], 3);
     assert_eq!(json["conversions"]["pages_to_shared"].as_u64().unwrap() % 4, 0, "vcpu 0 converted something");
     assert!(json["refused_conversions"][0].as_str().unwrap().contains("outside the guest's memory"));
+}
+
+/// A child of the process `parent`: the fourth word of its stat file is the parent's number, the second its name.
+fn child_of(parent: u32) -> Option<Pid> {
+    fs::read_dir("/proc").unwrap().flatten().find_map(|entry| {
+        let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
+        let is_child = stat.rsplit_once(") ")?.1.split(' ').nth(1)? == parent.to_string();
+        Pid::from_raw(stat.split(' ').next()?.parse().ok()?).filter(|_| is_child)
+    })
+}
+
+#[test]
+fn a_vault_that_is_killed_is_named_as_the_cause_and_the_rest_is_still_reported() {
+    if !kvm() {
+        return;
+    }
+    // The vault is there before the guest runs. A loaded machine needs more time in between than the first rounds give it.
+    for wait in (0..12).map(|round| Duration::from_millis(50 << round)) {
+        let mut command = Command::new(example("boot_tiny_guest"));
+        command.args(["--isolation", "vault", "--misbehave", "spin", "--timeout", "600", "--json"]);
+        let vmm = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        thread::sleep(wait);
+        match child_of(vmm.id()) {
+            Some(vault) => kill_process(vault, Signal::KILL).unwrap(),
+            None => kill_process(Pid::from_child(&vmm), Signal::KILL).unwrap(),
+        }
+        let output = vmm.wait_with_output().unwrap();
+        assert!(!output.status.success());
+        let Ok(json) = serde_json::from_str::<Value>(&stdout(&output)) else { continue };
+        assert!(json["ends"][0].as_str().unwrap().contains("the vault is dead"), "{json:#}");
+        assert!(json["memory"]["error"].as_str().unwrap().contains("the vault is dead"), "{json:#}");
+        assert!(json["measurement"].is_string() && json["checks"].is_array(), "{json:#}");
+        return;
+    }
+    panic!("the guest never ran");
 }
