@@ -2,6 +2,8 @@
 
 #![deny(clippy::print_stdout, clippy::print_stderr, reason = "they panic where the stream is closed or full")]
 
+#[path = "common/files.rs"]
+mod files;
 #[path = "common/options.rs"]
 mod options;
 #[path = "common/program.rs"]
@@ -15,12 +17,13 @@ use cvm::image::Image;
 use cvm::kvm::KvmPlatform;
 use cvm::x86::{VcpuState, identity_map};
 use cvm::{BoxError, Exit, Gpa, PAGE_SIZE, Platform, Protection, Vcpu, Vm, VmConfig, Watchdog};
+use files::{named, read};
 use igvm::{Arch, IgvmDirectiveHeader, IgvmFile, IgvmPlatformHeader, IgvmRevision};
 use igvm_defs::{
     IGVM_VHS_SUPPORTED_PLATFORM, IgvmNativeVpContextX64, IgvmPageDataFlags, IgvmPageDataType, IgvmPlatformType,
 };
 use options::IsolationChoice;
-use program::{note, print, print_bytes};
+use program::{chain, note, print, print_bytes};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -128,15 +131,16 @@ fn run(options: Options) -> Result<ExitCode, BoxError> {
     }
     let file = match &options.file {
         None => tiny_guest()?,
-        Some(path) => std::fs::read(path).map_err(|error| format!("failed to read {}: {error}", path.display()))?,
+        Some(path) => read(path, "igvm file", |start| !start.starts_with(b"IGVM"))?,
     };
-    let image = IgvmImage::native(&file)?;
+    let name = options.file.as_deref().unwrap_or(Path::new("the built igvm file"));
+    let image = IgvmImage::native(&file).map_err(named(name))?;
     // The boot page of the tiny guest says so, and other files know nothing of it.
     let config =
         VmConfig { transport: Some(Transport::Doorbell), ..VmConfig::new(options.memory << 20, options.vcpus)? };
     let mut launch =
         KvmPlatform::open(Path::new("/dev/kvm"), options.isolation.map(Protection::from))?.launch(config)?;
-    launch.load_igvm(&image, &options.append)?;
+    launch.load_igvm(&image, &options.append).map_err(named(name))?;
     let mut vm = launch.seal()?;
     print(format_args!("measurement: {}", vm.transcript().measurement()))?;
 
@@ -150,7 +154,7 @@ fn run(options: Options) -> Result<ExitCode, BoxError> {
                 Exit::Conversion(request) => {
                     let outcome = vm.convert(&request);
                     if let Some(cause) = outcome.cause() {
-                        note(format_args!("not done: {cause}"));
+                        note(format_args!("not done: {}", chain(cause)));
                     }
                     vcpu.answer_conversion(outcome)?;
                 }
@@ -163,7 +167,8 @@ fn run(options: Options) -> Result<ExitCode, BoxError> {
                 Exit::Ended { code } => return Err(format!("the guest ended with {code}").into()),
                 Exit::Halted => break,
                 Exit::Kicked if watchdog.fired() => {
-                    return Err("the guest ran too long; --timeout gives it more".into());
+                    let seconds = options.timeout;
+                    return Err(format!("the guest ran longer than {seconds} s; --timeout gives it more").into());
                 }
                 Exit::Kicked => {}
                 other => return Err(format!("the guest stopped: {other:?}").into()),

@@ -6,6 +6,8 @@
 
 #![deny(clippy::print_stdout, clippy::print_stderr, reason = "they panic where the stream is closed or full")]
 
+#[path = "common/files.rs"]
+mod files;
 #[path = "common/options.rs"]
 mod options;
 #[path = "common/program.rs"]
@@ -15,6 +17,7 @@ use clap::Parser;
 use cvm::kvm::KvmPlatform;
 use cvm::linux::{Kernel, LinuxImage};
 use cvm::{BoxError, Exit, Platform, Protection, Vcpu, Vm, VmConfig, Watchdog};
+use files::{is_no_elf, named, read};
 use options::IsolationChoice;
 use program::{print, print_bytes};
 use std::path::{Path, PathBuf};
@@ -61,16 +64,18 @@ struct Options {
     timeout: u64,
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, BoxError> {
-    std::fs::read(path).map_err(|error| format!("failed to read {}: {error}", path.display()).into())
+/// Whether the start of a file is neither that of an ELF file nor of a bzImage, which has its magic number at 0x202.
+fn is_no_kernel(start: &[u8]) -> bool {
+    is_no_elf(start) && start.get(0x202..0x206) != Some(b"HdrS")
 }
 
 fn run(options: Options) -> Result<ExitCode, BoxError> {
-    let file = read(&options.kernel)?;
-    let initrd = options.initrd.as_deref().map(read).transpose()?;
-    let kernel = if file.starts_with(b"\x7fELF") { Kernel::Elf(&file) } else { Kernel::BzImage(&file) };
+    let file = read(&options.kernel, "bzImage or ELF file", is_no_kernel)?;
+    let initrd = options.initrd.as_deref().map(|path| read(path, "initrd", |_| false)).transpose()?;
+    let kernel = if is_no_elf(&file) { Kernel::BzImage(&file) } else { Kernel::Elf(&file) };
     let config = VmConfig::new(options.memory << 20, 1)?;
-    let image = LinuxImage::new(kernel, initrd.as_deref(), &options.append, &config.memory)?;
+    let image = LinuxImage::new(kernel, initrd.as_deref(), &options.append, &config.memory);
+    let image = image.map_err(named(&options.kernel))?;
     let mut launch =
         KvmPlatform::open(Path::new("/dev/kvm"), options.isolation.map(Protection::from))?.launch(config)?;
     launch.load_linux(&image)?;
@@ -88,7 +93,16 @@ fn run(options: Options) -> Result<ExitCode, BoxError> {
             Exit::PortRead { .. } => vcpu.answer_read(u64::MAX)?,
             Exit::MsrRead { .. } => vcpu.answer_read(0)?,
             Exit::PortWrite { .. } | Exit::MsrWrite { .. } => {}
-            Exit::Kicked if watchdog.fired() => return Err("the guest ran too long".into()),
+            Exit::Kicked if watchdog.fired() => {
+                let seconds = options.timeout;
+                let hint = if is_no_elf(&file) {
+                    "; a bzImage unpacks itself first, which takes minutes where KVM emulates instructions: a vmlinux \
+                     starts at once"
+                } else {
+                    ""
+                };
+                return Err(format!("the guest ran longer than {seconds} s; --timeout gives it more{hint}").into());
+            }
             Exit::Kicked => {}
             other => return Err(format!("the guest stopped: {other:?}").into()),
         }

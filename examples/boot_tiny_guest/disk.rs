@@ -1,6 +1,8 @@
 //! The file behind the guest's disk.
 
 use crate::block::BlockDevice;
+use crate::files::temporary;
+use crate::program::note;
 use cvm::BoxError;
 use sha2::{Digest, Sha256};
 use std::fs::File;
@@ -11,6 +13,9 @@ use tiny_guest::{DISK_STREAM, Report, SECTOR, WRITTEN_SECTORS, pattern};
 
 /// How much made-up data there is when no file is given: what a KVM host that emulates instructions hashes in a second.
 const DEFAULT_LEN: usize = 32 << 10;
+
+/// From this length on the user is told why nothing happens.
+const LONG: u64 = 256 << 20;
 
 /// The disk as it was given, and a copy for the guest that is gone at the end.
 pub struct Disk {
@@ -28,14 +33,16 @@ impl Disk {
                 File::open(path).map_err(|error| format!("failed to open the disk {}: {error}", path.display()))?
             }
             None => {
-                let file = tempfile::tempfile()?;
                 let data: Vec<u8> = (0..DEFAULT_LEN).map(|index| pattern(0, 0, index)).collect();
-                file.write_all_at(&data, 0)?;
-                file
+                temporary("the disk", |file| file.write_all_at(&data, 0))?.0
             }
         };
-        let mut copy = tempfile::tempfile()?;
-        let len = io::copy(&mut original, &mut copy).map_err(|error| format!("failed to copy the disk: {error}"))?;
+        let name = path.map_or("the disk".into(), |path| format!("a copy of {}", path.display()));
+        let len = original.metadata().map_err(|error| format!("failed to read the length of {name}: {error}"))?.len();
+        if len >= LONG {
+            note(format_args!("copying and hashing {} MiB, {name}; the guest will read all of it too", len >> 20));
+        }
+        let (mut copy, len) = temporary(&name, |copy| io::copy(&mut original, copy))?;
         if len < (WRITTEN_SECTORS * SECTOR) as u64 || !len.is_multiple_of(SECTOR as u64) {
             return Err(format!(
                 "a disk of {len} bytes will not do: it takes a multiple of {SECTOR}, and at least {WRITTEN_SECTORS} of them"

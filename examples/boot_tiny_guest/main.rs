@@ -9,6 +9,8 @@ mod attempts;
 #[path = "../common/block.rs"]
 mod block;
 mod disk;
+#[path = "../common/files.rs"]
+mod files;
 mod machine;
 #[path = "../common/options.rs"]
 mod options;
@@ -31,7 +33,7 @@ use machine::Machine;
 use options::IsolationChoice;
 use outcome::{Outcome, Run};
 use program::{chain, conclude};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use tiny_guest::{BOOT_PAGE, MAX_VCPUS, MIN_MEMORY, MMIO, PAGE_TABLES, Task};
@@ -189,11 +191,12 @@ fn load<L: cvm::launch::Loader>(
     image: &Image,
     task: Task,
     nonce: u64,
-) -> Result<L::Vm, cvm::Error> {
-    launch.load_image(image)?;
+    name: &Path,
+) -> Result<L::Vm, BoxError> {
+    launch.load_image(image).map_err(files::named(name))?;
     launch.load_boot_page(Gpa(BOOT_PAGE), [task as u64, nonce, 0, 0])?;
     launch.start_in_long_mode(image.entry(), Gpa(PAGE_TABLES), Gpa(BOOT_PAGE))?;
-    launch.seal()
+    Ok(launch.seal()?)
 }
 
 fn run(options: &Options) -> Result<Outcome, BoxError> {
@@ -214,7 +217,7 @@ fn run(options: &Options) -> Result<Outcome, BoxError> {
 
 fn boot<P: Platform>(options: &Options, platform: &P, protection: Protection) -> Result<Outcome, BoxError> {
     let file = match &options.guest {
-        Some(path) => std::fs::read(path).map_err(|error| format!("failed to read {}: {error}", path.display()))?,
+        Some(path) => files::read(path, "ELF file", files::is_no_elf)?,
         None => tiny_guest::IMAGE.to_vec(),
     };
     let disk = Disk::new(options.disk.as_deref())?;
@@ -236,7 +239,9 @@ fn boot<P: Platform>(options: &Options, platform: &P, protection: Protection) ->
     config.policy = options.policy.iter().copied().map(Policy::from).collect();
     let launch = platform.launch(config)?;
     let transport = launch.transport();
-    let mut vm = load(launch, &Image::from_elf(&file)?, task, nonce)?;
+    let name = options.guest.as_deref().unwrap_or(Path::new("the built image"));
+    let image = Image::from_elf(&file).map_err(files::named(name))?;
+    let mut vm = load(launch, &image, task, nonce, name)?;
     let launched = begin.elapsed();
 
     let vcpus = vm.take_vcpus();

@@ -1,6 +1,8 @@
 //! The file behind a guest's disk, which says what must be where.
 
 use crate::block::BlockDevice;
+use crate::files::temporary;
+use cvm::BoxError;
 use io_guest::{Case, DISK_LEN, MAX_REQUEST, SECTOR, WRITTEN, word};
 use std::fs::File;
 use std::io;
@@ -15,15 +17,16 @@ pub struct Disk {
 
 impl Disk {
     /// A new file whose first half has the words of `nonce`.
-    pub fn new(nonce: u64) -> io::Result<Self> {
-        let file = tempfile::tempfile()?;
-        file.set_len(DISK_LEN as u64)?;
+    pub fn new(nonce: u64) -> Result<Self, BoxError> {
         let words = |words: std::ops::Range<usize>| -> Vec<u8> {
             words.flat_map(|index| word(nonce, index).to_le_bytes()).collect()
         };
-        for start in (0..WRITTEN).step_by(MAX_REQUEST) {
-            file.write_all_at(&words(start / 8..(start + MAX_REQUEST) / 8), start as u64)?;
-        }
+        let (file, ()) = temporary("the disk", |file| {
+            file.set_len(DISK_LEN as u64)?;
+            (0..WRITTEN)
+                .step_by(MAX_REQUEST)
+                .try_for_each(|start| file.write_all_at(&words(start / 8..(start + MAX_REQUEST) / 8), start as u64))
+        })?;
         Ok(Self { file, written: words(0..MAX_REQUEST / 8) })
     }
 

@@ -10,6 +10,8 @@ mod block;
 mod chart;
 mod cpu;
 mod disk;
+#[path = "../common/files.rs"]
+mod files;
 mod guest;
 #[path = "../common/net.rs"]
 mod net;

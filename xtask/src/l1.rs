@@ -196,7 +196,7 @@ impl L1 {
             file.rewind()?;
             Ok::<_, io::Error>(file)
         };
-        write().context(|| "writing the VM's initramfs".into())
+        write().context(|| format!("writing the VM's initramfs to a temporary file in {}", env::temp_dir().display()))
     }
 
     /// The shell script that runs the command as it would run here.
