@@ -3,7 +3,7 @@
 use crate::guest::{GHCB, MAX_GHCBS, REPORT};
 use crate::quality;
 use cvm_core::launch::Loader;
-use cvm_core::memory::{Allocated, ConversionTotals};
+use cvm_core::memory::{Allocated, ConversionTotals, ViewError};
 use cvm_core::{
     Answer, ConversionRequest, Error, Exit, Gpa, GpaRange, Launch, PAGE_SIZE, PageState, Vcpu, Vm, Watchdog,
 };
@@ -175,8 +175,7 @@ impl<V: Vm> Guest<V> {
             let gpa = GuestAddress(range.start().0 + page * PAGE_SIZE);
             for result in [memory.read_obj::<u8>(gpa).map(drop), memory.write_obj(1u8, gpa)] {
                 let error = result.expect_err("a private page can be reached");
-                let is_named = matches!(error, GuestMemoryError::InvalidGuestAddress(named) if named == gpa);
-                assert!(is_named, "{gpa:?}: {error}");
+                assert_eq!(ViewError::of(&error), Some(ViewError::Private(Gpa(gpa.0))), "{error}");
             }
         }
     }

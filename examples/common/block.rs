@@ -2,7 +2,7 @@
 
 use crate::virtio::Registers;
 use cvm::SharedMemory;
-use cvm::memory::SharedView;
+use cvm::memory::{SharedView, ViewError};
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use virtio_bindings::virtio_blk::{
@@ -11,7 +11,7 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 /// Sectors of a virtio block device (virtio 1.2, section 5.2.4).
 const SECTOR: u64 = 512;
@@ -126,9 +126,9 @@ impl Disk {
             Err(Failure::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),
             Err(Failure::Disk) => (VIRTIO_BLK_S_IOERR, 0),
             Err(Failure::Memory(error)) => {
-                if let GuestMemoryError::InvalidGuestAddress(address) = error {
+                if let Some(refused) = ViewError::of(&error) {
                     self.served.refused += 1;
-                    self.served.refused_address = address.raw_value();
+                    self.served.refused_address = refused.gpa().0;
                 }
                 (VIRTIO_BLK_S_IOERR, 0)
             }

@@ -6,6 +6,7 @@ use crate::outcome::Observed;
 use crate::vmm::kind;
 use cvm::doorbell::{DEVICE_SPACE, MSR_BASE, PORT_BASE, SPACE};
 use cvm::kvm::KvmPlatform;
+use cvm::memory::ViewError;
 use cvm::{Answer, Exit, PAGE_SIZE, Side, Vcpu, Vm};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -14,7 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use virtio_bindings::virtio_ring::VRING_DESC_F_NEXT;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryError};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 /// How much a run tries.
 #[derive(Debug, Clone, Copy)]
@@ -335,7 +336,9 @@ fn device(guest: &Guest, table: u64) -> Result<Observed, &'static str> {
         bytes.resize((descriptor.len() as usize).min(1 << 20), 0);
         match view.read_slice(&mut bytes, descriptor.addr()) {
             Ok(()) => {}
-            Err(GuestMemoryError::InvalidGuestAddress(_)) => return Err("InvalidGuestAddress"),
+            Err(error) if matches!(ViewError::of(&error), Some(ViewError::Private(_))) => {
+                return Err("ViewError::Private");
+            }
             Err(_) => return Err("another error"),
         }
     }

@@ -425,7 +425,7 @@ pub const TABLES: &[Table] = &[
     },
 ];
 
-const VIEW: Outcome = Refused("InvalidGuestAddress", "a private page is no part of the view");
+const VIEW: Outcome = Refused("ViewError::Private", "a private page is no part of the view");
 const NOT_ASKED: Outcome = Refused("NotAsked", "a request is good once, for the vCPU and the pages that it names");
 const PROTOCOL: Outcome = Refused("Protocol", "a conversion answers the one request that it was made for");
 const REGISTERS: [Outcome; 3] = [Open("the guest's"), Open("the guest's"), NO_KVM];

@@ -6,7 +6,7 @@ use crate::outcome::Observed;
 use crate::sys;
 use cvm::interrupt::InterruptController;
 use cvm::kvm::{KvmPlatform, KvmVm};
-use cvm::memory::PageState;
+use cvm::memory::{PageState, ViewError};
 use cvm::{Answer, Conversion, ConversionRequest, Error, Event, PAGE_SIZE, Side, Vcpu, Vm};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -114,8 +114,10 @@ pub fn failed(error: Error) -> Observed {
 fn through_view(result: Result<(), GuestMemoryError>) -> Observed {
     match result {
         Ok(()) => Observed::Got("a byte of a private page".into()),
-        Err(GuestMemoryError::InvalidGuestAddress(_)) => Observed::Refused("InvalidGuestAddress".into()),
-        Err(error) => Observed::Refused(error.to_string()),
+        Err(error) => match ViewError::of(&error) {
+            Some(ViewError::Private(_)) => Observed::Refused("ViewError::Private".into()),
+            _ => Observed::Refused(error.to_string()),
+        },
     }
 }
 

@@ -4,13 +4,13 @@ use crate::Bench;
 use crate::clause::{Clause, Verdict};
 use crate::guest::{Assembler, DATA, EXTRA, GHCB, MEMORY};
 use crate::vmm::{Guest, range};
-use cvm_core::memory::{Allocated, ConversionTotals};
+use cvm_core::memory::{Allocated, ConversionTotals, ViewError};
 use cvm_core::{Gpa, Launch, PAGE_SIZE, PageKind, PageState, Platform, Side, Vm, VmConfig};
 use iced_x86::code_asm::*;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryError, Permissions};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemory, Permissions};
 
 pub(super) fn clauses<P: Platform>() -> Vec<Clause<P>> {
     vec![
@@ -47,8 +47,8 @@ fn private_by_default<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
     Verdict::Met
 }
 
-/// That the view refuses `len` bytes at `gpa` by whatever means, and says that they are not there from `named` on.
-fn assert_refused<V: Vm>(guest: &Guest<V>, gpa: u64, len: usize, named: u64) {
+/// That the view refuses `len` bytes at `gpa` by whatever means, and says from where on and why.
+fn assert_refused<V: Vm>(guest: &Guest<V>, gpa: u64, len: usize, named: ViewError) {
     let view = guest.vm.memory().memory();
     let at = GuestAddress(gpa);
     let mut read = vec![0xa5; len];
@@ -62,8 +62,7 @@ fn assert_refused<V: Vm>(guest: &Guest<V>, gpa: u64, len: usize, named: u64) {
     ];
     for (how, result) in results {
         let error = result.expect_err(&format!("{len} bytes at {gpa:#x} by {how}"));
-        let is_named = matches!(error, GuestMemoryError::InvalidGuestAddress(GuestAddress(at)) if at == named);
-        assert!(is_named, "{len} bytes at {gpa:#x} by {how}: {error}, not {named:#x}");
+        assert_eq!(ViewError::of(&error), Some(named), "{len} bytes at {gpa:#x} by {how}: {error}");
     }
     assert!(read.iter().all(|byte| *byte == 0xa5), "{len} bytes at {gpa:#x} were refused and read");
     for access in [Permissions::Read, Permissions::Write, Permissions::ReadWrite] {
@@ -100,7 +99,7 @@ fn refused_whole<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
         (third + 5, page, third + 5),
         (third + 5, 1, third + 5),
     ] {
-        assert_refused(&guest, gpa, len, named);
+        assert_refused(&guest, gpa, len, ViewError::Private(Gpa(named)));
     }
     let view = guest.vm.memory().memory();
     let mut whole = [0; 2 * PAGE_SIZE as usize];
@@ -134,7 +133,7 @@ fn outside<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
         (u64::MAX - 3, 8, u64::MAX - 3),
         (u64::MAX, 1, u64::MAX),
     ] {
-        assert_refused(&guest, gpa, len, named);
+        assert_refused(&guest, gpa, len, ViewError::OutsideMemory(Gpa(named)));
     }
     for gpa in [MEMORY, BEHIND - PAGE_SIZE, 1 << 40, u64::MAX] {
         assert_eq!(guest.vm.memory().map().get(Gpa(gpa)), None, "{gpa:#x}");

@@ -85,8 +85,10 @@ impl<C: Converter> ConversionEngine<C> {
 
     /// Carries out what a guest has asked for, page run by page run; may be called by several vCPUs' threads at once.
     ///
-    /// A request for pages that already are on that side is done at once, without asking anybody. One that no guest
-    /// has made, or that was carried out before, is refused.
+    /// A request for pages that are on that side already is done without asking listeners or the backend, when no conversion of
+    /// these pages is under way. A request that no guest has made, or that was carried out before, is refused.
+    ///
+    /// It waits for other conversions and for pins for 100 ms in all, and then the guest has to ask again.
     pub fn convert(&self, request: &ConversionRequest) -> Conversion {
         let mut progress = Progress { pages: 0, reached: request.gpa() };
         let Some(ticket) = self.requests.take(request) else {

@@ -29,7 +29,7 @@ pub use conversion::{
 };
 pub use map::{PageState, PageStateMap, Snapshot};
 pub use slots::Slots;
-pub use view::{Backing, Pinned, SharedMemory, SharedView};
+pub use view::{Backing, Pinned, SharedMemory, SharedView, ViewError};
 
 /// How much memory a VM occupies on the host, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,9 +1,9 @@
-//! Pins: how a conversion knows that nobody still looks at a page which it takes away.
+//! Pins: how a conversion knows that no device still uses a page that becomes private.
 
 use super::sync::{AtomicUsize, Counted, Deadline, Mutex, MutexGuard, Ordering, fence, full_fence, pause};
 use std::sync::{Arc, PoisonError, TryLockError};
 
-/// Those who may look at a shared view, and the phase that they come in.
+/// The holders of a shared view, and the phase that counts their pins.
 ///
 /// Each holder has two tokens, and a pin is one more that shares a token, so that the token's count says how many pins
 /// there are, and holders do not wait for each other's memory. A holder takes its pin first and reads the page-state map
@@ -11,8 +11,8 @@ use std::sync::{Arc, PoisonError, TryLockError};
 /// counts the pin, or its holder sees what has become of the map. The engine changes nothing for that, so that those who
 /// convert at once do not wait for each other's memory either.
 ///
-/// The phase says which token the pins to come share. It is there for those who wait: pins that are taken meanwhile share
-/// the other token. Who reads it late, and takes the token that is waited for, is waited for too.
+/// The phase says which token the pins to come share. A conversion that waits for pins changes it, so that pins which are taken
+/// meanwhile share the other token. A holder that reads the old phase late, and shares the old token, is waited for too.
 #[derive(Debug)]
 pub(super) struct Pins<T> {
     phase: AtomicUsize,

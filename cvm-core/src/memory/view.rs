@@ -3,6 +3,7 @@
 use super::map::{PageState, PageStateMap};
 use super::pins::{Holder, Pin, Pins};
 use crate::{Error, Gpa, GpaRange};
+use std::io;
 use std::iter::FusedIterator;
 use std::ops::Deref;
 use std::sync::Arc;
@@ -21,11 +22,49 @@ pub struct Backing {
     pub file: Option<FileOffset>,
 }
 
+/// Why the shared view refuses an access: the first address that it cannot reach, and what is there.
+///
+/// It is the source of the `vm-memory` error: [`ViewError::of`] finds it there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
+#[non_exhaustive]
+pub enum ViewError {
+    /// The page there is private.
+    #[error("guest address {0} is private")]
+    Private(Gpa),
+    /// The page there is poisoned.
+    #[error("guest address {0} is inaccessible since a conversion failed")]
+    Poisoned(Gpa),
+    /// The guest has no memory there.
+    #[error("guest address {0} lies outside the guest's memory")]
+    OutsideMemory(Gpa),
+}
+
+impl ViewError {
+    /// Why the view has refused an access that failed with `error`; nothing if the view did not.
+    pub fn of(error: &GuestMemoryError) -> Option<Self> {
+        let GuestMemoryError::IOError(error) = error else { return None };
+        error.get_ref()?.downcast_ref().copied()
+    }
+
+    /// The first address that the view cannot reach.
+    pub fn gpa(&self) -> Gpa {
+        let (Self::Private(gpa) | Self::Poisoned(gpa) | Self::OutsideMemory(gpa)) = self;
+        *gpa
+    }
+}
+
+impl From<ViewError> for GuestMemoryError {
+    fn from(error: ViewError) -> Self {
+        // Its own variant for an invalid address has no place for a reason.
+        Self::IOError(io::Error::new(io::ErrorKind::PermissionDenied, error))
+    }
+}
+
 /// A handle to the shared side of a VM's memory, for devices to keep.
 ///
 /// [`memory`](GuestAddressSpace::memory) pins it; what the pinned view implements is `vm-memory`'s [`GuestMemory`], so
 /// `virtio-queue` and other crates that are generic over it work unchanged. An access that touches a page which is not
-/// shared fails whole, with the first such address.
+/// shared fails whole, with the first such address and what is there: a [`ViewError`].
 ///
 /// Hold a pin for one batch of accesses, not longer: a conversion to private waits for it, and answers the guest with
 /// [`Answer::Retry`](crate::Answer::Retry) when it waits in vain, with an error that names who held it up.
@@ -158,17 +197,26 @@ impl SharedView {
     ) -> Result<impl GuestMemorySliceIterator<'_, ()>, GuestMemoryError> {
         match self.first_unshared(addr, count) {
             None => Ok(GuestMemoryBackend::get_slices(&self.backing, addr, count)),
-            Some(first) => Err(GuestMemoryError::InvalidGuestAddress(first)),
+            Some(first) => Err(self.refusal(first).into()),
         }
     }
 
     /// The first address of `addr..addr + count` that is not on the shared side.
-    fn first_unshared(&self, addr: GuestAddress, count: usize) -> Option<GuestAddress> {
+    fn first_unshared(&self, addr: GuestAddress, count: usize) -> Option<Gpa> {
         if count == 0 {
             return None;
         }
-        let Some(pages) = GpaRange::covering(addr.0, count as u64) else { return Some(addr) };
-        self.map.first_not_in(pages, PageState::Shared).map(|gpa| GuestAddress(gpa.0.max(addr.0)))
+        let Some(pages) = GpaRange::covering(addr.0, count as u64) else { return Some(Gpa(addr.0)) };
+        self.map.first_not_in(pages, PageState::Shared).map(|gpa| Gpa(gpa.0.max(addr.0)))
+    }
+
+    fn refusal(&self, gpa: Gpa) -> ViewError {
+        match self.map.get(gpa) {
+            // A page that has become shared meanwhile was private.
+            Some(PageState::Private | PageState::Shared) => ViewError::Private(gpa),
+            Some(PageState::Poisoned) => ViewError::Poisoned(gpa),
+            None => ViewError::OutsideMemory(gpa),
+        }
     }
 }
 
@@ -254,13 +302,30 @@ mod tests {
         let before = [0xaau8; 16];
         memory.write_slice(&before, GuestAddress(6 * PAGE_SIZE - 16)).unwrap();
         let error = memory.write_slice(&[0u8; 32], GuestAddress(6 * PAGE_SIZE - 16)).unwrap_err();
-        assert!(matches!(error, GuestMemoryError::InvalidGuestAddress(GuestAddress(gpa)) if gpa == 6 * PAGE_SIZE));
+        assert_eq!(ViewError::of(&error), Some(ViewError::Private(Gpa(6 * PAGE_SIZE))));
         let mut after = [0; 16];
         memory.read_slice(&mut after, GuestAddress(6 * PAGE_SIZE - 16)).unwrap();
         assert_eq!(after, before);
 
         let error = memory.read_slice(&mut after, GuestAddress(PAGE_SIZE + 3)).unwrap_err();
-        assert!(matches!(error, GuestMemoryError::InvalidGuestAddress(GuestAddress(gpa)) if gpa == PAGE_SIZE + 3));
+        assert_eq!(ViewError::of(&error), Some(ViewError::Private(Gpa(PAGE_SIZE + 3))));
+    }
+
+    #[test]
+    fn an_error_says_in_words_where_an_access_fails_and_what_is_there() {
+        let shared = shared_memory();
+        let memory = shared.memory();
+        shared.map().set(GpaRange::from_pages(7 * PAGE_SIZE, 1).unwrap(), PageState::Poisoned);
+        let said = |page: u64, len| {
+            let error = memory.read_slice(&mut vec![0; len], GuestAddress(page * PAGE_SIZE + 0x10)).unwrap_err();
+            let reason = ViewError::of(&error).unwrap();
+            assert!(error.to_string().ends_with(&reason.to_string()), "{error}");
+            reason.to_string()
+        };
+        assert_eq!(said(1, 1), "guest address 0x1010 is private");
+        assert_eq!(said(5, 0x1000), "guest address 0x6000 is private");
+        assert_eq!(said(7, 1), "guest address 0x7010 is inaccessible since a conversion failed");
+        assert_eq!(said(8, 1), "guest address 0x8010 lies outside the guest's memory");
     }
 
     #[test]
@@ -278,7 +343,8 @@ mod tests {
     fn what_lies_outside_memory_or_wraps_around_is_refused() {
         let memory = shared_memory().memory();
         for addr in [8 * PAGE_SIZE, 1 << 52, u64::MAX, u64::MAX - 3] {
-            assert!(memory.read_obj::<u64>(GuestAddress(addr)).is_err());
+            let error = memory.read_obj::<u64>(GuestAddress(addr)).unwrap_err();
+            assert_eq!(ViewError::of(&error), Some(ViewError::OutsideMemory(Gpa(addr))));
             assert!(!memory.check_range(GuestAddress(addr), 8, Permissions::Read));
         }
     }

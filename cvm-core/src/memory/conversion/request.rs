@@ -119,9 +119,9 @@ impl Conversion {
 /// What an engine has done so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ConversionTotals {
-    /// Requests answered.
+    /// Requests carried out as far as they could be; where an untrusted VMM has them carried out in parts, parts.
     pub requests: u64,
-    /// Requests not answered with [`Answer::Done`].
+    /// Those of them that were not carried out whole.
     pub refused: u64,
     /// Pages that became private.
     pub to_private: u64,
