@@ -191,6 +191,8 @@ impl<'a> Igvm<'a> {
     }
 }
 
+#[cfg(test)]
+mod golden;
 // The crate `igvm`, which writes the files of these tests, has the byte order of the machine in them.
 #[cfg(all(test, target_endian = "little"))]
 mod tests;

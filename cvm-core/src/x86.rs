@@ -8,11 +8,9 @@ mod tables;
 pub use tables::identity_map;
 
 use crate::Gpa;
-use zerocopy::{Immutable, IntoBytes, KnownLayout};
 
 /// The first state of a vCPU that starts in 64-bit mode with flat segments and interrupts off.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VcpuState {
     /// Where it starts.
     pub rip: u64,
