@@ -78,7 +78,7 @@ pub(super) fn serve(socket: BorrowedFd<'static>, device: &Path) -> ! {
 }
 
 fn prepare(device: &Path) -> Result<KvmPlatform, Error> {
-    sandbox::drop_privileges(0)?;
+    sandbox::drop_privileges()?;
     let platform = KvmPlatform::local(device)?;
     page::worth_looking();
     sandbox::lock_down()?;

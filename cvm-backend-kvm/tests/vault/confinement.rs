@@ -42,6 +42,18 @@ fn a_vault_has_nothing_but_what_it_needs() {
         return skip("the rest is not to be seen but by root");
     }
     assert_eq!(field("CapBnd"), "0000000000000000");
+    let threads: Vec<_> = fs::read_dir(proc("task")).unwrap().map(|thread| thread.unwrap().path()).collect();
+    assert!(threads.len() > 2, "its vCPUs have threads: {threads:?}");
+    for thread in threads {
+        let status = fs::read_to_string(thread.join("status")).unwrap();
+        for line in ["Seccomp:\t2", "NoNewPrivs:\t1", "CapEff:\t0000000000000000", "CapBnd:\t0000000000000000"] {
+            assert!(status.lines().any(|found| found == line), "{line} of {}: {status}", thread.display());
+        }
+    }
+    // A message of the C library lands in an empty file that cannot be written.
+    for standard in ["fd/1", "fd/2"] {
+        assert_eq!(fs::read_link(proc(standard)).unwrap(), Path::new("/memfd:cvm-nothing (deleted)"), "{standard}");
+    }
     // The loader's paths are for it to start at all.
     let environment = read("environ");
     let environment: Vec<_> =
