@@ -3,19 +3,27 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+/// Why the kernel refused something, and what to do about it.
+#[derive(Debug, thiserror::Error)]
+#[error("{cause}; {remedy}")]
+pub struct Remedied {
+    /// The kernel's answer.
+    pub cause: io::Error,
+    /// What to do.
+    pub remedy: &'static str,
+}
+
 /// What can go wrong between this backend and the host.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// The file of a device cannot be opened, or is another device's.
-    #[error("failed to open {}: {remedy}", path.display())]
+    #[error("failed to open {}", path.display())]
     Open {
         /// The device.
         path: PathBuf,
-        /// What to do about it.
-        remedy: &'static str,
         /// Why not.
-        source: io::Error,
+        source: Remedied,
     },
     /// The KVM device is one from another time.
     #[error("{} speaks version {version} of the kvm api, not 12", path.display())]
@@ -81,15 +89,12 @@ pub enum Error {
         source: io::Error,
     },
     /// Memory cannot be pinned: the kernel counts it against a limit of this process.
-    #[error(
-        "failed to pin {bytes} bytes: raise the limit of locked memory above that (ulimit -l, LimitMEMLOCK=), or give \
-         CAP_IPC_LOCK"
-    )]
+    #[error("failed to pin {bytes} bytes")]
     Pin {
         /// How much memory the VM has.
         bytes: u64,
-        /// The kernel's answer.
-        source: io::Error,
+        /// Why not.
+        source: Remedied,
     },
     /// A vault cannot be started or reached.
     #[error("the vault failed to {step}")]
@@ -139,7 +144,10 @@ pub enum Error {
 impl Error {
     /// For `map_err`: why a device could not be opened, with what `remedy` has for that.
     pub(crate) fn open(path: &Path, remedy: impl Fn(ErrorKind) -> &'static str) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Open { path: path.to_owned(), remedy: remedy(source.kind()), source }
+        move |cause| {
+            let source = Remedied { remedy: remedy(cause.kind()), cause };
+            Self::Open { path: path.to_owned(), source }
+        }
     }
 
     /// For `map_err`: `step` was what a KVM call was to do.

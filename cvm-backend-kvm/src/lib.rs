@@ -32,7 +32,7 @@ mod questions;
 mod trust;
 pub mod vault;
 
-pub use error::Error;
+pub use error::{Error, Remedied};
 pub use handles::{KvmLoader, KvmVcpu, KvmVm};
 pub use platform::KvmPlatform;
 

@@ -1,5 +1,6 @@
 //! What this host offers of each kind of protection.
 
+use crate::Remedied;
 use crate::host::{Host, setting};
 use crate::hypercall;
 use crate::trust::{Facts, Finding};
@@ -20,8 +21,8 @@ pub(crate) fn offers(path: &Path) -> Vec<Offer> {
         Ok(host) => host,
         Err(error) => {
             let lack = match &error {
-                crate::Error::Open { path, remedy, source } => {
-                    Missing::new(format!("{} cannot be opened: {source}", path.display()), *remedy)
+                crate::Error::Open { path, source: Remedied { cause, remedy } } => {
+                    Missing::new(format!("{} cannot be opened: {cause}", path.display()), *remedy)
                 }
                 crate::Error::Kvm { source, .. } => Missing::new(format!("{error}: {source}"), "a kvm that answers"),
                 _ => Missing::new(error.to_string(), "a kernel whose kvm speaks version 12"),

@@ -81,8 +81,8 @@ fn a_hypercall_with_reserved_attributes_is_refused_and_one_with_a_page_size_is_n
 fn a_device_that_is_not_kvm_is_refused_with_a_remedy() {
     let missing = KvmPlatform::open(Path::new("/nonexistent/kvm"), None).unwrap_err();
     assert!(
-        matches!(&missing, KvmError::Open { path, remedy, .. }
-            if path == Path::new("/nonexistent/kvm") && remedy.contains("load kvm_intel or kvm_amd")),
+        matches!(&missing, KvmError::Open { path, source }
+            if path == Path::new("/nonexistent/kvm") && source.remedy.contains("load kvm_intel or kvm_amd")),
         "{missing}"
     );
     let null = KvmPlatform::open(Path::new("/dev/null"), None).unwrap_err();
@@ -94,7 +94,7 @@ fn a_device_that_is_not_kvm_is_refused_with_a_remedy() {
         return skip("no file is forbidden to this user");
     }
     let forbidden = KvmPlatform::open(file.path(), None).unwrap_err();
-    assert!(matches!(&forbidden, KvmError::Open { remedy, .. } if remedy.contains("group")), "{forbidden}");
+    assert!(matches!(&forbidden, KvmError::Open { source, .. } if source.remedy.contains("group")), "{forbidden}");
 }
 
 /// An ELF file of one segment, at the address where it starts.

@@ -249,8 +249,11 @@ impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "isolation {}, medians of {} rounds, {} requests or {} frames in flight; p is protected, u unprotected\n",
-            self.isolation, self.rounds, self.disk_depth, self.net_depth
+            "isolation {}, {}, {} requests or {} frames in flight; p is protected, u unprotected\n",
+            self.isolation,
+            if self.rounds == 1 { "one round".into() } else { format!("medians of {} rounds", self.rounds) },
+            self.disk_depth,
+            self.net_depth
         )?;
         writeln!(
             f,

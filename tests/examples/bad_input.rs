@@ -102,8 +102,11 @@ fn bad_input_gives_an_error_that_says_what_is_wrong() {
     let overlapping = changed_image(directory.path(), second, 0x20_0000);
     let outside = changed_image(directory.path(), second, 0x4000_0000);
     let cases: [(&[&str], &str); 15] = [
-        (&["--kvm", "/nonexistent"], "failed to open /nonexistent: load kvm_intel or kvm_amd"),
-        (&["--kvm", "/dev/null"], "failed to open /dev/null: it must be a kvm device"),
+        (
+            &["--kvm", "/nonexistent"],
+            "failed to open /nonexistent: No such file or directory (os error 2); load kvm_intel or kvm_amd",
+        ),
+        (&["--kvm", "/dev/null"], "Inappropriate ioctl for device (os error 25); it must be a kvm device"),
         (&["--kvm", text], "it must be a kvm device"),
         (&["--vcpus", "0"], "0 is not in 1..=16"),
         (&["--vcpus", "4294967296"], "not in 1..=16"),

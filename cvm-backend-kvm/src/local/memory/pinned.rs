@@ -17,7 +17,7 @@
 use super::backing::Backing;
 use super::layout::Layout;
 use super::window::Windows;
-use crate::Error;
+use crate::{Error, Remedied};
 use cvm_core::memory::{Allocated, ConverterError, LeftAs, Sides};
 use cvm_core::{BoxError, GpaRange, Side};
 use kvm_bindings::kvm_enc_region;
@@ -50,10 +50,14 @@ impl PinnedMemory {
         self.windows.slots().iter().try_for_each(|slot| self.pin(vm, *slot))
     }
 
+    /// Pins a slot, which the kernel counts against a limit of this process.
     fn pin(&self, vm: &VmFd, slot: GpaRange) -> Result<(), Error> {
+        let remedy = "raise the limit of locked memory above that (ulimit -l, LimitMEMLOCK=), or give CAP_IPC_LOCK";
         let region = kvm_enc_region { addr: self.windows.address(slot)?, size: slot.len() };
         vm.register_enc_memory_region(&region).map_err(|error| match error.errno() {
-            libc::ENOMEM => Error::Pin { bytes: self.layout().bytes(), source: error.into() },
+            libc::ENOMEM => {
+                Error::Pin { bytes: self.layout().bytes(), source: Remedied { cause: error.into(), remedy } }
+            }
             _ => Error::memory("pin", slot)(error),
         })
     }
