@@ -65,6 +65,14 @@ pub enum Error {
         /// Its answer.
         source: io::Error,
     },
+    /// KVM refuses a register of a vCPU's initial state.
+    #[error("kvm cannot start a vcpu with {value:#x} in {register}")]
+    Register {
+        /// Which.
+        register: &'static str,
+        /// What it was to have.
+        value: u64,
+    },
     /// Memory cannot be laid out like this.
     #[error("failed to lay out memory")]
     Layout(#[source] cvm_core::Error),

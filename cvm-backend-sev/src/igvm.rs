@@ -8,6 +8,7 @@ use crate::id_block::{self, AUTH_BYTES, KEY_BYTES, SIGNATURE_BYTES};
 use crate::snp::page_type;
 use crate::{Error, IdAuth, IdBlock, PageType, SevFeatures, SnpPolicy, Vmsa, vmsa};
 use cvm_core::igvm::{Context, Directive, Igvm, IgvmError, IgvmImage, IgvmPlatform, difference};
+use cvm_core::x86::save_area::{self, at};
 use cvm_core::{Measurement, PAGE_SIZE, PageKind};
 use sha2::{Digest, Sha384};
 
@@ -68,7 +69,7 @@ pub fn features(igvm: &Igvm<'_>) -> Result<SevFeatures, Error> {
 /// with the same features, and as KVM makes their states.
 ///
 /// # Errors
-/// [`Error::Igvm`] if that is not how it has them, or one is to start otherwise than in flat 64-bit mode; as [`IgvmImage::new`]
+/// [`Error::Igvm`] if that is not how it has them, or one is to start from a state that KVM makes none of; as [`IgvmImage::new`]
 /// and [`features`].
 pub fn image(igvm: Igvm<'_>) -> Result<IgvmImage<'_>, Error> {
     let features = features(&igvm)?;
@@ -90,8 +91,14 @@ pub fn image(igvm: Igvm<'_>) -> Result<IgvmImage<'_>, Error> {
         }
     }
     IgvmImage::new(igvm, |context: &Context<'_>| {
-        let state = vmsa::long_mode_state(context.contents);
-        difference(context, Vmsa::long_mode(&state, features).as_bytes(), &vmsa::FIELDS)?;
+        let state = save_area::state(context.contents);
+        difference(context, Vmsa::of(&state, features).as_bytes(), &vmsa::FIELDS)?;
+        state.check().map_err(|field| {
+            let names = [("code attributes", at::CS), ("data attributes", at::DS)].into_iter();
+            let mut names = names.chain(vmsa::FIELDS.iter().map(|(at, name)| (*name, *at)));
+            let at = names.find(|(name, _)| *name == field).map_or(0, |(_, at)| at);
+            IgvmError::State { vcpu: context.vcpu.into(), field, at }
+        })?;
         Ok(state)
     })
 }

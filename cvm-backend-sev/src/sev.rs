@@ -100,7 +100,7 @@ impl Running {
                 _ => None,
             });
             let vcpus: BTreeMap<_, _> = vcpus.collect();
-            vcpus.values().for_each(|state| self.0.update(Vmsa::long_mode(state, features).as_bytes()));
+            vcpus.values().for_each(|state| self.0.update(Vmsa::of(state, features).as_bytes()));
         }
         SevDigest(self.0.finalize().into())
     }

@@ -110,7 +110,7 @@ pub fn of_transcript(transcript: &Transcript, features: SevFeatures) -> Measurem
             Entry::Config(_) => {}
             Entry::Page { kind, gpa, contents } => digest.extend(page_type(*kind), *gpa, contents),
             Entry::Zero { range } => digest.without_contents(PageType::Zero, *range),
-            Entry::Vcpu { index, state } => _ = vcpus.insert(*index, Vmsa::long_mode(state, features)),
+            Entry::Vcpu { index, state } => _ = vcpus.insert(*index, Vmsa::of(state, features)),
         }
     }
     digest.vcpus(vcpus.values());

@@ -164,10 +164,10 @@ impl Vmsa {
         vmsa
     }
 
-    /// That of a vCPU whose state KVM was given as [`VcpuState`] has it: 64-bit mode, flat segments.
-    pub fn long_mode(state: &VcpuState, features: SevFeatures) -> Self {
+    /// That of a vCPU whose initial state KVM was given as [`VcpuState`] has it.
+    pub fn of(state: &VcpuState, features: SevFeatures) -> Self {
         let mut vmsa = Self(Box::new([0; PAGE_SIZE as usize]));
-        save_area::long_mode(&mut vmsa.0, state, features.bits());
+        save_area::fill(&mut vmsa.0, state, features.bits());
         vmsa
     }
 
@@ -188,18 +188,6 @@ pub(crate) fn features(page: &SaveArea) -> u64 {
     number(page, at::SEV_FEATURES)
 }
 
-/// The state that [`Vmsa::long_mode`] made this save area of, if that is where it is from.
-pub(crate) fn long_mode_state(page: &SaveArea) -> VcpuState {
-    let number = |place| number(page, place);
-    VcpuState {
-        rip: number(at::RIP),
-        rsp: number(at::RSP),
-        rdi: number(at::RDI),
-        rsi: number(at::RSI),
-        cr3: number(at::CR3),
-    }
-}
-
 impl fmt::Debug for Vmsa {
     /// What is not zero in it, by eight bytes.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -212,6 +200,7 @@ impl fmt::Debug for Vmsa {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use cvm_core::Gpa;
 
     fn number(vmsa: &Vmsa, place: usize) -> u64 {
         super::number(&vmsa.0, place)
@@ -227,8 +216,9 @@ mod tests {
 
     #[test]
     fn a_vcpu_in_64_bit_mode_has_what_it_was_given() {
-        let state = VcpuState { rip: 0x10_0000, rsp: 0x2000, rdi: 3, rsi: 0x4000, cr3: 0x5000 };
-        let vmsa = Vmsa::long_mode(&state, SevFeatures::SNP_ACTIVE);
+        let state = VcpuState::long_mode(Gpa(0x10_0000), Gpa(0x5000), 3, Gpa(0x4000));
+        let state = VcpuState { rsp: 0x2000, ..state };
+        let vmsa = Vmsa::of(&state, SevFeatures::SNP_ACTIVE);
         let places = [at::RIP, at::RSP, at::RDI, at::RSI, at::CR3];
         assert_eq!(places.map(|place| number(&vmsa, place)), [0x10_0000, 0x2000, 3, 0x4000, 0x5000]);
         assert_eq!((number(&vmsa, at::CR0), number(&vmsa, at::EFER)), (0x8001_0033, 0x1500));

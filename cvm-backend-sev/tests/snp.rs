@@ -47,7 +47,7 @@ fn the_firmware_measures_what_is_predicted_whatever_is_loaded() {
             // The last sixteen states, the newest at the end.
             let kept = fs::read("/proc/fakepsp_vmsa").unwrap();
             let states = transcript.entries().iter().filter_map(|entry| match entry {
-                Entry::Vcpu { index, state } => Some((index, Vmsa::long_mode(state, host.platform.features()))),
+                Entry::Vcpu { index, state } => Some((index, Vmsa::of(state, host.platform.features()))),
                 _ => None,
             });
             let made = kept.chunks_exact(4096).skip(kept.len() / 4096 - vcpus as usize);

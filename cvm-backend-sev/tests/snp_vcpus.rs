@@ -21,7 +21,8 @@ const ENTRY: u64 = DATA + 0x1000;
 
 #[test]
 fn a_vcpu_that_the_guest_starts_begins_as_one_that_the_launch_starts() {
-    let state = VcpuState { rip: ENTRY, rsp: 0x1234_5678, rdi: 7, rsi: BOOT_PAGE, cr3: 1 << 51 | TABLES };
+    let state = VcpuState::long_mode(Gpa(ENTRY), Gpa(1 << 51 | TABLES), 7, Gpa(BOOT_PAGE));
+    let state = VcpuState { rsp: 0x1234_5678, ..state };
     for features in [SevFeatures::SNP_ACTIVE, SevFeatures::SNP_ACTIVE | SevFeatures::DEBUG_SWAP] {
         let mut page = StatePage::new();
         page.fill(&state, features.bits());
@@ -58,7 +59,7 @@ fn a_guest_starts_its_second_vcpu_anew_from_a_state_that_it_made() {
     });
     let tables = TABLES | 1 << launch.interface().private_bit.unwrap();
     let mut page = StatePage::new();
-    page.fill(&VcpuState { rip: ENTRY, rsp: 0x1234_5678, rdi: 7, rsi: BOOT_PAGE, cr3: tables }, features);
+    page.fill(&VcpuState { cr3: tables, ..state }, features);
     launch.load(Gpa(STATE), page.as_bytes(), PageKind::Measured).unwrap();
     launch.load(Gpa(ENTRY), &anew, PageKind::Measured).unwrap();
     let mut guest = Guest::from_launch(launch);

@@ -33,14 +33,16 @@ pub enum IgvmError {
         /// What is wrong there.
         problem: String,
     },
-    /// A vCPU is to start otherwise than in flat 64-bit mode, see [`VcpuState`](crate::x86::VcpuState).
-    #[error("the igvm file's state of vcpu {vcpu} has another {field}, at {at:#x}, than vcpus can start with here")]
+    /// A vCPU cannot start on this platform from the state that the file has for it.
+    #[error(
+        "the igvm file's state of vcpu {vcpu} has a value of {field}, at {at:#x}, that no vcpu can start with here"
+    )]
     State {
         /// The vCPU.
         vcpu: u32,
-        /// What differs.
+        /// Which register cannot have its value.
         field: &'static str,
-        /// The first byte that differs, in the page with the state.
+        /// Where it is, or its first byte that cannot be so, in the page with the state.
         at: usize,
     },
 }

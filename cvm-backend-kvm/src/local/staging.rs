@@ -112,7 +112,8 @@ impl Staging {
     }
 
     fn run(&self, vcpu: &mut VcpuFd, to: u64, pages: u64) -> Result<(), BoxError> {
-        let state = VcpuState { rip: self.entry, rsp: 0, rdi: MEMORY + to, rsi: DATA, cr3: self.range.start().0 };
+        let base = VcpuState::LONG_MODE;
+        let state = VcpuState { rip: self.entry, rdi: MEMORY + to, rsi: DATA, cr3: self.range.start().0, ..base };
         vcpu::set_state(vcpu, &state)?;
         let mut regs = vcpu.get_regs().map_err(Error::kvm("read the registers"))?;
         (regs.rdx, regs.rcx) = (pages, DIGESTS);

@@ -84,7 +84,8 @@ impl Loader for VaultLoader {
     }
 
     fn set_vcpu(&mut self, index: u32, state: &VcpuState) -> Result<(), BoxError> {
-        Ok(self.vault.order_done(&Order::SetVcpu { index, state: *state }, &[])?)
+        Order::set_vcpu(index, state).try_for_each(|order| self.vault.order_done(&order, &[]))?;
+        Ok(())
     }
 
     fn seal(self, transcript: Transcript) -> Result<VaultVm, BoxError> {

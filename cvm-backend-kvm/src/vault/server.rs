@@ -8,6 +8,7 @@ use super::{MOST_LOADED, sandbox};
 use crate::local::{Backing, Layout, LocalLoader, LocalVm};
 use crate::{Error, KvmPlatform};
 use cvm_core::launch::VmConfig;
+use cvm_core::x86::VcpuState;
 use cvm_core::{BoxError, Error as CoreError, GpaRange, InterruptPolicy, Kick, Launch, PageKind, Trigger, Vcpu, Vm};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FileType, fstat};
@@ -97,6 +98,8 @@ enum Stage {
         pages: Arc<Pages>,
         shared: Backing,
         layout: Layout,
+        /// The numbers of the next vCPU's initial state.
+        state: [u64; VcpuState::WORDS],
     },
     Running {
         vm: LocalVm,
@@ -244,7 +247,12 @@ impl Server {
                 load(launch, shared, layout, range, kind)?;
                 Ok(Report::Done)
             }
-            (Order::SetVcpu { index, state }, Stage::Loading { launch, .. }) => {
+            (Order::Registers { part, words }, Stage::Loading { state, .. }) => {
+                Order::put(state, part, words);
+                Ok(Report::Done)
+            }
+            (Order::SetVcpu { index }, Stage::Loading { launch, state, .. }) => {
+                let state = VcpuState::from_words(state).ok_or("there is no such state of a vcpu")?;
                 launch.set_vcpu(index, &state)?;
                 Ok(Report::Done)
             }
@@ -285,7 +293,8 @@ impl Server {
         let kept = shared.try_clone().map_err(Error::vault("copy the descriptor of shared memory"))?;
         let launch = self.platform.launch_in_vault(config, shared)?;
         self.kicks = Some(kicks);
-        self.stage = Stage::Loading { launch: Box::new(launch), pages: Arc::new(pages), shared: kept, layout };
+        let (launch, pages, state) = (Box::new(launch), Arc::new(pages), [0; VcpuState::WORDS]);
+        self.stage = Stage::Loading { launch, pages, shared: kept, layout, state };
         Ok(())
     }
 

@@ -197,14 +197,20 @@ impl Loading {
         self.vault.done(&Order::Load { range: range(gpa, pages), kind: PageKind::Measured });
     }
 
+    /// The order that gives a vCPU the state whose parts were told.
     pub fn state(index: u32) -> Order {
-        Order::SetVcpu { index, state: VcpuState::long_mode(Gpa(CODE), Gpa(TABLES), index, Gpa(BOOT_PAGE)) }
+        Order::SetVcpu { index }
+    }
+
+    pub fn give_state(&mut self, index: u32) {
+        let state = VcpuState::long_mode(Gpa(CODE), Gpa(TABLES), index, Gpa(BOOT_PAGE));
+        Order::set_vcpu(index, &state).for_each(|order| self.vault.done(&order));
     }
 
     pub fn load_all(&mut self, write: impl FnOnce(&mut Assembler) -> Result<(), IcedError>) {
         self.load(CODE, &assemble(&config(self.vcpus), CODE, write));
         self.load(TABLES, &identity_map(Gpa(TABLES), MEMORY, None).unwrap());
-        (0..self.vcpus).for_each(|index| self.vault.done(&Self::state(index)));
+        (0..self.vcpus).for_each(|index| self.give_state(index));
     }
 
     pub fn seal(mut self) -> (Hostage, Measurement) {

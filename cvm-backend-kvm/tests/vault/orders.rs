@@ -224,7 +224,7 @@ fn what_is_refused_while_loading_is_neither_loaded_nor_measured() {
     }
     // As the honest launch goes on.
     loading.load(TABLES, &identity_map(Gpa(TABLES), MEMORY, None).unwrap());
-    loading.vault.done(&Loading::state(0));
+    loading.give_state(0);
     loading.vault.refused(&Loading::state(0));
     loading.load(BOOT_PAGE, &honest_boot_page());
     let (mut guest, measurement) = loading.seal();
@@ -252,7 +252,7 @@ fn honest_boot_page() -> Vec<u8> {
 fn a_vm_whose_vcpus_have_no_state_is_not_sealed() {
     let Some(_vaults) = vaults() else { return };
     let mut loading = Loading::start(2);
-    loading.vault.done(&Loading::state(1));
+    loading.give_state(1);
     loading.vault.refused(&Order::Seal);
     loading.vault.refused(&Loading::state(0));
     loading.vault.refused(&Order::Seal);

@@ -34,8 +34,8 @@ const POLICY: u64 = 0x3_0000;
 
 /// A vCPU that starts as the contract has it.
 fn vmsa(index: u16) -> Box<SevVmsa> {
-    let state = VcpuState { rip: 0x1000, rsp: 0, rdi: index.into(), rsi: 0x2000, cr3: 1 << 51 | 0x3000 };
-    let vmsa = Vmsa::long_mode(&state, SevFeatures::SNP_ACTIVE);
+    let state = VcpuState::long_mode(Gpa(0x1000), Gpa(1 << 51 | 0x3000), index.into(), Gpa(0x2000));
+    let vmsa = Vmsa::of(&state, SevFeatures::SNP_ACTIVE);
     Box::new(SevVmsa::read_from_bytes(vmsa.as_bytes()).unwrap())
 }
 
@@ -154,13 +154,37 @@ fn a_state_that_no_vcpu_starts_from_is_refused_by_its_field() {
         let error = image(parse(&file).unwrap()).unwrap_err();
         assert_eq!(error, Error::Igvm(IgvmError::State { vcpu: 1, field, at }));
     };
-    refused(|vmsa| vmsa.cr0 = 0x11, "cr0", 0x158);
-    refused(|vmsa| vmsa.cs.attrib = 0x9b, "cs", 0x13);
-    refused(|vmsa| vmsa.rbx = 1 << 56, "rbx", 0x31f);
+    refused(|vmsa| vmsa.cr0 |= 1 << 29, "cr0", 0x158);
+    refused(|vmsa| vmsa.cr4 = 1 << 5, "cr4", 0x148);
+    refused(|vmsa| vmsa.efer &= !(1 << 12), "efer", 0xd1);
+    refused(|vmsa| vmsa.cr0 = 0x11, "efer", 0xd0);
+    refused(|vmsa| vmsa.cs.attrib = 0x69b, "code attributes", 0x10);
+    refused(|vmsa| vmsa.cs.attrib |= 0x1000, "cs", 0x13);
+    refused(|vmsa| vmsa.es.base = 1, "es", 0x8);
+    refused(|vmsa| vmsa.gdtr.limit = 1 << 16, "gdtr", 0x66);
+    refused(|vmsa| vmsa.cr2 = 1, "cr2", 0x240);
     refused(|vmsa| vmsa.virtual_tom = 1 << 47, "virtual_tom", 0x3cd);
     refused(|vmsa| vmsa.vmsa_padding[0] = 1, "reserved field", 0x670);
     // The features are those of the first vCPU.
     refused(|vmsa| vmsa.sev_features.set_debug_swap(true), "sev_features", 0x3b0);
+}
+
+#[test]
+fn a_vcpu_starts_from_the_state_in_the_file_and_is_measured_with_it() {
+    let mut all = directives();
+    let last = all.len() - 1;
+    let mut state = vmsa(1);
+    (state.rax, state.rcx, state.rdx, state.rbx, state.rbp, state.r8, state.r15) = (1, 2, 3, 4, 5, 6, 7);
+    (state.cr0, state.efer, state.rflags, state.gs.base) = (0x8000_0031, 0x1d00, 0x402, 0x5000);
+    (state.gdtr.base, state.gdtr.limit, state.idtr.limit) = (0x6000, 0x17, 0);
+    state.cs.selector = 0x18;
+    all[last] = vcpu(VMSA_GPA, 1, state);
+    let (file, expected) = file(all);
+    assert_eq!(launched(&file), expected);
+    let started = image(parse(&file).unwrap()).unwrap().states()[&1];
+    let registers = (started.rax_to_rbx, started.rbp, started.r8_to_r15[0], started.r8_to_r15[7]);
+    assert_eq!(registers, ([1, 2, 3, 4], 5, 6, 7));
+    assert_eq!((started.cr0, started.efer, started.rflags, started.gs_base), (0x8000_0031, 0xd00, 0x402, 0x5000));
 }
 
 #[test]

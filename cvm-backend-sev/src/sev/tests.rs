@@ -74,7 +74,7 @@ mod by_transcript {
         let expected = SevDigest(loaded.clone().finalize().into());
         assert_eq!(of_transcript(&transcript, None, contents).unwrap(), expected);
         let features = SevFeatures::DEBUG_SWAP;
-        let states = [zeroth.0, one.0].map(|state| Vmsa::long_mode(&state, features));
+        let states = [zeroth.0, one.0].map(|state| Vmsa::of(&state, features));
         let with_states = states.iter().fold(loaded, |digest, state| digest.chain_update(state.as_bytes()));
         let expected = SevDigest(with_states.finalize().into());
         assert_eq!(of_transcript(&transcript, Some(features), contents).unwrap(), expected);

@@ -99,7 +99,8 @@ fn pages_are_chained_as_the_other_implementation_does() {
 fn a_transcript_is_measured_page_by_page_and_then_its_vcpus() {
     let page = |kind, gpa, contents| Entry::Page { kind, gpa: Gpa(gpa), contents };
     let vcpu = |index: u32| {
-        let state = VcpuState { rip: 0x10_0000, rsp: 0x2000, rdi: index.into(), rsi: 0x4000, cr3: 0x5000 };
+        let state = VcpuState::long_mode(Gpa(0x10_0000), Gpa(0x5000), index, Gpa(0x4000));
+        let state = VcpuState { rsp: 0x2000, ..state };
         Entry::Vcpu { index, state }
     };
     let entries = [

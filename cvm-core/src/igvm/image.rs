@@ -16,7 +16,7 @@ const MOST: usize = 2 << 20;
 /// An `IGVM_VHS_MMIO_RANGES` that says that there are none.
 const NO_MMIO_RANGES: [u8; 32] = [0; 32];
 
-/// An IGVM file, of whose every vCPU the first state is one that vCPUs can start from here.
+/// An IGVM file whose vCPUs can all start from the states that it has for them.
 #[derive(Debug, Clone)]
 pub struct IgvmImage<'a> {
     igvm: Igvm<'a>,

@@ -43,7 +43,7 @@ fn native(state: &VcpuState) -> IgvmNativeVpContextX64 {
     IgvmNativeVpContextX64::read_from_prefix(&native_page(state)).unwrap().0
 }
 
-const STATE: VcpuState = VcpuState { rip: 0x1000, rsp: 0x8000, rdi: 0, rsi: 0x2000, cr3: 0x3000 };
+const STATE: VcpuState = VcpuState { rsp: 0x8000, ..VcpuState::long_mode(Gpa(0x1000), Gpa(0x3000), 0, Gpa(0x2000)) };
 
 fn parameter(index: u32, offset: u32) -> IGVM_VHS_PARAMETER {
     IGVM_VHS_PARAMETER { parameter_area_index: index, byte_offset: offset }
@@ -244,16 +244,21 @@ fn a_header_of_unknown_kind_that_may_be_ignored_is() {
 }
 
 #[test]
-fn a_state_other_than_flat_64_bit_mode_is_refused_by_its_field() {
+fn a_state_that_no_processor_can_have_is_refused_by_its_field() {
     let mut context = native(&STATE);
     let bytes = context.as_mut_bytes().len();
-    for (at, field) in
-        [(0, "rax"), (127, "r15"), (137, "rflags"), (170, "code attributes"), (200, "cr0"), (231, "efer")]
-    {
+    for (at, place, field) in [
+        (139, 136, "rflags"),
+        (155, 155, "reserved field"),
+        (170, 170, "code attributes"),
+        (182, 182, "data attributes"),
+        (207, 200, "cr0"),
+        (231, 224, "efer"),
+    ] {
         let mut contents = native_page(&STATE);
-        contents[at] ^= 0x40;
+        contents[at] ^= 0xc0;
         let context = Context { vcpu: 3, gpa: Gpa(0), contents: &contents };
-        assert_eq!(native::state(&context), Err(IgvmError::State { vcpu: 3, field, at }));
+        assert_eq!(native::state(&context), Err(IgvmError::State { vcpu: 3, field, at: place }));
     }
     let mut contents = native_page(&STATE);
     contents[bytes] = 1;
@@ -268,8 +273,8 @@ fn the_state_of_a_vcpu_is_laid_out_as_the_format_has_it() {
     (expected.rflags, expected.idtr_limit, expected.gdtr_limit) = (2, 0xffff, 0xffff);
     (expected.code_selector, expected.code_attributes, expected.code_limit) = (8, 0xa09b, u32::MAX);
     (expected.data_selector, expected.data_attributes, expected.data_limit) = (16, 0xc093, u32::MAX);
-    (expected.cr0, expected.cr4, expected.efer) = (0x8001_0033, 0x20, 0x500);
-    let state = VcpuState { rip: 1, rsp: 2, rdi: 3, rsi: 4, cr3: 5 };
+    (expected.cr0, expected.cr4, expected.efer) = (0x8001_0033, 0x60, 0x500);
+    let state = VcpuState { rsp: 2, ..VcpuState::long_mode(Gpa(1), Gpa(5), 3, Gpa(4)) };
     assert_eq!(native(&state), expected);
     let contents = native_page(&state);
     assert_eq!(native::state(&Context { vcpu: 0, gpa: Gpa(0), contents: &contents }), Ok(state));

@@ -179,8 +179,13 @@ fn the_measurement_is_the_documented_chain() {
             Entry::Vcpu { index: 1, state: state() },
         ],
     };
-    // RIP, RSP, RDI, RSI, CR3.
-    let bytes = [0x1000u64, 0, 0, 0x3000, 0x2000].map(u64::to_le_bytes).concat();
+    // RIP, RSP, RDI, RSI, CR3, then other general registers; flags, CR0, CR4, EFER, the bases of GS, GDT and IDT; the limits of
+    // those, and of code and data base, limit, selector and attributes.
+    let first = [0x1000u64, 0, 0, 0x3000, 0x2000];
+    let rest = [2, 0x8001_0033, 0x60, 0x500, 0, 0, 0, 0xffff_ffff];
+    let segments = [0, 0xa09b_0008_ffff_ffff, 0, 0xc093_0010_ffff_ffff];
+    let bytes = [&first[..], &[0; 13], &rest, &segments].concat().into_iter().flat_map(u64::to_le_bytes);
+    let bytes: Vec<u8> = bytes.collect();
     let lines: [(u64, u64, Vec<u8>); 5] = [
         (16, 0, vec![4; 48]),
         (1, 0x1000, vec![5; 48]),

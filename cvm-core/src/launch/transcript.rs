@@ -75,8 +75,7 @@ impl Transcript {
     /// It starts as SHA-384 of the ASCII text `cvm software launch 2`. Each page, vCPU and configuration makes it
     /// SHA-384 of: the measurement so far (48 bytes), a kind (8 bytes, little endian: the [`PageKind`], 16 for a
     /// configuration, 17 for a vCPU), a place (8 bytes, little endian: the GPA, 0 for a configuration, the vCPU's index),
-    /// and a digest (48 bytes: of a page, the entry's; of a vCPU, SHA-384 of its state's fields in their order,
-    /// 8 bytes each, little endian; of a configuration, its
+    /// and a digest (48 bytes: of a page, the entry's; of a vCPU, SHA-384 of [`VcpuState::to_bytes`]; of a configuration, its
     /// [`ConfigDigest`]; of a zero page, zeros).
     pub fn measurement(&self) -> Measurement {
         let mut chain = digest(b"cvm software launch 2");
@@ -93,11 +92,7 @@ impl Transcript {
                         extend(PageKind::Zero as u64, range.start().0 + page * PAGE_SIZE, &[0; 48]);
                     }
                 }
-                Entry::Vcpu { index, state } => {
-                    let VcpuState { rip, rsp, rdi, rsi, cr3 } = *state;
-                    let state = [rip, rsp, rdi, rsi, cr3].map(u64::to_le_bytes);
-                    extend(17, u64::from(*index), &digest(state.as_flattened()));
-                }
+                Entry::Vcpu { index, state } => extend(17, u64::from(*index), &digest(&state.to_bytes())),
             }
         }
         Measurement(chain)

@@ -1,7 +1,7 @@
 //! The state of a vCPU as AMD's processors keep it for SEV-ES and SEV-SNP guests: a page, the VM save area (AMD64 APM volume 2,
 //! table B-4).
 
-use super::VcpuState;
+use super::{Segment, VcpuState};
 use crate::PAGE_SIZE;
 
 /// A save area.
@@ -29,10 +29,15 @@ pub mod at {
     pub const RFLAGS: usize = 0x170;
     pub const RIP: usize = 0x178;
     pub const RSP: usize = 0x1d8;
+    pub const RAX: usize = 0x1f8;
     pub const G_PAT: usize = 0x268;
+    pub const RCX: usize = 0x308;
     pub const RDX: usize = 0x310;
+    pub const RBX: usize = 0x318;
+    pub const RBP: usize = 0x328;
     pub const RSI: usize = 0x330;
     pub const RDI: usize = 0x338;
+    pub const R8: usize = 0x340;
     pub const SEV_FEATURES: usize = 0x3b0;
     pub const XCR0: usize = 0x3e8;
     pub const MXCSR: usize = 0x408;
@@ -51,11 +56,6 @@ const PAT: u64 = 0x0007_0406_0007_0406;
 const XCR0: u64 = 1;
 const MXCSR: u64 = 0x1f80;
 const FCW: u64 = 0x37f;
-
-// What a vCPU in 64-bit mode has besides.
-const CR0_PE_MP_NE_WP_PG: u64 = 1 | 1 << 1 | 1 << 5 | 1 << 16 | 1 << 31;
-const CR4_PAE: u64 = 1 << 5;
-const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
 
 /// Sets eight bytes. `place` is one of [`at`], so that they lie within.
 pub fn set(area: &mut SaveArea, place: usize, value: u64) {
@@ -96,27 +96,92 @@ pub fn reset(area: &mut SaveArea, sev_features: u64) {
     }
 }
 
-/// Makes `area` what KVM makes of `state`: 64-bit mode, flat segments, interrupts off, VMPL 0.
-pub fn long_mode(area: &mut SaveArea, state: &VcpuState, sev_features: u64) {
+/// A segment's attributes as the save area has them: without the bits of the limit.
+fn packed(attributes: u16) -> u16 {
+    attributes & 0xff | attributes >> 4 & 0xf00
+}
+
+/// And back.
+fn unpacked(attributes: u16) -> u16 {
+    attributes & 0xff | (attributes & 0xf00) << 4
+}
+
+/// Makes `area` what KVM makes of `state`, at VMPL 0.
+pub fn fill(area: &mut SaveArea, state: &VcpuState, sev_features: u64) {
     reset(area, sev_features);
-    // Code and data, accessed, present, granularity of pages; 64-bit code, 32-bit data.
-    set_segment(area, at::CS, (8, 0xa9b, u32::MAX, 0));
-    for place in [at::ES, at::SS, at::DS, at::FS, at::GS] {
-        set_segment(area, place, (16, 0xc93, u32::MAX, 0));
+    let Segment { base, limit, selector, attributes } = state.code;
+    set_segment(area, at::CS, (selector, packed(attributes), limit, base));
+    let Segment { base, limit, selector, attributes } = state.data;
+    for place in [at::ES, at::SS, at::DS, at::FS] {
+        set_segment(area, place, (selector, packed(attributes), limit, base));
     }
+    set_segment(area, at::GS, (selector, packed(attributes), limit, state.gs_base));
+    set_segment(area, at::GDTR, (0, 0, state.gdt_limit.into(), state.gdt_base));
+    set_segment(area, at::IDTR, (0, 0, state.idt_limit.into(), state.idt_base));
     // KVM's own: a busy 16-bit task.
     set_segment(area, at::TR, (0, 0x83, 0xffff, 0));
+    let [rax, rcx, rdx, rbx] = state.rax_to_rbx;
     for (place, value) in [
-        (at::EFER, EFER_SVME | EFER_LME_LMA),
-        (at::CR4, CR4_MCE | CR4_PAE),
-        (at::CR0, CR0_ET | CR0_PE_MP_NE_WP_PG),
+        (at::EFER, EFER_SVME | state.efer),
+        (at::CR4, CR4_MCE | state.cr4),
+        (at::CR0, state.cr0),
         (at::CR3, state.cr3),
+        (at::RFLAGS, state.rflags),
         (at::RIP, state.rip),
         (at::RSP, state.rsp),
+        (at::RAX, rax),
+        (at::RCX, rcx),
+        (at::RDX, rdx),
+        (at::RBX, rbx),
+        (at::RBP, state.rbp),
         (at::RSI, state.rsi),
         (at::RDI, state.rdi),
     ] {
         set(area, place, value);
     }
+    for (place, value) in (at::R8..).step_by(8).zip(state.r8_to_r15) {
+        set(area, place, value);
+    }
     set_floating_point(area);
+}
+
+fn get(area: &SaveArea, place: usize) -> u64 {
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&area[place..place + 8]);
+    u64::from_le_bytes(bytes)
+}
+
+/// The state that [`fill`] made `area` of, if it was made by that; whoever wants to know compares.
+pub fn state(area: &SaveArea) -> VcpuState {
+    let number = |place| get(area, place);
+    let segment = |place| {
+        let attributes = unpacked((number(place) >> 16) as u16);
+        Segment {
+            base: number(place + 8),
+            limit: (number(place) >> 32) as u32,
+            selector: number(place) as u16,
+            attributes,
+        }
+    };
+    VcpuState {
+        rip: number(at::RIP),
+        rsp: number(at::RSP),
+        rdi: number(at::RDI),
+        rsi: number(at::RSI),
+        cr3: number(at::CR3),
+        rax_to_rbx: [at::RAX, at::RCX, at::RDX, at::RBX].map(number),
+        rbp: number(at::RBP),
+        r8_to_r15: core::array::from_fn(|index| number(at::R8 + 8 * index)),
+        rflags: number(at::RFLAGS),
+        cr0: number(at::CR0),
+        cr4: number(at::CR4),
+        efer: number(at::EFER) & !EFER_SVME,
+        gs_base: number(at::GS + 8),
+        gdt_base: number(at::GDTR + 8),
+        gdt_limit: (number(at::GDTR) >> 32) as u16,
+        idt_base: number(at::IDTR + 8),
+        idt_limit: (number(at::IDTR) >> 32) as u16,
+        code: segment(at::CS),
+        data: segment(at::DS),
+    }
 }

@@ -19,10 +19,9 @@ impl StatePage {
         Self([0; PAGE_SIZE as usize])
     }
 
-    /// The state of a vCPU at VMPL 0 that starts as those do which the launch has set up: in 64-bit mode with flat segments,
-    /// and with interrupts off. `sev_features` are its SEV_FEATURES.
+    /// The state of a vCPU at VMPL 0 that starts as those do which the launch has set up. `sev_features` are its SEV_FEATURES.
     pub fn fill(&mut self, state: &VcpuState, sev_features: u64) {
-        save_area::long_mode(&mut self.0, state, sev_features);
+        save_area::fill(&mut self.0, state, sev_features);
     }
 
     /// Its 4096 bytes: a VM save area, once it is filled.
@@ -87,7 +86,8 @@ mod tests {
     use cvm_core::boot::MemoryRange;
     use cvm_core::doorbell::Doorbell;
 
-    const STATE: VcpuState = VcpuState { rip: 0x10_0000, rsp: 0x2000, rdi: 3, rsi: 0x4000, cr3: 0x5000 };
+    const STATE: VcpuState =
+        VcpuState { rsp: 0x2000, ..VcpuState::long_mode(Gpa(0x10_0000), Gpa(0x5000), 3, Gpa(0x4000)) };
 
     /// A page at a multiple of 2 MiB, or one that is not.
     fn page(is_multiple: bool) -> &'static mut StatePage {

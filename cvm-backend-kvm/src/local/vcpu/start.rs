@@ -2,9 +2,9 @@
 
 use crate::Error;
 use cvm_core::doorbell::Transport;
-use cvm_core::x86::VcpuState;
+use cvm_core::x86::{Segment, VcpuState};
 use cvm_core::{InterruptController, Policy, VmConfig};
-use kvm_bindings::{CpuId, kvm_regs, kvm_segment};
+use kvm_bindings::{CpuId, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
 /// Bits of CPUID leaf 1 that speak of a local APIC: in ECX x2APIC and the TSC deadline timer, in EDX the APIC itself
@@ -56,24 +56,55 @@ pub(crate) fn set_cpuid(
     vcpu.set_cpuid2(&cpuid).map_err(Error::kvm("set the cpuid leaves"))
 }
 
-/// Control-register bits of a vCPU that starts in 64-bit mode (AMD64 APM volume 2, sections 3.1 and 3.1.7).
-const CR0_PE_MP_ET_NE_WP_PG: u64 = 1 | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31;
-/// The second is machine checks: KVM for AMD adds them where the host has them on, and the state is to be the same on all hosts.
-const CR4_PAE_MCE: u64 = 1 << 5 | 1 << 6;
-const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
+/// A segment register as KVM has it.
+fn segment(segment: Segment) -> kvm_segment {
+    let bits = |from: u16, count: u16| (segment.attributes >> from & ((1 << count) - 1)) as u8;
+    kvm_segment {
+        base: segment.base,
+        limit: segment.limit,
+        selector: segment.selector,
+        type_: bits(0, 4),
+        s: bits(4, 1),
+        dpl: bits(5, 2),
+        present: bits(7, 1),
+        avl: bits(12, 1),
+        l: bits(13, 1),
+        db: bits(14, 1),
+        g: bits(15, 1),
+        ..Default::default()
+    }
+}
 
-/// Sets the state that a vCPU starts from.
+/// Gives a vCPU its initial state.
 pub(crate) fn set_state(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), Error> {
     let mut sregs = vcpu.get_sregs().map_err(Error::kvm("read the system registers"))?;
-    let code =
-        kvm_segment { limit: u32::MAX, selector: 8, type_: 11, present: 1, s: 1, l: 1, g: 1, ..Default::default() };
-    let data = kvm_segment { selector: 16, type_: 3, db: 1, l: 0, ..code };
-    (sregs.cs, sregs.ss) = (code, data);
-    (sregs.ds, sregs.es, sregs.fs, sregs.gs) = (data, data, data, data);
-    (sregs.cr0, sregs.cr3, sregs.cr4) = (CR0_PE_MP_ET_NE_WP_PG, state.cr3, CR4_PAE_MCE);
-    sregs.efer = EFER_LME_LMA;
-    vcpu.set_sregs(&sregs).map_err(Error::kvm("set the system registers"))?;
-    let regs =
-        kvm_regs { rip: state.rip, rsp: state.rsp, rdi: state.rdi, rsi: state.rsi, rflags: 2, ..Default::default() };
+    let data = segment(state.data);
+    (sregs.cs, sregs.ss) = (segment(state.code), data);
+    (sregs.ds, sregs.es, sregs.fs) = (data, data, data);
+    sregs.gs = kvm_segment { base: state.gs_base, ..data };
+    (sregs.gdt.base, sregs.gdt.limit) = (state.gdt_base, state.gdt_limit);
+    (sregs.idt.base, sregs.idt.limit) = (state.idt_base, state.idt_limit);
+    (sregs.cr0, sregs.cr3, sregs.cr4) = (state.cr0, state.cr3, state.cr4);
+    sregs.efer = state.efer;
+    if let Err(error) = vcpu.set_sregs(&sregs) {
+        return Err(refused_register(vcpu, &sregs).unwrap_or_else(|| Error::kvm("set the system registers")(error)));
+    }
+    let [rax, rcx, rdx, rbx] = state.rax_to_rbx;
+    let [r8, r9, r10, r11, r12, r13, r14, r15] = state.r8_to_r15;
+    let VcpuState { rip, rsp, rbp, rsi, rdi, rflags, .. } = *state;
+    let regs = kvm_regs { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags };
     vcpu.set_regs(&regs).map_err(Error::kvm("set the registers"))
+}
+
+/// Which one control register KVM refuses: it takes the others with a usual value in its place.
+fn refused_register(vcpu: &VcpuFd, refused: &kvm_sregs) -> Option<Error> {
+    let usual = VcpuState::LONG_MODE;
+    let replaced = [
+        ("cr0", refused.cr0, kvm_sregs { cr0: usual.cr0, ..*refused }),
+        ("cr3", refused.cr3, kvm_sregs { cr3: usual.cr3, ..*refused }),
+        ("cr4", refused.cr4, kvm_sregs { cr4: usual.cr4, ..*refused }),
+        ("efer", refused.efer, kvm_sregs { efer: usual.efer, ..*refused }),
+    ];
+    let found = replaced.into_iter().find(|(.., sregs)| vcpu.set_sregs(sregs).is_ok());
+    found.map(|(register, value, _)| Error::Register { register, value })
 }

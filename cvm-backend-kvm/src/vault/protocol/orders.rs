@@ -8,6 +8,11 @@ use cvm_core::{GpaRange, Measurement, PageKind, Policy, Trigger};
 use std::num::NonZeroU32;
 use zerocopy::IntoBytes;
 
+/// How many numbers of a vCPU's state one order has room for, and how many orders a state takes.
+const PART: usize = 5;
+pub const PARTS: usize = VcpuState::WORDS / PART;
+const _: () = assert!(VcpuState::WORDS == PART * PARTS);
+
 /// What a VMM orders on the socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Order {
@@ -42,12 +47,17 @@ pub enum Order {
         /// What they are to the measurement.
         kind: PageKind,
     },
-    /// The first state of a vCPU.
+    /// A part of the numbers that the next vCPU's initial state is ([`VcpuState::to_words`]).
+    Registers {
+        /// Which part, less than [`PARTS`].
+        part: usize,
+        /// Its numbers.
+        words: [u64; PART],
+    },
+    /// Give a vCPU the initial state whose parts were told last.
     SetVcpu {
         /// Which.
         index: u32,
-        /// The state.
-        state: VcpuState,
     },
     /// End the launch.
     Seal,
@@ -74,7 +84,7 @@ impl Order {
             Self::Accept { .. } => "take the interrupt policy",
             Self::Create { .. } => "create the vm",
             Self::Load { .. } => "load pages",
-            Self::SetVcpu { .. } => "set the initial state of a vcpu",
+            Self::Registers { .. } | Self::SetVcpu { .. } => "set the initial state of a vcpu",
             Self::Seal => "seal the launch",
             Self::Count => "count the memory in use",
             Self::DoorbellFd(_) => "connect a doorbell register",
@@ -83,6 +93,18 @@ impl Order {
         }
     }
 
+    /// What gives a vCPU this state, in order.
+    pub fn set_vcpu(index: u32, state: &VcpuState) -> impl Iterator<Item = Self> {
+        let words = state.to_words();
+        let part =
+            move |part: usize| Self::Registers { part, words: std::array::from_fn(|at| words[PART * part + at]) };
+        (0..PARTS).map(part).chain([Self::SetVcpu { index }])
+    }
+
+    /// Takes a part of a state, of which there are less than [`PARTS`].
+    pub(in crate::vault) fn put(words: &mut [u64; VcpuState::WORDS], part: usize, of: [u64; PART]) {
+        words.iter_mut().skip(PART * part).zip(of).for_each(|(word, number)| *word = number);
+    }
     /// As a message.
     pub fn encode(&self) -> Encoded {
         match *self {
@@ -96,9 +118,8 @@ impl Order {
                 encoded(0x103, &[vcpus.into(), policy.bits(), doorbell, transport as u64, controller])
             }
             Self::Load { range, kind } => encoded(0x104, &[range.start().0, range.len(), kind as u64]),
-            Self::SetVcpu { index, state: VcpuState { rip, rsp, rdi, rsi, cr3 } } => {
-                encoded(0x105, &[index.into(), rip, rsp, rdi, rsi, cr3])
-            }
+            Self::SetVcpu { index } => encoded(0x105, &[index.into()]),
+            Self::Registers { part, words: [a, b, c, d, e] } => encoded(0x10b, &[part as u64, a, b, c, d, e]),
             Self::Seal => encoded(0x106, &[]),
             Self::Count => encoded(0x107, &[]),
             Self::DoorbellFd(register) => encoded(0x108, &[register.into()]),
@@ -133,16 +154,12 @@ impl Order {
                 const KINDS: [PageKind; 3] = [PageKind::Measured, PageKind::Zero, PageKind::Unmeasured];
                 Self::Load { range: parts.range()?, kind: parts.choice(&KINDS, |kind| kind as u64)? }
             }
-            0x105 => Self::SetVcpu {
-                index: parts.next()?,
-                state: VcpuState {
-                    rip: parts.next()?,
-                    rsp: parts.next()?,
-                    rdi: parts.next()?,
-                    rsi: parts.next()?,
-                    cr3: parts.next()?,
-                },
-            },
+            0x105 => Self::SetVcpu { index: parts.next()? },
+            0x10b => {
+                let part = parts.next().ok().filter(|part| *part < PARTS).ok_or(parts.malformed())?;
+                let words = [parts.next()?, parts.next()?, parts.next()?, parts.next()?, parts.next()?];
+                Self::Registers { part, words }
+            }
             0x106 => Self::Seal,
             0x107 => Self::Count,
             0x108 => Self::DoorbellFd(parts.next()?),

@@ -1,8 +1,9 @@
+use super::orders::PARTS;
 use super::*;
 use cvm_core::doorbell::{Access, DEVICE_SPACE, Doorbell, MAX_DEVICES, SPACE, Transport, device_base};
 use cvm_core::interrupt::InterruptController;
 use cvm_core::memory::LeftAs;
-use cvm_core::x86::{Register, VcpuState};
+use cvm_core::x86::Register;
 use cvm_core::{Answer, ConversionRequest, Event, Exit, Gpa, Measurement, PageKind, Policy, Trigger};
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
@@ -158,16 +159,14 @@ fn order() -> impl Strategy<Value = Order> {
         },
     );
     let kind = select(&[PageKind::Measured, PageKind::Zero, PageKind::Unmeasured][..]);
-    let set_vcpu = (number(), any::<[u64; 5]>()).prop_map(|(index, [rip, rsp, rdi, rsi, cr3])| Order::SetVcpu {
-        index,
-        state: VcpuState { rip, rsp, rdi, rsi, cr3 },
-    });
+    let registers = (0..PARTS, any::<[u64; 5]>()).prop_map(|(part, words)| Order::Registers { part, words });
     prop_oneof![
         a_range().prop_map(Order::Slot),
         accept,
         create,
         (a_range(), kind).prop_map(|(range, kind)| Order::Load { range, kind }),
-        set_vcpu,
+        number().prop_map(|index| Order::SetVcpu { index }),
+        registers,
         Just(Order::Seal),
         Just(Order::Count),
         number().prop_map(Order::DoorbellFd),
@@ -388,6 +387,7 @@ fn operands_out_of_range_are_malformed() {
         (0x104, vec![0, PAGE_SIZE, 0]),
         (0x104, vec![0, PAGE_SIZE, 2]),
         (0x105, vec![width]),
+        (0x10b, vec![6, 1, 2, 3, 4, 5]),
         (0x106, vec![1]),
         (0x107, vec![0, 1]),
     ] {

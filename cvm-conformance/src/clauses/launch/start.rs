@@ -60,6 +60,7 @@ fn states<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
             rdi: index.into(),
             rsi: u64::MAX - u64::from(index),
             cr3: root,
+            ..VcpuState::LONG_MODE
         };
         launch.set_vcpu(index, &state).expect("a state for a vcpu");
     }
