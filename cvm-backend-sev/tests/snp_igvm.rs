@@ -71,7 +71,7 @@ fn file(host: &Host, vcpus: u16) -> Vec<u8> {
     directives.extend((0..vcpus).map(|index| {
         let root = Gpa(TABLES | 1 << private_bit);
         let state = VcpuState::long_mode(Gpa(CODE), root, index.into(), Gpa(BOOT_PAGE));
-        let vmsa = Vmsa::long_mode(&state, SevFeatures::SNP_ACTIVE);
+        let vmsa = Vmsa::of(&state, SevFeatures::SNP_ACTIVE);
         IgvmDirectiveHeader::SnpVpContext {
             gpa: VMSA_GPA.0,
             compatibility_mask: 1,

@@ -19,14 +19,15 @@ const AT_ONCE: u64 = 1;
 const STATE: u64 = DATA;
 const ENTRY: u64 = DATA + 0x1000;
 
+const STARTED: VcpuState =
+    VcpuState { rsp: 0x1234_5678, ..VcpuState::long_mode(Gpa(ENTRY), Gpa(1 << 51 | TABLES), 7, Gpa(BOOT_PAGE)) };
+
 #[test]
 fn a_vcpu_that_the_guest_starts_begins_as_one_that_the_launch_starts() {
-    let state = VcpuState::long_mode(Gpa(ENTRY), Gpa(1 << 51 | TABLES), 7, Gpa(BOOT_PAGE));
-    let state = VcpuState { rsp: 0x1234_5678, ..state };
     for features in [SevFeatures::SNP_ACTIVE, SevFeatures::SNP_ACTIVE | SevFeatures::DEBUG_SWAP] {
         let mut page = StatePage::new();
-        page.fill(&state, features.bits());
-        assert!(page.as_bytes() == Vmsa::long_mode(&state, features).as_bytes());
+        page.fill(&STARTED, features.bits());
+        assert!(page.as_bytes() == Vmsa::of(&STARTED, features).as_bytes());
     }
 }
 
@@ -59,7 +60,7 @@ fn a_guest_starts_its_second_vcpu_anew_from_a_state_that_it_made() {
     });
     let tables = TABLES | 1 << launch.interface().private_bit.unwrap();
     let mut page = StatePage::new();
-    page.fill(&VcpuState { cr3: tables, ..state }, features);
+    page.fill(&VcpuState { cr3: tables, ..STARTED }, features);
     launch.load(Gpa(STATE), page.as_bytes(), PageKind::Measured).unwrap();
     launch.load(Gpa(ENTRY), &anew, PageKind::Measured).unwrap();
     let mut guest = Guest::from_launch(launch);

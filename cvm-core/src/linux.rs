@@ -38,6 +38,11 @@ pub const COMMAND_LINE: Gpa = Gpa(0x1_0000);
 /// The lowest address of a kernel; below are the things that it is given.
 pub const KERNEL_MIN: Gpa = Gpa(0x10_0000);
 
+/// Where the data of a BIOS begin and end, below the legacy hole, and where its code begins, as SeaBIOS reports it.
+const BIOS_DATA: u64 = 0x9_fc00;
+const LEGACY_HOLE: u64 = 0xa_0000;
+const BIOS_CODE: u64 = 0xf_0000;
+
 /// The longest command line in bytes, without the zero behind it, whatever the kernel says: 64 KiB.
 const COMMAND_LINE_MAX: u32 = 0xffff;
 
@@ -356,12 +361,18 @@ fn made_up_header() -> setup_header {
     }
 }
 
-/// The zero page, with memory as RAM from the first byte to the last.
+/// The zero page, with memory as RAM but for the hole below [`KERNEL_MIN`]. Kernels ignore a map of fewer than two entries
+/// (Linux, `arch/x86/kernel/e820.c`, `append_e820_table`) and look for what a BIOS would have left, so the map is what firmware
+/// reports: the RAM of the first machines, the areas of their BIOS, and what lies above.
 fn zero_page(header: setup_header, memory: &[GpaRange]) -> boot_params {
     const RAM: u32 = 1;
+    const RESERVED: u32 = 2;
     let mut params = boot_params { hdr: header, ..Default::default() };
-    for (entry, range) in params.e820_table.iter_mut().zip(memory) {
-        *entry = boot_e820_entry { addr: range.start().0, size: range.len(), r#type: RAM };
+    let low = [(0, BIOS_DATA, RAM), (BIOS_DATA, LEGACY_HOLE, RESERVED), (BIOS_CODE, KERNEL_MIN.0, RESERVED)];
+    let high = memory.iter().map(|range| (range.start().0.max(KERNEL_MIN.0), range.end().0, RAM));
+    let map = low.into_iter().chain(high).filter(|(start, end, _)| start < end);
+    for (entry, (start, end, kind)) in params.e820_table.iter_mut().zip(map) {
+        *entry = boot_e820_entry { addr: start, size: end - start, r#type: kind };
         params.e820_entries += 1;
     }
     params

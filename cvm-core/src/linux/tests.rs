@@ -92,11 +92,33 @@ fn the_zero_page_has_the_files_header_and_what_the_kernel_is_given() {
     // The initial RAM disk is as high as the kernel reaches, not as memory goes.
     assert_eq!(word(&image, at(0x218)), 5000 << 32 | (0x8000_0000 - 0x2000));
     assert_eq!(word(&image, at(0x228)) as u32, 0x1_0000);
-    assert_eq!(bytes(&image, at(0x1e8), 1), [2]);
-    let map = [0, 8, 16].map(|offset| word(&image, at(0x2d0 + offset)));
-    assert_eq!((map[0], map[1], map[2] as u32), (0, 16 * MIB, 1));
-    let map = [20, 28, 36].map(|offset| word(&image, at(0x2d0 + offset)));
-    assert_eq!((map[0], map[1], map[2] as u32), (32 * MIB, 5 << 30, 1));
+    let low = [(0, 0x9_fc00, 1), (0x9_fc00, 0x400, 2), (0xf_0000, 0x1_0000, 2)];
+    assert_eq!(map(&image), [&low[..], &[(MIB, 15 * MIB, 1), (32 * MIB, 5 << 30, 1)]].concat());
+}
+
+/// The map of memory in the zero page: start, length and type of each entry.
+fn map(image: &LinuxImage) -> Vec<(u64, u64, u32)> {
+    let word = |entry: u64, offset: u64| word(image, BOOT_PARAMS.0 + 0x2d0 + 20 * entry + offset);
+    let entries = bytes(image, BOOT_PARAMS.0 + 0x1e8, 1)[0].into();
+    (0..entries).map(|entry| (word(entry, 0), word(entry, 8), word(entry, 16) as u32)).collect()
+}
+
+#[test]
+fn the_map_of_one_range_of_memory_has_the_two_entries_that_kernels_want() {
+    for mib in [2, 512] {
+        let image = stage(Kernel::Raw { contents: &[0xf4], gpa: KERNEL_MIN }, None, "q", mib * MIB).unwrap();
+        let map = map(&image);
+        assert!(map.len() >= 2 && map.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0), "{map:x?}");
+        assert_eq!(map.last(), Some(&(MIB, (mib - 1) * MIB, 1)));
+        // All that the kernel is given lies in RAM.
+        let given = image.pages().iter().map(|(range, _)| (range.start().0, range.end().0));
+        let is_ram = |(start, end)| map.iter().any(|(at, len, kind)| *kind == 1 && *at <= start && end <= at + len);
+        assert!(given.into_iter().all(is_ram), "{:x?}", image.pages());
+    }
+    // Memory that ends where the hole does.
+    let slots = [range(0, MIB), range(2 * MIB, MIB)];
+    let image = LinuxImage::new(Kernel::Raw { contents: &[0xf4], gpa: Gpa(2 * MIB) }, None, "q", &slots).unwrap();
+    assert_eq!(map(&image)[3..], [(2 * MIB, MIB, 1)]);
 }
 
 #[test]
