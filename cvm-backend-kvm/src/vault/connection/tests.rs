@@ -5,8 +5,8 @@ use crate::local::Backing;
 use crate::vault::page::Answering;
 use cvm_core::doorbell::{Doorbell, Transport};
 use cvm_core::interrupt::InterruptController;
-use cvm_core::x86::{Register, VcpuState};
-use cvm_core::{Event, Gpa, GpaRange, PageKind, Policy, Side, Trigger};
+use cvm_core::x86::Register;
+use cvm_core::{Event, GpaRange, PageKind, Policy, Side, Trigger};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -37,7 +37,8 @@ fn orders() -> Vec<Order> {
             interrupt_controller: InterruptController::None,
         },
         Order::Load { range: range(), kind: PageKind::Zero },
-        Order::SetVcpu { index: 0, state: VcpuState::long_mode(Gpa(0), Gpa(0), 0, Gpa(0)) },
+        Order::SetVcpu { index: 0 },
+        Order::Registers { part: 0, words: [0; 5] },
         Order::Seal,
         Order::Count,
         Order::DoorbellFd(0),
