@@ -189,7 +189,7 @@ fn start_vcpu(platform: &Platform<Processor>, boot: *const BootPage) -> ! {
     // SAFETY: ring 0 can read the register.
     unsafe { asm!("mov {}, cr3", out(reg) cr3, options(nomem, nostack, preserves_flags)) };
     let rip = (start as *const ()).expose_provenance() as u64;
-    let state = VcpuState { rip, rsp: 0, rdi: 1, rsi: boot.expose_provenance() as u64, cr3 };
+    let state = VcpuState { rip, rsp: 0, rdi: 1, rsi: boot.expose_provenance() as u64, cr3, ..VcpuState::LONG_MODE };
     STARTED.store(true, Ordering::Release);
     // SAFETY: this runs once, and nothing else refers to the page.
     let page = unsafe { &mut *(&raw mut STATE) };
