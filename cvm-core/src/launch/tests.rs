@@ -255,6 +255,7 @@ fn a_loader_that_fails_says_at_which_step_and_page_and_the_launch_is_over() {
 }
 
 #[test]
+#[cfg_attr(target_endian = "big", ignore = "reads the boot page in memory as guests do, which are little-endian")]
 fn the_boot_page_says_what_the_launch_is() {
     let mut launch = launch();
     launch.load_boot_page(Gpa(0x1000), [1, 2, 3, 4]).unwrap();
@@ -294,6 +295,7 @@ fn every_field_of_the_configuration_changes_the_boot_page() {
 }
 
 #[test]
+#[cfg_attr(target_endian = "big", ignore = "reads the boot page in memory as guests do, which are little-endian")]
 fn a_guest_that_has_to_accept_memory_is_told_from_where_on_and_what_lies_below_is_loaded() {
     let mut config = VmConfig::new(16 * PAGE_SIZE, 1).unwrap();
     config.memory = vec![range(0, 16), range(16, 1100)];
@@ -330,6 +332,7 @@ fn a_guest_that_has_to_accept_memory_is_told_from_where_on_and_what_lies_below_i
 }
 
 #[test]
+#[cfg_attr(target_endian = "big", ignore = "reads the boot page in memory as guests do, which are little-endian")]
 fn a_guest_whose_fresh_memory_is_undefined_is_told_from_where_on_and_finds_zeros_below() {
     let interface = Interface { fresh_memory: FreshMemory::Undefined, ..Transport::Hypercall.into() };
     let mut launch = Launch::new(Keeper::default(), VmConfig::new(4 << 20, 1).unwrap(), interface).unwrap();
