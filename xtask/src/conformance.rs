@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::env;
+use std::fmt;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -30,12 +31,38 @@ const LIMIT: &str = "900";
 /// The part of the report that is the same on every machine ends before this.
 const HOST_HEADING: &str = "## On the machine that wrote this";
 
-/// The backends whose suites are run, and what protects their guests in L1.
-const BACKENDS: [(&str, &[&str]); 2] =
-    [("cvm-backend-kvm", &["none", "guest-memfd", "vault"]), ("cvm-backend-sev", &["sev", "sev-es", "sev-snp"])];
+/// The backends whose suites are run, and what protects their guests in L1, with the user that the suite runs as.
+const BACKENDS: [(&str, &[(&str, User)]); 2] = [
+    (
+        "cvm-backend-kvm",
+        &[("none", User::Root), ("guest-memfd", User::Root), ("vault", User::Root), ("vault", User::Nobody)],
+    ),
+    ("cvm-backend-sev", &[("sev", User::Root), ("sev-es", User::Root), ("sev-snp", User::Root)]),
+];
 
 /// Of them, the backend that this machine's KVM is enough for, and what protects its guests.
-const HERE: (&str, &[&str]) = ("cvm-backend-kvm", &["none", "vault"]);
+const HERE: (&str, &[(&str, User)]) =
+    ("cvm-backend-kvm", &[("none", User::Root), ("vault", User::Root), ("vault", User::Nobody)]);
+
+/// Runs a program as an unprivileged user that may use KVM; from the workspace's root.
+const AS_USER: &str = ".ci/as-user";
+
+/// The user that a suite runs as: a VMM that is root can trace its vault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum User {
+    Root,
+    /// An unprivileged one.
+    Nobody,
+}
+
+impl fmt::Display for User {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Root => "root",
+            Self::Nobody => "nobody",
+        })
+    }
+}
 
 /// Try every clause of the contract with every backend, and write docs/conformance.md.
 ///
@@ -62,6 +89,7 @@ struct Line {
 struct Run<'a> {
     program: &'a Path,
     subject: &'static str,
+    user: User,
     in_l1: bool,
 }
 
@@ -72,9 +100,9 @@ impl Conformance {
         let mut runs = Vec::new();
         for (package, subjects) in BACKENDS {
             let program = programs.get(package).ok_or_else(|| Error::new(format!("{package} has no suite")))?;
-            runs.extend(subjects.iter().map(|subject| Run { program, subject, in_l1: true }));
+            runs.extend(subjects.iter().map(|(subject, user)| Run { program, subject, user: *user, in_l1: true }));
             if package == HERE.0 && !self.check {
-                runs.extend(HERE.1.iter().map(|subject| Run { program, subject, in_l1: false }));
+                runs.extend(HERE.1.iter().map(|(subject, user)| Run { program, subject, user: *user, in_l1: false }));
             }
         }
         let results = all(&runs)?;
@@ -97,7 +125,7 @@ impl Conformance {
         }
         let lines = |in_l1: bool| {
             let of_place = runs.iter().zip(&results).filter(move |(run, _)| run.in_l1 == in_l1);
-            of_place.map(|(_, lines)| lines.as_slice()).collect::<Vec<_>>()
+            of_place.map(|(run, lines)| (run.user, lines.as_slice())).collect::<Vec<_>>()
         };
         let everywhere = report(&lines(true));
         let path = workspace::root().join(REPORT);
@@ -148,7 +176,7 @@ fn programs() -> Result<BTreeMap<String, PathBuf>> {
 
 /// Where a suite runs, and of what.
 fn place(run: &Run<'_>) -> String {
-    format!("{}{}", run.subject, if run.in_l1 { " in L1" } else { "" })
+    format!("{} as {}{}", run.subject, run.user, if run.in_l1 { " in L1" } else { "" })
 }
 
 /// Runs the suites, as many at once as there are processors.
@@ -177,12 +205,20 @@ fn all(runs: &[Run<'_>]) -> Result<Vec<Vec<Line>>> {
 
 /// Runs one suite. That clauses fail is no error here.
 fn one(run: &Run<'_>) -> Result<Vec<Line>> {
+    let as_user = workspace::root().join(AS_USER);
+    let program: Vec<&Path> = match run.user {
+        User::Root => vec![run.program],
+        User::Nobody => vec![&as_user, run.program],
+    };
     let mut command = if run.in_l1 {
         let mut l1 = Command::new(env::current_exe().context(|| "finding this program".into())?);
-        l1.args(["l1", "--timeout", LIMIT, "--"]).arg(run.program);
+        l1.args(["l1", "--timeout", LIMIT, "--"]).args(program);
         l1
     } else {
-        Command::new(run.program)
+        let (first, rest) = program.split_first().ok_or_else(|| Error::new("there is no program"))?;
+        let mut here = Command::new(first);
+        here.args(rest);
+        here
     };
     command.env("CVM_CONFORMANCE_REPORT", "1").env("CVM_SUBJECT", run.subject).arg("--color=never");
     let Output { stdout, stderr, status } =
@@ -199,12 +235,13 @@ fn one(run: &Run<'_>) -> Result<Vec<Line>> {
 }
 
 /// The report but for what is of one machine.
-fn report(columns: &[&[Line]]) -> String {
+fn report(columns: &[(User, &[Line])]) -> String {
     format!(
         "# Conformance\n\n\
          What each clause of [the contract](contract.md) came to with each backend, as `cargo xtask conformance` wrote it.\n\
          **yes**: the clause is met. A number: the backend has declared that it is not, for the reason below with this \
-         number; that it\nis indeed not met was tried too.\n\n\
+         number; that it\nis indeed not met was tried too. Each column names the user whose process was the VMM: nobody has no privileges, \
+         and KVM for a device.\n\n\
          ## In L1\n\n\
          L1 is a small VM whose KVM has the whole interface of confidential VMs; what stands for AMD's secure processor \
          there is faked,\nand encrypts nothing.\n\n{}",
@@ -213,17 +250,17 @@ fn report(columns: &[&[Line]]) -> String {
 }
 
 /// Clauses by subjects, and the reasons.
-fn table(columns: &[&[Line]]) -> String {
+fn table(columns: &[(User, &[Line])]) -> String {
     let mut text = String::from("| clause |");
-    for lines in columns {
-        _ = write!(text, " {} |", lines.first().map_or("", |line| &line.subject));
+    for (user, lines) in columns {
+        _ = write!(text, " {} as {user} |", lines.first().map_or("", |line| &line.subject));
     }
     _ = writeln!(text, "\n|---|{}", "---|".repeat(columns.len()));
     let mut reasons: Vec<&str> = Vec::new();
     // Suites run in one order, that of the numbers.
-    for (row, clause) in columns.first().copied().unwrap_or_default().iter().enumerate() {
+    for (row, clause) in columns.first().map_or(&[][..], |(_, lines)| lines).iter().enumerate() {
         _ = write!(text, "| {} {} |", clause.clause, clause.name);
-        for lines in columns {
+        for (_, lines) in columns {
             match lines.get(row).and_then(|line| line.reason.as_deref()) {
                 None => text.push_str(" yes |"),
                 Some(reason) => {
@@ -266,9 +303,9 @@ mod tests {
     fn a_reason_that_two_have_is_written_once() {
         let one = [line("one", "1.1", None), line("one", "1.2", Some("cannot"))];
         let two = [line("two", "1.1", Some("will not")), line("two", "1.2", Some("cannot"))];
-        let expected = "| clause | one | two |\n|---|---|---|\n| 1.1 it holds | yes | 1 |\n| 1.2 it holds | 2 | 2 |\n\n\
+        let expected = "| clause | one as root | two as nobody |\n|---|---|---|\n| 1.1 it holds | yes | 1 |\n| 1.2 it holds | 2 | 2 |\n\n\
                         1. will not\n2. cannot\n";
-        assert_eq!(table(&[&one, &two]), expected);
+        assert_eq!(table(&[(User::Root, &one), (User::Nobody, &two)]), expected);
     }
 
     #[test]
