@@ -103,11 +103,6 @@ impl KvmPlatform {
         Ok(Self { vault: Some(program), peer, ..self })
     }
 
-    /// The ways into a vault as the processes are now; none where there is no vault.
-    fn findings(&self) -> Vec<Finding> {
-        self.vault.as_ref().map(|program| Facts::read(program, self.peer).findings()).unwrap_or_default()
-    }
-
     /// The same platform, whose [vaults](crate::vault) must answer within `deadline`: 60 s if nothing else is said, which is
     /// generous even where processors are emulated.
     ///
@@ -174,8 +169,8 @@ impl Platform for KvmPlatform {
     }
 
     fn trust_model(&self) -> TrustModel {
-        if self.vault.is_some() {
-            return trust::model(&self.findings(), self.isolation);
+        if let Some(program) = &self.vault {
+            return trust::model(&Facts::read(program, self.peer).findings(), self.isolation);
         }
         TrustModel::new(|party, asset| match party {
             Party::OtherVms => Powers::empty(),
@@ -190,7 +185,11 @@ impl Platform for KvmPlatform {
         let loader = match &self.vault {
             Some(program) => {
                 // Who can trace the vault can have it debug the guest, and inject what it likes.
-                let way = self.findings().into_iter().find(|finding| finding.parties.contains(&Party::VmmProcess));
+                let facts = Facts::read(program, self.peer);
+                if let Some(why) = facts.unknown().filter(|_| config.policy.contains(Policy::NO_DEBUG)) {
+                    return Err(failed("find out whether the vmm can debug its vault")(why));
+                }
+                let way = facts.findings().into_iter().find(|finding| finding.parties.contains(&Party::VmmProcess));
                 match &way {
                     None => self.host.check(&config, Policy::NO_DEBUG)?,
                     Some(Finding { way, .. }) if config.policy.contains(Policy::NO_DEBUG) => {

@@ -58,7 +58,9 @@ pub(crate) enum Start {
 /// What decides who can reach into a vault.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Facts {
-    /// The user IDs of all threads of the VMM: real, effective, saved and of file accesses. None are known without /proc.
+    /// Why the credentials of the VMM cannot be read, if they cannot.
+    unknown: Option<String>,
+    /// The user IDs of all threads of the VMM: real, effective, saved and of file accesses.
     uids: BTreeSet<u32>,
     /// The capabilities that a thread of the VMM has or can raise.
     capabilities: CapabilitySet,
@@ -91,25 +93,31 @@ impl Status {
         })
     }
 
-    fn read(path: &Path) -> Option<Self> {
-        Self::parse(&fs::read_to_string(path).ok()?)
+    fn read(path: &Path) -> io::Result<Self> {
+        Self::parse(&fs::read_to_string(path)?).ok_or(io::ErrorKind::InvalidData.into())
     }
 }
 
-/// The status of every thread of this process; nothing if one of them cannot be read.
-fn threads() -> Option<Vec<Status>> {
-    let entries = fs::read_dir("/proc/self/task").ok()?;
+/// The status of every thread of this process.
+fn threads() -> io::Result<Vec<Status>> {
+    let entries = loop {
+        match fs::read_dir("/proc/self/task") {
+            // Unlike other calls this one is not repeated after a signal.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            entries => break entries?,
+        }
+    };
     let mut threads = Vec::new();
     for entry in entries {
-        let path = entry.ok()?.path();
+        let path = entry?.path();
         match Status::read(&path.join("status")) {
-            Some(status) => threads.push(status),
+            Ok(status) => threads.push(status),
             // It has ended meanwhile.
-            None if !path.exists() => {}
-            None => return None,
+            Err(error) if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH) => {}
+            Err(error) => return Err(error),
         }
     }
-    Some(threads)
+    Ok(threads)
 }
 
 /// Whether an ancestor of the process whose parent is `parent` has one of `uids`.
@@ -120,7 +128,7 @@ fn is_related(mut parent: u32, uids: &BTreeSet<u32>) -> bool {
             return false;
         }
         match Status::read(Path::new(&format!("/proc/{parent}/status"))) {
-            Some(status) if status.uids.iter().all(|uid| !uids.contains(uid)) => parent = status.parent,
+            Ok(status) if status.uids.iter().all(|uid| !uids.contains(uid)) => parent = status.parent,
             _ => return true,
         }
     }
@@ -140,7 +148,10 @@ impl Facts {
     /// Reads the facts of this process as a VMM whose vaults come from `program`; `peer` is what is known of those that
     /// something else starts.
     pub(crate) fn read(program: &Program, peer: Option<Start>) -> Self {
-        let threads = threads().unwrap_or_default();
+        let (threads, unknown) = match threads() {
+            Ok(threads) => (threads, None),
+            Err(error) => (Vec::new(), Some(error.to_string())),
+        };
         let uids: BTreeSet<_> = threads.iter().flat_map(|thread| thread.uids).collect();
         let permitted = threads.iter().map(|thread| thread.permitted);
         let yama = fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope");
@@ -153,9 +164,15 @@ impl Facts {
             initial_namespace: namespace.is_ok_and(|link| link.as_os_str() == INITIAL_USER_NAMESPACE),
             yama: yama.ok().and_then(|scope| scope.trim().parse().ok()).unwrap_or(0),
             related: threads.first().is_none_or(|thread| is_related(thread.parent, &uids)),
+            unknown,
             uids,
             start,
         }
+    }
+
+    /// Why nobody knows whether the VMM is privileged, if that is so.
+    pub(crate) fn unknown(&self) -> Option<&str> {
+        self.unknown.as_deref()
     }
 
     /// The ways into the vault, each with the parties that have it.
@@ -166,9 +183,9 @@ impl Facts {
         };
         let both: &[Party] = &[Party::VmmProcess, Party::SameUser];
         let reaching = self.capabilities.difference(HARMLESS);
-        if self.uids.is_empty() {
-            let what = "the vmm cannot read its own credentials, so nobody knows whether it is privileged";
-            find(both, what.into(), "mount /proc where the vmm runs");
+        if let Some(why) = &self.unknown {
+            let what = format!("the vmm cannot read its own credentials: {why}");
+            find(both, what, "mount /proc where the vmm runs");
         } else if self.uids.contains(&0) {
             let what = "the vmm is root, and so can read the memory of every process, the vault's included";
             find(both, what.into(), UNPRIVILEGED);

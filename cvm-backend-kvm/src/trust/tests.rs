@@ -5,6 +5,7 @@ const USER: u32 = 1000;
 /// An unprivileged VMM whose vault nobody can reach.
 fn closed() -> Facts {
     Facts {
+        unknown: None,
         uids: BTreeSet::from([USER]),
         capabilities: CapabilitySet::empty(),
         initial_namespace: true,
@@ -35,7 +36,11 @@ fn the_parties_that_reach_a_vault_follow_from_the_facts() {
         ("root", Facts { uids: root.clone(), ..closed() }, BOTH),
         ("a saved user ID of root", Facts { uids: BTreeSet::from([0, USER]), ..closed() }, BOTH),
         ("root, whatever Yama says", Facts { uids: root, ..child(3, false) }, BOTH),
-        ("credentials that cannot be read", Facts { uids: BTreeSet::new(), ..closed() }, BOTH),
+        (
+            "credentials that cannot be read",
+            Facts { unknown: Some("no /proc".into()), uids: BTreeSet::new(), ..closed() },
+            BOTH,
+        ),
         ("CAP_SYS_PTRACE", with(CapabilitySet::SYS_PTRACE), BOTH),
         ("CAP_SYS_ADMIN", with(CapabilitySet::SYS_ADMIN), BOTH),
         ("CAP_SETUID", with(CapabilitySet::SETUID), BOTH),

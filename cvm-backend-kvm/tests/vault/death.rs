@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 /// How long anybody may take to notice.
 const NOTICE: Duration = Duration::from_secs(5);
 
-fn assert_dead<T>(outcome: Result<T, Error>, what: &str) {
+pub fn assert_dead<T>(outcome: Result<T, Error>, what: &str) {
     let Err(error) = outcome else { panic!("{what} goes on without a vault") };
     assert_says_dead(&error, what);
 }

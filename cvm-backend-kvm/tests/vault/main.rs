@@ -2,6 +2,7 @@
 //!
 //! The hostile VMM here starts the vault's program itself, and says to it whatever it likes.
 
+mod apart;
 #[path = "../common/mod.rs"]
 mod common;
 mod confinement;
@@ -58,14 +59,14 @@ impl Alone {
 /// What a test needs: this host's KVM with vaults, and its turn, which ends last.
 struct Vaults {
     platform: KvmPlatform,
-    _alone: Alone,
+    alone: Alone,
 }
 
 fn vaults() -> Option<Vaults> {
-    let _alone = Alone::new();
+    let alone = Alone::new();
     kvm()?;
     let platform = KvmPlatform::open(Path::new("/dev/kvm"), Some(Protection::Vault)).unwrap();
-    Some(Vaults { platform, _alone })
+    Some(Vaults { platform, alone })
 }
 
 /// Processes that this one has started and not heard the end of.
