@@ -4,7 +4,7 @@ use crate::common::{Guest, config, load, skip};
 use crate::death::assert_dead;
 use crate::guests::{SAYS_SECRET, spin, witness};
 use crate::hostile_vmm::{Heard, Vault};
-use crate::{Alone, PATIENCE, vaults};
+use crate::{Alone, PATIENCE, Vaults, vaults};
 use cvm_backend_kvm::vault::protocol::Report;
 use cvm_backend_kvm::vault::{use_program, use_socket};
 use cvm_backend_kvm::{Error as KvmError, KvmPlatform};
@@ -112,7 +112,7 @@ impl Drop for Launcher {
 
 /// This test's turn, where there is a KVM.
 fn turn() -> Option<Alone> {
-    vaults().map(|vaults| vaults.alone)
+    vaults().map(|Vaults { _alone: alone, .. }| alone)
 }
 
 fn own() -> u32 {
@@ -230,7 +230,7 @@ fn a_program_that_is_given_a_connection_is_the_vault_of_it() {
     command.args(["--connection", "--device", "/dev/kvm"]).stdin(theirs);
     let mut vault = Vault { process: command.spawn().unwrap(), socket: Some(ours), sequence: 0 };
     drop(command);
-    assert!(matches!(vault.hear(), Heard::Report(Report::Done, _)));
+    assert!(matches!(vault.hear(), Heard::Report(Report::Done)));
     drop(vault.socket.take());
     wait("the vault outlives its connection", || vault.process.try_wait().unwrap().is_some());
 }

@@ -59,14 +59,14 @@ impl Alone {
 /// What a test needs: this host's KVM with vaults, and its turn, which ends last.
 struct Vaults {
     platform: KvmPlatform,
-    alone: Alone,
+    _alone: Alone,
 }
 
 fn vaults() -> Option<Vaults> {
-    let alone = Alone::new();
+    let _alone = Alone::new();
     kvm()?;
     let platform = KvmPlatform::open(Path::new("/dev/kvm"), Some(Protection::Vault)).unwrap();
-    Some(Vaults { platform, alone })
+    Some(Vaults { platform, _alone })
 }
 
 /// Processes that this one has started and not heard the end of.
