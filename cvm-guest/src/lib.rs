@@ -38,7 +38,7 @@ pub use error::Error;
 #[cfg(target_arch = "x86_64")]
 pub use exceptions::VcpuTables;
 pub use machine::Machine;
-pub use platform::{Console, DeviceRegisters, Platform};
+pub use platform::{Console, DeviceRegisters, Patience, Platform};
 pub use pool::{
     Buffer, CHUNK_LEN, CLASSES, ChunkRecord, ClassUse, FromDevice, Lent, Placement, Pool, PoolOptions, PoolUse, Queue,
     QueueOptions, QueueRecord, QueueUse, Refusal, Ring, Sent, ToDevice,

@@ -22,6 +22,7 @@ pub struct Processor {
 }
 
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "there is no allocator, and a vcpu has one of these")]
 enum Way {
     Direct(Direct),
     Ghcb(GhcbVcpu<Vmgexit, Pvalidate>),

@@ -238,7 +238,7 @@ impl<'p> Program<'p, '_> {
     /// Returns whether a chunk was taken out.
     fn shrink(&mut self) -> bool {
         let boot = BootPage { magic: boot::MAGIC, transport: Transport::Hypercall as u32, ..BootPage::new_zeroed() };
-        let platform = Platform::new(&boot, Host).unwrap();
+        let platform = Platform::new(&boot, Host, |_| false).unwrap();
         // SAFETY: there is one pool here.
         let Some(gone) = unsafe { self.pool.shrink(&platform) }.unwrap() else {
             return false;

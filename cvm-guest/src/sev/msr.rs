@@ -32,7 +32,7 @@ const VERSIONS: core::ops::RangeInclusive<u16> = 1..=2;
 const SNP_VERSION: u16 = 2;
 
 /// How often a page state change is asked for again.
-pub(super) const TRIES: u32 = 1000;
+const TRIES: u32 = 1000;
 
 /// Asks for what has an answer whose kind is the next number.
 fn ask(exit: &impl Exit, request: u64) -> Result<u64, Fault> {

@@ -2,7 +2,7 @@
 
 use super::event::code;
 use super::ghcb::{BUFFER_LEN, Event, offset};
-use super::msr::{TRIES, operation};
+use super::msr::operation;
 use super::validate::LARGE_PAGE;
 use super::{Exit, Fault, Ghcb};
 use cvm_core::{GpaRange, PAGE_SIZE, Side};
@@ -24,14 +24,13 @@ fn entry_len(at: u64, end: u64) -> u64 {
 
 /// Has the host change the state of all pages of `range`: what is private after it must not be valid before, and is not yet.
 ///
-/// What the host did not finish is asked for again, from the entry on that it says it is at. Of the entries nothing is read
-/// back. A host that claims to be done and is not gains nothing: the guest's next access to the page faults.
+/// What the host did not finish is asked for again, from the entry on that it says it is at, as long as it makes progress. Of the
+/// entries nothing is read back. A host that claims to be done and is not gains nothing: the guest's next access to the page faults.
 ///
 /// # Errors
 /// [`Fault::Progress`], [`Fault::PageState`] when the host gets nowhere, and as for every exit.
 pub(super) fn change(ghcb: &Ghcb, exit: &impl Exit, range: GpaRange, to: Side) -> Result<(), Fault> {
     let (mut at, end) = (range.start().0, range.end().0);
-    let mut tries = 0;
     while at < end {
         let mut entries = 0;
         let mut next = at;
@@ -54,18 +53,16 @@ pub(super) fn change(ghcb: &Ghcb, exit: &impl Exit, range: GpaRange, to: Side) -
             return Err(Fault::Progress { at: done, entries });
         }
         if done == entries && answer == 0 {
-            (at, tries) = (next, 0);
+            at = next;
             continue;
         }
         for _ in 0..done {
             at += entry_len(at, end);
         }
-        tries = if done == 0 { tries + 1 } else { 0 };
-        if tries == TRIES || at >= end {
+        if done == 0 || at >= end {
             let left = GpaRange::new(at, end - at).unwrap_or(range);
             return Err(Fault::PageState { range: left, to, answer });
         }
-        core::hint::spin_loop();
     }
     Ok(())
 }
@@ -140,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_that_gets_nowhere_is_given_up_with_what_is_left() {
+    fn a_host_that_gets_nowhere_is_reported_with_what_is_left() {
         let host = Host::new(Protection::SevEs, 1);
         host.answer_by(|host, _| {
             host.write(offset::EXIT_INFO_2, 0x100 << 32);
@@ -148,7 +145,7 @@ mod tests {
         });
         let error = Fault::PageState { range: range(1, 3), to: Side::Private, answer: 0x100 << 32 };
         assert_eq!(change(&ghcb(&host), &host, range(1, 3), Side::Private), Err(error));
-        assert_eq!(host.exits.borrow().len(), TRIES as usize);
+        assert_eq!(host.exits.borrow().len(), 1);
         // One page done, and then no more.
         host.answer_by(|host, _| {
             let last = host.read(offset::BUFFER) >> 16;

@@ -3,8 +3,9 @@
 use super::msr::{self, Exit, Termination};
 use super::validate::set_valid;
 use super::{Acceptance, CpuidTable, Fault, Ghcb, Protection, Validate, page_state};
-use crate::hypercall::{self, EINVAL};
+use crate::hypercall::{self, EAGAIN, EINVAL};
 use crate::{Error, Machine, SharedRegion};
+use core::cell::Cell;
 use cvm_core::boot::BootPage;
 use cvm_core::doorbell::{Doorbell, MSR_BASE, PORT_BASE, SPACE};
 use cvm_core::{Gpa, GpaRange, PAGE_SIZE, Side};
@@ -22,7 +23,20 @@ pub struct GhcbVcpu<E, V> {
     protection: Protection,
     /// The secure processor's, under SEV-SNP alone.
     cpuid: Option<CpuidTable>,
+    /// The last page state change, if the host has put the guest off, and what is left of it.
+    unfinished: Cell<Option<Unfinished>>,
 }
+
+#[derive(Debug, Clone, Copy)]
+struct Unfinished {
+    range: GpaRange,
+    to: Side,
+    left: GpaRange,
+}
+
+/// What a host says that takes the page state change itself for wrong, in the upper half of SW_EXITINFO2: its header, or an
+/// entry (AMD publication 56421, section 4.1.6). KVM has one other code, for what its VMM refuses and for what it puts off.
+const WRONG: core::ops::RangeInclusive<u64> = 1..=2;
 
 /// Agrees with the host on a version, and shares the page at `gpa`, which the host can use as the GHCB from then on.
 /// Returns the version.
@@ -73,7 +87,7 @@ impl<E: Exit, V: Validate> GhcbVcpu<E, V> {
         let region = unsafe { SharedRegion::new(page, boot.shared_at)? };
         region.zero(0, region.len())?;
         let ghcb = Ghcb::new(region, version)?;
-        Ok(Self { exit, validate, ghcb, doorbell, acceptance, protection, cpuid })
+        Ok(Self { exit, validate, ghcb, doorbell, acceptance, protection, cpuid, unfinished: Cell::new(None) })
     }
 
     /// What a step gave, or the end of the guest.
@@ -126,15 +140,22 @@ impl<E: Exit, V: Validate> GhcbVcpu<E, V> {
     /// Changes sides of pages by page state change. What is not memory is not given away, as for hypercalls the host would
     /// say.
     fn change_state(&self, range: GpaRange, to: Side) -> u64 {
-        if to == Side::Shared {
+        // What is asked for again goes on where the host stopped: pages that are given away are invalid already.
+        let unfinished = self.unfinished.take().filter(|last| (last.range, last.to) == (range, to));
+        let left = unfinished.map_or(range, |last| last.left);
+        if to == Side::Shared && unfinished.is_none() {
             match self.acceptance.give(range, &self.validate) {
                 Err(Fault::NoPage(_)) => return EINVAL,
                 given => self.must(given),
             }
         }
-        match page_state::change(&self.ghcb, &self.exit, range, to) {
+        match page_state::change(&self.ghcb, &self.exit, left, to) {
             // Pages that the guest meant to give away are nobody's now, as the caller is told.
-            Err(Fault::PageState { .. }) => return EINVAL,
+            Err(Fault::PageState { answer, .. }) if WRONG.contains(&(answer >> 32)) => return EINVAL,
+            Err(Fault::PageState { range: left, .. }) => {
+                self.unfinished.set(Some(Unfinished { range, to, left }));
+                return EAGAIN;
+            }
             changed => self.must(changed),
         }
         if to == Side::Private {
@@ -300,7 +321,7 @@ mod tests {
     #[test]
     fn a_platform_works_by_the_ghcb_as_it_does_without() {
         let setting = Setting::new(Protection::SevEs, Doorbell::Port);
-        let platform = Platform::new(&setting.boot, setting.vcpu()).unwrap();
+        let platform = Platform::new(&setting.boot, setting.vcpu(), |_| true).unwrap();
         std::fmt::Write::write_str(&mut platform.console(), "hi").unwrap();
         platform.accept_interrupt(0x41, Trigger::Edge).unwrap();
         // SAFETY: this host converts nothing.
@@ -335,6 +356,42 @@ mod tests {
         assert_eq!(setting.pages.valid().len(), 2);
         assert_eq!(convert(&vcpu, setting.page(3, 2), Side::Private), 0);
         assert_eq!(setting.pages.valid(), valid);
+    }
+
+    #[test]
+    fn a_host_that_puts_the_guest_off_is_asked_for_what_is_left() {
+        const TIMES: u64 = 3000;
+        let setting = Setting::new(Protection::SevSnp, Doorbell::Port);
+        (2..6).for_each(|page| setting.pages.set(setting.page(page, 1).start().0 / PAGE_SIZE));
+        let platform = Platform::new(&setting.boot, setting.vcpu(), |tries| tries < 2 * TIMES).unwrap();
+        let valid = setting.pages.valid();
+        for to in [Side::Shared, Side::Private] {
+            let times = Cell::new(0);
+            setting.host.pace.set(1);
+            setting.host.answer_by(move |host, _| {
+                times.set(times.get() + 1);
+                // One page is done at first, then none for long.
+                let puts_off = (2..TIMES).contains(&times.get());
+                if puts_off {
+                    host.write(offset::EXIT_INFO_2, 0x100 << 32);
+                }
+                puts_off
+            });
+            // SAFETY: this host converts nothing.
+            unsafe { platform.convert(setting.page(3, 2), to).unwrap() };
+            let shared = setting.host.shared.borrow().contains(&(setting.page(4, 1).start().0 / PAGE_SIZE));
+            assert_eq!(shared, to == Side::Shared);
+        }
+        assert_eq!(setting.pages.valid(), valid);
+        // A host that takes the request for wrong is not asked again.
+        setting.host.exits.borrow_mut().clear();
+        setting.host.answer_by(|host, _| {
+            host.write(offset::EXIT_INFO_2, 2 << 32);
+            true
+        });
+        // SAFETY: as above.
+        assert!(unsafe { platform.convert(setting.page(3, 2), Side::Shared) }.is_err());
+        assert_eq!(setting.host.exits.borrow().len(), 1);
     }
 
     #[test]

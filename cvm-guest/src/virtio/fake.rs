@@ -59,7 +59,8 @@ impl Host {
             answers: RefCell::default(),
         }));
         let boot = BootPage { magic: boot::MAGIC, transport: Transport::Doorbell as u32, ..BootPage::new_zeroed() };
-        let platform: &'static Platform<&'static Self> = Box::leak(Box::new(Platform::new(&boot, host).unwrap()));
+        let platform: &'static Platform<&'static Self> =
+            Box::leak(Box::new(Platform::new(&boot, host, |_| false).unwrap()));
         (host, DoorbellTransport::new(platform.device(0).unwrap()).unwrap())
     }
 

@@ -6,6 +6,7 @@ use crate::hal::Copied;
 use crate::{disk, exchange, hal, net, ring3};
 use core::arch::x86_64::_rdtsc;
 use core::panic::PanicInfo;
+use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use cvm_core::boot::BootPage;
 use cvm_core::doorbell::Doorbell;
 use cvm_core::{GpaRange, PAGE_SIZE, Side};
@@ -23,6 +24,15 @@ static BLOCKS: [BlockRecord; (MEMORY >> 21) as usize] = [const { BlockRecord::ne
 
 /// How many cycles a device may take for one answer: some ten seconds.
 const PATIENCE: u64 = 30_000_000_000;
+
+/// Whether a conversion that the host has put off is to be repeated. There is one vCPU.
+fn patience(tries: u64) -> bool {
+    static BEGIN: AtomicU64 = AtomicU64::new(0);
+    if tries == 1 {
+        BEGIN.store(cycles(), Relaxed);
+    }
+    cycles().wrapping_sub(BEGIN.load(Relaxed)) < PATIENCE
+}
 
 /// How long the memory is that the devices' buffers are in: below the page for reports, which is below the pool.
 const ARENA_LEN: u64 = 11 << 20;
@@ -100,7 +110,7 @@ extern "C" fn main(_index: u64, boot: *const BootPage) {
     // SAFETY: this is ring 0, or by ports another one that may use them, the boot page is the host's, all memory is mapped as
     // the launch contract says, and there is one vCPU.
     let Ok(processor) = (unsafe { Processor::new(&boot, &GHCB, &BLOCKS) }) else { panic!() };
-    let Ok(platform) = Platform::new(&boot, processor) else { panic!() };
+    let Ok(platform) = Platform::new(&boot, processor, patience) else { panic!() };
     let Some((page, arena)) = share(&platform, &boot) else { platform.end(code::PLATFORM) };
     let Ok(control) = platform.device(CONTROL) else { platform.end(code::PLATFORM) };
     control.write(register::REPORT, (page.range().start().0 / PAGE_SIZE) as u32);

@@ -19,6 +19,8 @@ static mut STACK: Stack = Stack([0; STACK_LEN]);
 #[unsafe(link_section = ".text.start")]
 extern "C" fn start() -> ! {
     naked_asm!(
+        // No table of exception handlers, in place of one at address 0, where the reset leaves it.
+        "lidt [rip + 3f]",
         "lea rsp, [rip + {stack} + {len}]",
         "xor ebp, ebp",
         "cld",
@@ -27,6 +29,8 @@ extern "C" fn start() -> ! {
         "2:",
         "out dx, eax",
         "jmp 2b",
+        "3:",
+        ".zero 10",
         stack = sym STACK,
         len = const STACK_LEN,
         main = sym main,

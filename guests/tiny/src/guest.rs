@@ -4,7 +4,7 @@
 
 use crate::disk::{self, ForgetfulHal};
 use core::arch::asm;
-use core::arch::x86_64::__cpuid;
+use core::arch::x86_64::{__cpuid, _rdtsc};
 use core::fmt::Write;
 use core::hint::spin_loop;
 use core::panic::PanicInfo;
@@ -27,6 +27,21 @@ const LOADED_END: u64 = 4 << 20;
 const STACK_LEN: usize = 32 << 10;
 
 cvm_guest::entry!(main, vcpus: MAX_VCPUS, stack: STACK_LEN);
+
+/// How many cycles the host may put off a request: some ten seconds.
+const PATIENCE: u64 = 30_000_000_000;
+
+/// Whether a request that the host has put off is to be repeated.
+fn patience(tries: u64) -> bool {
+    /// When the first of the requests that are put off now was made, on any vCPU.
+    static BEGIN: AtomicU64 = AtomicU64::new(0);
+    // SAFETY: every 64-bit processor has it.
+    let now = unsafe { _rdtsc() };
+    if tries == 1 {
+        BEGIN.store(now, Ordering::Relaxed);
+    }
+    now.saturating_sub(BEGIN.load(Ordering::Relaxed)) < PATIENCE
+}
 
 /// The secret, in private memory for good.
 #[repr(C, align(4096))]
@@ -61,7 +76,7 @@ extern "C" fn main(index: u64, boot_page: *const BootPage) {
     // SAFETY: this is ring 0, the boot page is the host's, all memory is mapped as the launch contract says, and the GHCB is
     // this vCPU's alone.
     let Ok(processor) = (unsafe { Processor::new(&boot, ghcb, &BLOCKS) }) else { panic!() };
-    let Ok(platform) = Platform::new(&boot, processor) else { panic!() };
+    let Ok(platform) = Platform::new(&boot, processor, patience) else { panic!() };
     if index > 0 {
         convert_back_and_forth(&platform, &boot, index);
         return;

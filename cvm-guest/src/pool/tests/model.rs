@@ -62,7 +62,7 @@ impl Machine for Host {
 
 fn platform(host: &Host) -> Platform<&Host> {
     let boot = BootPage { magic: boot::MAGIC, transport: Transport::Hypercall as u32, ..BootPage::new_zeroed() };
-    Platform::new(&boot, host).unwrap()
+    Platform::new(&boot, host, |_| false).unwrap()
 }
 
 /// A buffer in flight.
@@ -315,7 +315,7 @@ impl Machine for Refuser {
 fn a_chunk_that_the_host_refuses_is_none_and_its_record_is_free_again() {
     let pool = bare(1, 1, PoolOptions::default());
     let boot = BootPage { magic: boot::MAGIC, transport: Transport::Hypercall as u32, ..BootPage::new_zeroed() };
-    let platform = Platform::new(&boot, Refuser).unwrap();
+    let platform = Platform::new(&boot, Refuser, |_| false).unwrap();
     // SAFETY: nothing is accessed.
     let refused = unsafe { pool.grow(&platform, range(0)) };
     assert!(matches!(refused, Err(Error::NotConverted { .. })));
