@@ -54,10 +54,15 @@ pub const ATTACKS: &[(&str, Attack)] = &[
     ("outside-memory", |platform, _| ends(platform, SOON, |a| a.store(MEMORY + PAGE_SIZE, Side::Private, 1))),
 ];
 
-/// How long a guest may take that comes to an end, how long one that does not, and how long a device.
-const SOON: Duration = Duration::from_secs(20);
+/// When a guest that comes to an end counts as one that hangs, and a device. Only what fails takes so long.
+const SOON: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How much longer for each conversion.
+const EACH: Duration = Duration::from_millis(100);
+
+/// How long a guest runs that does not come to an end.
 const SPIN: Duration = Duration::from_millis(500);
-const PATIENCE: Duration = Duration::from_secs(2);
 
 /// How a guest ends that does just this.
 fn ends(
@@ -146,7 +151,7 @@ fn doorbell_garbage(platform: &KvmPlatform, effort: Effort) -> Observed {
 }
 
 fn many_conversions(platform: &KvmPlatform, effort: Effort) -> Observed {
-    let limit = SOON + Duration::from_millis(10) * effort.conversions;
+    let limit = SOON + EACH * effort.conversions;
     let mut guest = Guest::new(platform, limit, |a| {
         let mut again = a.create_label();
         a.mov(rsi, u64::from(effort.conversions.div_ceil(2)))?;
@@ -208,7 +213,7 @@ const DEVICE: u32 = 0xde71_ce00;
 /// A device that reads and writes a page all the time, while the guest takes it away and gives it back.
 fn device_race(platform: &KvmPlatform, effort: Effort) -> Observed {
     let rounds = effort.conversions.div_ceil(4).clamp(50, 2000);
-    let mut guest = Guest::new(platform, SOON + Duration::from_millis(20) * rounds, |a| {
+    let mut guest = Guest::new(platform, SOON + EACH * rounds, |a| {
         let (mut again, mut wait) = (a.create_label(), a.create_label());
         a.mov(rsi, u64::from(rounds))?;
         a.set_label(&mut again)?;

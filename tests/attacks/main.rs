@@ -1,8 +1,7 @@
 //! Attacks on every isolation that this machine offers, by a hostile VMM, by processes beside it, and by a hostile guest.
 //!
 //! Each row of [`rows`] says what an attack is expected to give, under each isolation; what it gives is compared with
-//! that, and `docs/isolation.md` with the rows. `--write` writes that document. `--conversions` and `--programs` say how
-//! much a hostile guest tries.
+//! that, and `docs/isolation.md` with the rows. `--write` writes that document.
 //!
 //! The program plays every party itself: it starts itself again with `--role`, as another process or user.
 
@@ -25,114 +24,124 @@ mod sys;
 mod trust;
 mod vmm;
 
+use clap::Parser;
 use cvm::kvm::KvmPlatform;
 use hostile_guest::Effort;
 use isolation::Isolation;
+use libtest_mimic::{Arguments, Failed, Trial};
 use outcome::{Finding, Observed};
 use report::Report;
 use stage::{As, Stage};
 use std::io;
 use std::process::ExitCode;
+use std::sync::{Arc, LazyLock};
 
-/// What this program is asked for. It must bear the arguments that `cargo test` passes to every test program.
-#[derive(Debug)]
+/// What this program is asked for, besides what every test program understands.
+#[derive(Debug, Parser)]
 struct Options {
+    #[command(flatten)]
+    harness: Arguments,
+    /// Write docs/isolation.md instead of comparing it with the rows
+    #[arg(long)]
     write: bool,
-    effort: Effort,
+    /// How often a hostile guest converts a page
+    #[arg(long, value_name = "NUMBER", default_value_t = 2000)]
+    conversions: u32,
+    /// How many random programs a hostile guest runs
+    #[arg(long, value_name = "NUMBER", default_value_t = 40)]
+    programs: u64,
 }
 
-impl Options {
-    /// Nothing if no test of this program's is meant.
-    fn parse(mut arguments: impl Iterator<Item = String>) -> Option<Self> {
-        let mut options = Self { write: false, effort: Effort { conversions: 2000, programs: 40 } };
-        let (mut filtered, mut meant) = (false, false);
-        while let Some(argument) = arguments.next() {
-            let mut number = || arguments.next().and_then(|number| number.parse().ok());
-            match argument.as_str() {
-                "--write" => options.write = true,
-                "--conversions" => options.effort.conversions = number().unwrap_or(options.effort.conversions),
-                "--programs" => options.effort.programs = number().map_or(options.effort.programs, u64::from),
-                "--list" => return None,
-                "--skip" | "--test-threads" | "--format" | "--color" | "--logfile" => drop(arguments.next()),
-                other if other.starts_with('-') => {}
-                name => {
-                    filtered = true;
-                    meant |= "attacks".contains(name);
-                }
-            }
-        }
-        (!filtered || meant).then_some(options)
-    }
+/// A test: rows of one isolation that are played together.
+struct Scene {
+    name: &'static str,
+    /// Their groups, as [`report::group`] has them.
+    groups: &'static [&'static str],
+    play: fn(Isolation, &Stage, Effort, &mut Report) -> io::Result<()>,
 }
 
-fn main() -> ExitCode {
-    cvm::kvm::vault::init();
-    let mut arguments = std::env::args().skip(1).peekable();
-    if arguments.next_if(|first| first == "--role").is_some() {
-        return roles::play(&arguments.collect::<Vec<_>>());
-    }
-    let Some(options) = Options::parse(arguments) else { return ExitCode::SUCCESS };
-    let stage = Stage::new(options.effort);
-    let mut report = Report::default();
-    stage.lacks.iter().for_each(|lack| report.skip(lack));
-    for (isolation, protection) in Isolation::offered() {
-        match KvmPlatform::open(stage.device(), Some(protection)) {
-            Ok(_) => {
-                if let Err(error) = trust::check(isolation, &stage, &mut report) {
-                    report.fail(format!("the trust model of {protection}: {error}"));
-                }
-                if let Err(error) = attack(isolation, &stage, options.effort, &mut report) {
-                    report.fail(format!("{protection}: {error}"));
-                }
-            }
-            Err(error) if isolation == Isolation::None && std::env::var_os("CVM_REQUIRE_KVM").is_some() => {
-                report.fail(format!("{protection}: {error}"));
-            }
-            Err(error) => report.skip(&format!("isolation {protection}: {error}")),
-        }
-    }
-    report.document(options.write);
-    report.end()
+const SCENES: &[Scene] = &[
+    Scene {
+        name: "the trust model",
+        groups: &[],
+        play: |isolation, stage, _, report| trust::check(isolation, stage, report),
+    },
+    Scene {
+        name: "a hostile vmm",
+        groups: &["vmm"],
+        play: |isolation, stage, _, report| play(isolation, stage, "vmm", &[], report),
+    },
+    Scene {
+        name: "a hostile guest",
+        groups: &["guest"],
+        play: |isolation, stage, effort, report| {
+            let [programs, conversions] = [effort.programs, effort.conversions.into()].map(|number| number.to_string());
+            play(isolation, stage, "guest", &[&conversions, &programs], report)
+        },
+    },
+    Scene {
+        name: "the death of a vault",
+        groups: &["kill-vault"],
+        play: |isolation, stage, _, report| play(isolation, stage, "kill-vault", &[], report),
+    },
+    Scene {
+        name: "the death of a vmm",
+        groups: &["kill-vmm"],
+        play: |isolation, stage, _, report| {
+            report.take(isolation, "", vec![kill_vmm(stage, &role(isolation, stage, "convert"))?]);
+            Ok(())
+        },
+    },
+    Scene {
+        name: "vmms against their vaults",
+        groups: &["vmm-child", "vmm-root", "vmm-apart", "start"],
+        play: |isolation, stage, _, report| trust::attack(isolation, stage, report),
+    },
+    Scene {
+        name: "another process of the user",
+        groups: &["user"],
+        play: |isolation, stage, _, report| {
+            if stage.has_user() { beside(isolation, stage, As::User, "user/", report) } else { Ok(()) }
+        },
+    },
+    Scene {
+        name: "another process of root",
+        groups: &["root"],
+        play: |isolation, stage, _, report| {
+            if stage.has_root() { beside(isolation, stage, As::Myself, "root/", report) } else { Ok(()) }
+        },
+    },
+];
+
+/// The arguments of a role that a VMM with this isolation plays.
+fn role(isolation: Isolation, stage: &Stage, name: &str) -> [String; 3] {
+    [name.into(), format!("{isolation:?}"), stage.device().to_string_lossy().into_owned()]
 }
 
-fn attack(isolation: Isolation, stage: &Stage, effort: Effort, report: &mut Report) -> io::Result<()> {
-    let device = stage.device().to_string_lossy();
-    let name = format!("{isolation:?}");
-    let role = |role| [role, &*name, &*device];
+/// Has the user of the VMMs play a role.
+fn play(isolation: Isolation, stage: &Stage, name: &str, more: &[&str], report: &mut Report) -> io::Result<()> {
+    let role = role(isolation, stage, name);
+    let arguments: Vec<_> = role.iter().map(String::as_str).chain(more.iter().copied()).collect();
+    report.take(isolation, "", stage.play(As::User, &arguments)?);
+    Ok(())
+}
 
-    report.take(isolation, "", stage.play(As::User, &role("vmm"))?);
-    let [programs, conversions] = [effort.programs, effort.conversions.into()].map(|number| number.to_string());
-    let guest = [&role("guest")[..], &[&conversions, &programs]].concat();
-    report.take(isolation, "", stage.play(As::User, &guest)?);
-    report.take(isolation, "", stage.play(As::User, &role("kill-vault"))?);
-    report.take(isolation, "", vec![kill_vmm(stage, &role("convert"))?]);
-    trust::attack(isolation, stage, report)?;
-
-    let mut beside = Vec::new();
-    if stage.has_user() {
-        beside.push((As::User, "user/"));
-    }
-    if stage.has_root() {
-        beside.push((As::Myself, "root/"));
-    }
-    for (who, prefix) in beside {
-        // Each has a victim of its own, which must be well at its end.
-        let mut holder = stage.start(As::User, &role("hold"))?;
-        let victim = holder.line()?;
-        let (pid, nonce) = victim.split_once(' ').ok_or(io::ErrorKind::UnexpectedEof)?;
-        let findings = stage.play(who, &["attack", pid, nonce])?;
-        report.take(isolation, prefix, findings);
-        report.take(isolation, prefix, holder.end()?);
-    }
-    report.complete(isolation, stage);
+/// Has another process attack the one that holds a guest, which must be well at the end.
+fn beside(isolation: Isolation, stage: &Stage, who: As, prefix: &str, report: &mut Report) -> io::Result<()> {
+    let role = role(isolation, stage, "hold");
+    let mut holder = stage.start(As::User, &role.each_ref().map(String::as_str))?;
+    let victim = holder.line()?;
+    let (pid, nonce) = victim.split_once(' ').ok_or(io::ErrorKind::UnexpectedEof)?;
+    report.take(isolation, prefix, stage.play(who, &["attack", pid, nonce])?);
+    report.take(isolation, prefix, holder.end()?);
     Ok(())
 }
 
 /// Kills VMMs while their guests run.
-fn kill_vmm(stage: &Stage, role: &[&str]) -> io::Result<Finding> {
+fn kill_vmm(stage: &Stage, role: &[String; 3]) -> io::Result<Finding> {
     let mut observed = Observed::Refused("gone".into());
     for _ in 0..killing::DEATHS {
-        let mut vmm = stage.start(As::User, role)?;
+        let mut vmm = stage.start(As::User, &role.each_ref().map(String::as_str))?;
         vmm.line()?;
         let vaults = killing::vaults(vmm.pid());
         std::thread::sleep(killing::moment());
@@ -145,4 +154,52 @@ fn kill_vmm(stage: &Stage, role: &[&str]) -> io::Result<Finding> {
         }
     }
     Ok(Finding { row: "kill-vmm".into(), observed })
+}
+
+/// The users and the device, which the first test that runs makes.
+type SharedStage = LazyLock<Stage, Box<dyn FnOnce() -> Stage + Send>>;
+
+/// Plays a scene, if this host offers the isolation.
+fn run(scene: &Scene, isolation: Isolation, stage: &Stage, effort: Effort) -> Result<(), Failed> {
+    let protection = isolation.protection().ok_or("the library does not have this isolation")?;
+    if let Err(error) = KvmPlatform::open(stage.device(), Some(protection)) {
+        if isolation == Isolation::None && std::env::var_os("CVM_REQUIRE_KVM").is_some() {
+            return Err(format!("{protection}: {error}").into());
+        }
+        eprintln!("SKIPPED: isolation {protection}: {error}");
+        return Ok(());
+    }
+    let mut report = Report::default();
+    (scene.play)(isolation, stage, effort, &mut report)?;
+    report.complete(isolation, stage, scene.groups);
+    report.end()
+}
+
+fn main() -> ExitCode {
+    cvm::kvm::vault::init();
+    let mut arguments = std::env::args().skip(1).peekable();
+    if arguments.next_if(|first| first == "--role").is_some() {
+        return roles::play(&arguments.collect::<Vec<_>>());
+    }
+    let mut options = Options::parse();
+    // Roles have limits of time, and would only wait for each other.
+    options.harness.test_threads.get_or_insert(1);
+    let effort = Effort { conversions: options.conversions, programs: options.programs };
+    let stage: Arc<SharedStage> = Arc::new(LazyLock::new(Box::new(move || {
+        let stage = Stage::new(effort);
+        stage.lacks.iter().for_each(|lack| eprintln!("SKIPPED: {lack}"));
+        stage
+    })));
+    let mut trials = vec![
+        Trial::test("the document has the rows", move || report::document(options.write)),
+        Trial::test("every row is played in one test", || report::groups(SCENES.iter().flat_map(|scene| scene.groups))),
+    ];
+    for (isolation, protection) in Isolation::offered() {
+        for scene in SCENES {
+            let stage = Arc::clone(&stage);
+            let name = format!("{protection}: {}", scene.name);
+            trials.push(Trial::test(name, move || run(scene, isolation, &stage, effort)));
+        }
+    }
+    libtest_mimic::run(&options.harness, trials).exit_code()
 }

@@ -1,31 +1,50 @@
-//! What came of a run: on standard output, and as a document.
+//! What came of a test, and the document.
 
 use crate::isolation::{self, ASSETS, Isolation, Situation};
 use crate::outcome::{Finding, Observed, Row};
 use crate::rows::{TABLES, Table};
 use crate::stage::Stage;
 use cvm::platform::Party;
+use libtest_mimic::Failed;
 use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::fs;
-use std::process::ExitCode;
 
 const DOCUMENT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/isolation.md");
 
 /// What stands above it in the document is written by hand.
 const MARK: &str = "<!-- What follows is generated: cargo test --test attacks -- --write -->\n";
 
-/// What was found so far.
+/// What was found so far in a test.
 #[derive(Default)]
 pub struct Report {
-    seen: BTreeSet<(&'static str, String)>,
+    seen: BTreeSet<&'static str>,
     failures: Vec<String>,
-    skipped: Vec<String>,
-    right: usize,
 }
 
 fn rows() -> impl Iterator<Item = (&'static Table, &'static Row)> {
     TABLES.iter().flat_map(|table| table.rows.iter().map(move |row| (table, row)))
+}
+
+/// Whom a row is played by: what its name begins with, or else what follows from its table.
+fn group(table: &Table, row: &Row) -> &'static str {
+    match (row.id.split_once('/'), table.party) {
+        (Some((group, _)), _) => group,
+        (None, Some(_)) => "vmm",
+        (None, None) if row.id.starts_with("kill-") => row.id,
+        (None, None) => "guest",
+    }
+}
+
+/// That each row is of one of these groups, and each group has a row.
+pub fn groups<'a>(played: impl Iterator<Item = &'a &'static str>) -> Result<(), Failed> {
+    let mut played: Vec<_> = played.copied().collect();
+    played.sort_unstable();
+    let there = rows().map(|(table, row)| group(table, row)).collect::<BTreeSet<_>>();
+    if !there.iter().eq(&played) {
+        return Err(format!("rows are of the groups {there:?}, and tests play {played:?}").into());
+    }
+    Ok(())
 }
 
 impl Report {
@@ -37,32 +56,26 @@ impl Report {
                 self.fail(format!("{id}: nothing is expected of it"));
                 continue;
             };
-            let judged = row.judge(isolation, table.party, &observed);
-            let mark = if judged.is_ok() { "ok" } else { "WRONG" };
-            println!("{mark:5} {:11} {id:18} {observed}", format!("{isolation:?}"));
-            match judged {
-                Ok(()) if matches!(observed, Observed::Unable(_)) => self.skip(&format!("{id}: {observed}")),
-                Ok(()) => self.right += 1,
+            match row.judge(isolation, table.party, &observed) {
+                Ok(()) if matches!(observed, Observed::Unable(_)) => eprintln!("SKIPPED: {id}: {observed}"),
+                Ok(()) => {}
                 Err(why) => self.fail(format!("{isolation:?}: {id}: {why}")),
             }
-            self.seen.insert((row.id, format!("{isolation:?}")));
+            self.seen.insert(row.id);
         }
     }
 
-    /// That every row was played which could be.
-    pub fn complete(&mut self, isolation: Isolation, stage: &Stage) {
-        for (table, row) in rows() {
-            let played = match table.party {
-                Some(Party::SameUser) => stage.has_user(),
-                Some(Party::Root) => stage.has_root(),
+    /// That every row of these groups was played which could be.
+    pub fn complete(&mut self, isolation: Isolation, stage: &Stage, groups: &[&str]) {
+        for (table, row) in rows().filter(|(table, row)| groups.contains(&group(table, row))) {
+            let played = match group(table, row) {
+                "user" => stage.has_user(),
+                "root" => stage.has_root(),
+                // They take a user of the vault's, or a VMM that is root.
+                "start" | "vmm-root" | "vmm-apart" => stage.has_vault_user(),
                 _ => true,
             };
-            // They take a user of the vault's, or a VMM that is root.
-            let played = match row.id.split_once('/') {
-                Some(("start" | "vmm-root" | "vmm-apart", _)) => stage.has_vault_user(),
-                _ => played,
-            };
-            if played && !self.seen.contains(&(row.id, format!("{isolation:?}"))) {
+            if played && !self.seen.contains(row.id) {
                 self.fail(format!("{isolation:?}: {}: it was not played", row.id));
             }
         }
@@ -72,35 +85,26 @@ impl Report {
         self.failures.push(why);
     }
 
-    pub fn skip(&mut self, what: &str) {
-        eprintln!("SKIPPED: {what}");
-        self.skipped.push(what.to_owned());
+    /// How it went.
+    pub fn end(self) -> Result<(), Failed> {
+        if self.failures.is_empty() { Ok(()) } else { Err(self.failures.join("\n").into()) }
     }
+}
 
-    /// Writes the document, or compares it with what it should be.
-    pub fn document(&mut self, write: bool) {
-        let current = fs::read_to_string(DOCUMENT).unwrap_or_default();
-        let Some((prose, generated)) = current.split_once(MARK) else {
-            return self.fail(format!("{DOCUMENT} has no line that says where the generated part begins"));
-        };
-        let wanted = generate();
-        if write {
-            if let Err(error) = fs::write(DOCUMENT, format!("{prose}{MARK}{wanted}")) {
-                self.fail(format!("{DOCUMENT}: {error}"));
-            }
-        } else if generated != wanted {
-            self.fail(format!("{DOCUMENT} is not what the rows say: run `cargo test --test attacks -- --write`"));
-        }
+/// Writes the document, or compares it with what it should be.
+pub fn document(write: bool) -> Result<(), Failed> {
+    let current = fs::read_to_string(DOCUMENT).map_err(|error| format!("failed to read {DOCUMENT}: {error}"))?;
+    let (prose, generated) = current
+        .split_once(MARK)
+        .ok_or_else(|| format!("{DOCUMENT} has no line that says where the generated part begins"))?;
+    let wanted = generate();
+    if write {
+        fs::write(DOCUMENT, format!("{prose}{MARK}{wanted}"))
+            .map_err(|error| format!("failed to write {DOCUMENT}: {error}"))?;
+    } else if generated != wanted {
+        return Err(format!("{DOCUMENT} is not what the rows say: run `cargo test --test attacks -- --write`").into());
     }
-
-    /// Says how it went.
-    pub fn end(&self) -> ExitCode {
-        for why in &self.failures {
-            println!("FAILED: {why}");
-        }
-        println!("{} rows as expected, {} failures, {} skipped", self.right, self.failures.len(), self.skipped.len());
-        if self.failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-    }
+    Ok(())
 }
 
 /// The generated part of the document: the same on every machine.

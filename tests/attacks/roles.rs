@@ -108,7 +108,7 @@ fn be_guests_vmm(platform: &KvmPlatform, effort: Effort) -> Result<(), BoxError>
 }
 
 /// Longer than any role may take.
-const LONG: Duration = Duration::from_secs(600);
+const LONG: Duration = Duration::from_secs(86_400);
 
 /// Has a guest convert until somebody kills this process.
 fn convert(platform: &KvmPlatform) -> Result<(), BoxError> {
