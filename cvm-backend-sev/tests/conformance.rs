@@ -5,6 +5,7 @@ mod subject {
     use cvm_backend_sev::kvm::SevPlatform;
     use cvm_backend_sev::kvm::SevVm;
     use cvm_backend_sev::{HostData, sev, snp};
+    use cvm_conformance::ShownBy::{Failure, Refusal};
     use cvm_conformance::{Departure, Rehearsed, Report, Subject, Suite, TrustedEntity};
     use cvm_core::{BoxError, Protection};
     use std::fs;
@@ -71,55 +72,73 @@ mod subject {
         fn departures(&self, _platform: &SevPlatform) -> Vec<Departure> {
             let (sev, es, snp) = (Protection::Sev, Protection::SevEs, Protection::SevSnp);
             let mut departures = Vec::new();
-            let mut depart = |who: &[Protection], clauses: &[&'static str], reason: &str| {
-                let clauses = clauses.iter().filter(|_| who.contains(&self.0));
-                departures.extend(clauses.map(|clause| Departure::new(clause, reason)));
+            let mut depart = |who: &[Protection], clauses: &[&'static str], shown_by, reason: &str| {
+                let departure = |clause: &&'static str| Departure { clause, reason: reason.into(), shown_by };
+                departures.extend(clauses.iter().filter(|_| who.contains(&self.0)).map(departure));
             };
-            depart(&[sev, es], &["2.7"], "SEV and SEV-ES measure the contents of every page that is loaded");
-            depart(&[snp], &["3.8"], "the kernel does not count what is behind a guest_memfd");
+            depart(&[sev, es], &["2.7"], Refusal, "SEV and SEV-ES measure the contents of every page that is loaded");
+            depart(&[snp], &["3.8"], Refusal, "the kernel does not count what is behind a guest_memfd");
             depart(
                 &[sev, es, snp],
                 &["2.19", "4.2"],
+                Refusal,
                 "the guest decrypts what nobody has encrypted, and has to write to a page before it reads there, as its boot \
                  page says",
             );
-            depart(&[snp], &["4.25", "4.26"], "guests of SEV-SNP ask for conversions by page state changes alone");
-            depart(&[sev, es], &["4.27"], "page state changes are SEV-SNP's");
+            depart(
+                &[snp],
+                &["4.25", "4.26"],
+                Refusal,
+                "guests of SEV-SNP ask for conversions by page state changes alone",
+            );
+            depart(&[sev, es], &["4.27"], Refusal, "page state changes are SEV-SNP's");
             depart(
                 &[sev, es],
                 &["4.28", "4.29"],
+                Failure(" side: Ok(Ended { code: 0 })"),
                 "the guest's page tables decide, access by access, which side it touches, and the processor stops neither",
             );
             depart(
                 &[sev],
                 &["5.18"],
+                Refusal,
                 "an exit of a guest of SEV is the instruction itself, so there is no call to give up by before exits work",
             );
-            depart(&[sev], &["8.5"], "SEV leaves registers to the host, so whoever holds the vCPUs can debug them");
+            depart(
+                &[sev],
+                &["8.5"],
+                Refusal,
+                "SEV leaves registers to the host, so whoever holds the vCPUs can debug them",
+            );
             depart(
                 &[es],
                 &["5.16"],
+                Failure("it shut down"),
                 "the processor tells the guest of the access by an exception, and not its host: a guest that does not pass \
                  it on shuts down",
             );
             if is_model() {
                 let encrypts_nothing = "the processor that stands in for AMD's encrypts nothing";
-                depart(&[sev, es], &["1.5", "3.6"], encrypts_nothing);
+                let in_process = "private memory is in the process that cannot read it";
+                depart(&[sev, es], &["1.5"], Failure(in_process), encrypts_nothing);
+                depart(&[sev, es], &["3.6"], Failure(" can be read"), encrypts_nothing);
                 let takes_any = "the secure processor that stands in for AMD's takes any keys for those of a target";
-                depart(&[sev], &["9.4"], takes_any);
+                depart(&[sev], &["9.4"], Failure("an export for nobody"), takes_any);
                 let by_order = "SEV and SEV-ES measure contents in the order of loading, and not where they are";
-                depart(&[sev, es], &["2.16"], by_order);
-                depart(&[sev], &["2.17"], "SEV does not measure the initial state of vCPUs");
+                depart(&[sev, es], &["2.16"], Refusal, by_order);
+                depart(&[sev], &["2.17"], Refusal, "SEV does not measure the initial state of vCPUs");
             } else {
                 depart(
                     &[sev, es, snp],
                     &["2.14", "2.15", "2.16", "2.17", "2.18"],
+                    Refusal,
                     "the suite cannot ask the secure processor: its guests are too small to have it report, which the guest \
                      of the example boot_tiny_guest does",
                 );
                 depart(
                     &[sev],
                     &["5.14"],
+                    Failure("it shut down"),
                     "KVM cannot read an instruction that is in encrypted memory, which it would have to emulate: the \
                      guest shuts down instead",
                 );

@@ -4,14 +4,14 @@ use crate::clause::{Clause, Verdict};
 use crate::clauses::{self, killed};
 use crate::faults;
 use crate::quality;
-use crate::subject::{Bench, Departure, Subject};
+use crate::subject::{Bench, Departure, ShownBy, Subject};
 use cvm_core::BoxError;
 use libtest_mimic::{Arguments, Failed, Trial};
 use serde::{Deserialize, Serialize};
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
 /// What became of a clause with one subject.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,11 +25,23 @@ pub enum Outcome {
     Failed(String),
 }
 
+/// A user that a VMM runs as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum User {
+    /// The superuser.
+    Root,
+    /// Any other.
+    Unprivileged,
+}
+
 /// A line of the report.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Line {
     /// What protects the subject's guests.
     pub subject: String,
+    /// The user that the VMM ran as.
+    pub user: User,
     /// The clause's number.
     pub clause: String,
     /// Its name.
@@ -49,12 +61,23 @@ static ALONE: RwLock<()> = RwLock::new(());
 #[derive(Default)]
 pub struct Suite {
     trials: Vec<Trial>,
-    lines: Arc<Mutex<Vec<Line>>>,
 }
 
 impl std::fmt::Debug for Suite {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Suite of {} trials", self.trials.len())
+    }
+}
+
+fn user() -> User {
+    if rustix::process::geteuid().is_root() { User::Root } else { User::Unprivileged }
+}
+
+/// Writes a line of the report at once, so that a run that does not come to its end has one too.
+fn report(line: &Line) {
+    if std::env::var_os("CVM_CONFORMANCE_REPORT").is_some() {
+        // The clause's own line is not complete yet.
+        println!("\n{REPORT_PREFIX}{}", serde_json::to_string(line).expect("names and texts"));
     }
 }
 
@@ -66,7 +89,17 @@ fn judge(declared: Option<&Departure>, found: std::thread::Result<Verdict>) -> O
         (Some(departure), Ok(Verdict::Met)) => {
             Outcome::Failed(format!("it is met: there is nothing to declare ({})", departure.reason))
         }
-        (Some(departure), _) => Outcome::Departed(departure.reason.clone()),
+        (Some(departure), Ok(Verdict::NotOffered(why))) => match departure.shown_by {
+            ShownBy::Refusal => Outcome::Departed(departure.reason.clone()),
+            ShownBy::Failure(words) => {
+                Outcome::Failed(format!("it was to fail with {words:?}, and is not offered: {why}"))
+            }
+        },
+        (Some(departure), Err(panic)) => match (quality::said(&*panic), departure.shown_by) {
+            (said, ShownBy::Failure(words)) if said.contains(words) => Outcome::Departed(departure.reason.clone()),
+            (said, ShownBy::Failure(words)) => Outcome::Failed(format!("it was to fail with {words:?}: {said}")),
+            (said, ShownBy::Refusal) => Outcome::Failed(format!("it was to be refused: {said}")),
+        },
     }
 }
 
@@ -110,12 +143,12 @@ impl Suite {
         if let (Err(why), false) = (faults::available(), only.is_some() || subject.required()) {
             writeln!(std::io::stderr(), "SKIPPED: {name}, chapter {}: {why}", clauses::FAULTS)?;
             let of_faults = clauses.iter().filter(|clause| clause.number.split('.').next() == Some(clauses::FAULTS));
-            departures.extend(of_faults.map(|clause| Departure::new(clause.number, why.clone())));
+            departures.extend(of_faults.map(|clause| Departure::not_offered(clause.number, why.clone())));
         }
         let shared = Arc::new((subject, platform));
         for clause in clauses {
             let declared = departures.iter().find(|departure| departure.clause == clause.number).cloned();
-            let (shared, lines, subject) = (Arc::clone(&shared), Arc::clone(&self.lines), name.clone());
+            let (shared, subject) = (Arc::clone(&shared), name.clone());
             let trial = format!("{name} {} {}", clause.number, clause.name.replace(' ', "_"));
             let kind = if declared.is_some() { "departs" } else { "" };
             let run = move || {
@@ -124,8 +157,13 @@ impl Suite {
                     Outcome::Failed(why) => Err(Failed::from(why)),
                     _ => Ok(()),
                 };
-                let line = Line { subject, clause: clause.number.into(), name: clause.name.into(), outcome };
-                lines.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+                report(&Line {
+                    subject,
+                    user: user(),
+                    clause: clause.number.into(),
+                    name: clause.name.into(),
+                    outcome,
+                });
                 failed
             };
             self.trials.push(Trial::test(trial, run).with_kind(kind));
@@ -138,14 +176,7 @@ impl Suite {
         let mut arguments = Arguments::from_args();
         // As many guests as processors, each with a thread of its own, would only wait for each other.
         arguments.test_threads.get_or_insert(1);
-        let conclusion = libtest_mimic::run(&arguments, self.trials);
-        if std::env::var_os("CVM_CONFORMANCE_REPORT").is_some() {
-            let lines = std::mem::take(&mut *self.lines.lock().unwrap_or_else(PoisonError::into_inner));
-            for line in lines {
-                println!("{REPORT_PREFIX}{}", serde_json::to_string(&line).expect("names and texts"));
-            }
-        }
-        conclusion.exit_code()
+        libtest_mimic::run(&arguments, self.trials).exit_code()
     }
 }
 
@@ -163,5 +194,42 @@ fn check<S: Subject>(
     } else {
         let _shared = ALONE.read().unwrap_or_else(PoisonError::into_inner);
         catch_unwind(check)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn panicked(said: &'static str) -> std::thread::Result<Verdict> {
+        Err(Box::new(said))
+    }
+
+    #[test]
+    fn a_departure_excuses_the_failure_that_it_names_and_no_other() {
+        let fails = Departure::fails("4.2", "it is not zero", "nothing is encrypted");
+        let departed = Outcome::Departed("nothing is encrypted".into());
+        assert_eq!(judge(Some(&fails), panicked("page 3: it is not zero")), departed);
+        for other in [panicked("the guest crashed"), Ok(Verdict::Met), Ok(Verdict::NotOffered("no".into()))] {
+            assert!(matches!(judge(Some(&fails), other), Outcome::Failed(_)));
+        }
+    }
+
+    #[test]
+    fn a_departure_for_want_of_an_offer_excuses_no_failure() {
+        let refused = Departure::not_offered("4.27", "another maker's");
+        let departed = Outcome::Departed("another maker's".into());
+        assert_eq!(judge(Some(&refused), Ok(Verdict::NotOffered("no such transport".into()))), departed);
+        for other in [panicked("no such transport"), Ok(Verdict::Met)] {
+            assert!(matches!(judge(Some(&refused), other), Outcome::Failed(_)));
+        }
+    }
+
+    #[test]
+    fn what_is_not_declared_is_met_or_fails() {
+        assert_eq!(judge(None, Ok(Verdict::Met)), Outcome::Met);
+        for other in [panicked("no"), Ok(Verdict::NotOffered("no".into()))] {
+            assert!(matches!(judge(None, other), Outcome::Failed(_)));
+        }
     }
 }

@@ -38,7 +38,7 @@
 //!     }
 //!
 //!     fn departures(&self, _: &MyPlatform) -> Vec<Departure> {
-//!         vec![Departure::new("4.27", "page state changes are another maker's")]
+//!         vec![Departure::not_offered("4.27", "page state changes are another maker's")]
 //!     }
 //! }
 //!
@@ -70,6 +70,6 @@ mod vmm;
 pub use clause::{Clause, Verdict};
 pub use clauses::clauses;
 pub use entity::{Rehearsed, Report, TrustedEntity};
-pub use harness::{Line, Outcome, REPORT_PREFIX, Suite};
-pub use subject::{Bench, Departure, Subject, VmOf};
+pub use harness::{Line, Outcome, REPORT_PREFIX, Suite, User};
+pub use subject::{Bench, Departure, ShownBy, Subject, VmOf};
 pub use vmm::{Converted, Guest};

@@ -18,12 +18,28 @@ pub struct Departure {
     pub clause: &'static str,
     /// Why: a sentence for users.
     pub reason: String,
+    /// How the clause shows it. Any other failure of the clause is a failure of the backend.
+    pub shown_by: ShownBy,
+}
+
+/// How a clause shows that it is not met.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ShownBy {
+    /// The backend refuses what the clause is about, as the contract says: [`Verdict::NotOffered`](crate::Verdict::NotOffered).
+    Refusal,
+    /// The check fails, and its message contains these words.
+    Failure(&'static str),
 }
 
 impl Departure {
-    /// That `clause` is not met, because of `reason`.
-    pub fn new(clause: &'static str, reason: impl Into<String>) -> Self {
-        Self { clause, reason: reason.into() }
+    /// The backend does not offer what `clause` is about, because of `reason`.
+    pub fn not_offered(clause: &'static str, reason: impl Into<String>) -> Self {
+        Self { clause, reason: reason.into(), shown_by: ShownBy::Refusal }
+    }
+
+    /// `clause` fails because of `reason`, with `words` in the message of its failure.
+    pub fn fails(clause: &'static str, words: &'static str, reason: impl Into<String>) -> Self {
+        Self { clause, reason: reason.into(), shown_by: ShownBy::Failure(words) }
     }
 }
 
