@@ -13,6 +13,7 @@ mod hostile_vmm;
 mod noise;
 mod orders;
 mod requests;
+mod stopped;
 
 use common::kvm;
 use cvm_backend_kvm::KvmPlatform;
