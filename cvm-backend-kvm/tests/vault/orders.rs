@@ -5,7 +5,7 @@ use crate::guests::{SAYS_SECRET, witness};
 use crate::hostile_vmm::{Heard, Loading, Vault, create, file, kick_sockets, sealed_file};
 use crate::{PATIENCE, vaults};
 use cvm_backend_kvm::vault::protocol::{Given, Message, Order, Report};
-use cvm_core::doorbell::{Doorbell, Transport};
+use cvm_core::doorbell::{Doorbell, Transport, device_base};
 use cvm_core::interrupt::InterruptController;
 use cvm_core::x86::identity_map;
 use cvm_core::{Gpa, GpaRange, PAGE_SIZE, PageKind, Policy, Trigger, Vm};
@@ -149,6 +149,48 @@ fn a_launch_begins_with_two_files_of_fixed_and_right_sizes_a_socket_and_nothing_
         vault.done(&Order::Slot(range(0, MEMORY / PAGE_SIZE)));
         let heard = vault.order_with(&create(1), &descriptors);
         assert!(matches!(heard, Heard::Report(Report::Failed(_)) | Heard::Gone), "{what}: {heard:?}");
+    }
+}
+
+#[test]
+fn notifications_take_one_eventfd_and_nothing_else() {
+    let Some(_vaults) = vaults() else { return };
+    let mut vault = Vault::start();
+    vault.done(&Order::Slot(range(0, MEMORY / PAGE_SIZE)));
+    // With a limit the vault itself polls and reads the eventfds of interrupts.
+    let accept = Order::Accept {
+        trigger: Trigger::Edge,
+        vectors: [0, 0b110, 0, 0],
+        most_per_second: std::num::NonZeroU32::new(1000),
+    };
+    vault.done(&accept);
+    let (shared, pages, (_kicks, theirs)) = (sealed_file(MEMORY), sealed_file(PAGE_SIZE), kick_sockets());
+    let Order::Create { vcpus, policy, doorbell, transport, .. } = create(1) else { panic!("it is no such order") };
+    let create = Order::Create { vcpus, policy, doorbell, transport, interrupt_controller: InterruptController::Apic };
+    let created = vault.order_with(&create, &[shared.as_fd(), pages.as_fd(), theirs.as_fd()]);
+    assert!(matches!(created, Heard::Report(Report::Done)), "{created:?}");
+    vault.done(&Loading::state(0));
+    assert!(matches!(vault.order(&Order::Seal), Report::Sealed(_)));
+
+    let (event, null) = (eventfd(0, EventfdFlags::CLOEXEC).unwrap(), File::open("/dev/null").unwrap());
+    let (reader, _writer) = std::io::pipe().unwrap();
+    let (event, file, pipe) = (event.as_fd(), shared.as_fd(), reader.as_fd());
+    for order in [Order::DoorbellFd(device_base(1)), Order::InterruptFd { vcpu: 0, vector: 0x41 }] {
+        for (what, descriptors) in [
+            ("nothing", vec![]),
+            ("two", vec![event, event]),
+            ("a device", vec![null.as_fd()]),
+            ("a file", vec![file]),
+            ("a pipe", vec![pipe]),
+            ("a socket", vec![theirs.as_fd()]),
+        ] {
+            let heard = vault.order_with(&order, &descriptors);
+            assert!(matches!(heard, Heard::Report(Report::Failed(_))), "{order:?} with {what}: {heard:?}");
+        }
+        let heard = vault.order_with(&order, &[event]);
+        assert!(matches!(heard, Heard::Report(Report::Done)), "{order:?}: {heard:?}");
+        let heard = vault.order_with(&order, &[event]);
+        assert!(matches!(heard, Heard::Report(Report::NoDescriptor(_))), "{order:?} again: {heard:?}");
     }
 }
 
