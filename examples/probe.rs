@@ -1,4 +1,4 @@
-//! What this host offers of each kind of protection, and what exactly lacks for the rest.
+//! What this host offers of each isolation technology, what is missing for the others, and how to enable it.
 
 #![deny(clippy::print_stdout, clippy::print_stderr, reason = "they panic where the stream is closed or full")]
 
@@ -13,7 +13,7 @@ use program::print;
 use serde_json::json;
 use std::process::ExitCode;
 
-/// Say what this host offers of each kind of protection, and what lacks for the rest and how to get it.
+/// Report what this host offers of each isolation technology, what is missing for the others, and how to enable it.
 ///
 /// The exit status is 0 whatever is found.
 #[derive(Debug, Parser)]
@@ -47,10 +47,10 @@ fn run(options: Options) -> Result<ExitCode, BoxError> {
         let verdict = if offer.missing.is_empty() { "offered" } else { "not offered" };
         print(format_args!("{:<18}{verdict}", offer.protection.to_string()))?;
         for missing in offer.missing {
-            print(format_args!("  lacks  {}\n  needs  {}", missing.what, missing.remedy))?;
+            print(format_args!("  missing  {}\n  remedy   {}", missing.what, missing.remedy))?;
         }
         for note in offer.notes {
-            print(format_args!("  note   {note}"))?;
+            print(format_args!("  note     {note}"))?;
         }
     }
     Ok(ExitCode::SUCCESS)

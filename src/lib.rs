@@ -1,23 +1,24 @@
 //! Confidential virtual machines in Rust: one contract, several trusted entities behind it.
 //!
-//! This crate is the front door: the contract of [`cvm_core`], and by feature the backends that fulfil it.
+//! This crate is the facade: the contract of [`cvm_core`], and by feature the backends that fulfil it.
 //!
-//! | feature | module | protection |
+//! | feature | module | contents |
 //! |---|---|---|
 //! | `kvm` (default) | `kvm` | software-only isolation on Linux KVM |
-//! | `sev` (default) | `sev` | AMD SEV, SEV-ES, SEV-SNP: launches on Linux KVM, and what launches of others are measured as |
-//! | `linux` | `linux` | none of its own: launches from Linux's images |
+//! | `sev` (default) | `sev` | AMD SEV, SEV-ES and SEV-SNP: launches on Linux KVM, and portable measurements |
+//! | `linux` | `linux` | launches from Linux's images, on any backend |
+//! | `listeners` | `listeners` | listeners for conversions outside of the VMM's process: IOMMU, vhost-user, balloon |
 //!
-//! The feature `listeners` adds the module `listeners`: who outside of the VMM must know of conversions. It is off by
-//! default, because a VMM whose devices are all in its own process needs none of it.
+//! The API uses types of vm-memory 0.18, which is here as [`vm_memory`]; device models on `virtio-queue` need its version 0.18.
 //!
-//! A whole VMM, `examples/minimal_vmm.rs`:
+//! This whole VMM, `examples/minimal_vmm.rs`, needs no other crate. Its argument is the guest's file,
+//! `guests/tiny/tiny-guest.elf` in the repository:
 //!
 //! ```no_run
 #![doc = include_str!("../examples/minimal_vmm.rs")]
 //! ```
 //!
-//! What runs inside the guest is in the crate `cvm-guest`.
+//! The crate `cvm-guest` is the guest's side.
 
 #![forbid(unsafe_code)]
 
