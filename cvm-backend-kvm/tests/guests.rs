@@ -161,3 +161,45 @@ fn the_default_transport_is_the_doorbell_whatever_else_works() {
     let launch = load(&platform, VmConfig { transport: None, ..config(1) }, |a| a.end(0));
     assert_eq!(launch.transport(), Transport::Doorbell);
 }
+
+#[test]
+fn a_guest_is_promised_no_technology_that_it_does_not_have() {
+    let Some(platform) = kvm() else { return };
+    // SGX, TDX, SVM, memory encryption; and of other leaves the bits of VMX, SVM, SGX and SGX_LC.
+    let leaves = [0x12u32, 0x21, 0x8000_000a, 0x8000_001f];
+    let launch = load(&platform, config(1), |a| {
+        for leaf in leaves {
+            // Processors of Intel's answer with another leaf where there is none.
+            let mut past_the_last = a.create_label();
+            a.mov(eax, leaf & 0x8000_0000)?;
+            a.cpuid()?;
+            a.cmp(eax, leaf as i32)?;
+            a.mov(eax, 0)?;
+            a.jb(past_the_last)?;
+            a.mov(eax, leaf)?;
+            a.xor(ecx, ecx)?;
+            a.cpuid()?;
+            a.or(eax, ebx)?;
+            a.or(eax, ecx)?;
+            a.or(eax, edx)?;
+            a.set_label(&mut past_the_last)?;
+            a.report()?;
+        }
+        for leaf in [1u32, 0x8000_0001, 7] {
+            a.mov(eax, leaf)?;
+            a.xor(ecx, ecx)?;
+            a.cpuid()?;
+            a.mov(eax, if leaf == 7 { ebx } else { ecx })?;
+            a.report()?;
+        }
+        a.end(0)
+    });
+    let mut guest = Guest::from_launch(launch);
+    for leaf in leaves {
+        assert_eq!(guest.report(), 0, "leaf {leaf:#x}");
+    }
+    for (what, bits) in [("vmx", 1 << 5), ("svm", 1 << 2), ("sgx", 1 << 2)] {
+        assert_eq!(guest.report() & bits, 0, "{what}");
+    }
+    guest.end();
+}

@@ -247,7 +247,7 @@ impl Vm for MutantVm {
 
     fn lifecycle(&self, what: Lifecycle) -> LifecycleAnswer {
         match (self.fault, what, self.inner.lifecycle(what)) {
-            (Fault::PromisesMigration, Lifecycle::Migrate, _) => LifecycleAnswer::Yes,
+            (Fault::PromisesMigration, Lifecycle::StopAndCopy, _) => LifecycleAnswer::Yes,
             (Fault::GivesNoReason, _, LifecycleAnswer::No(_)) => LifecycleAnswer::No(""),
             (_, _, answer) => answer,
         }

@@ -5,6 +5,8 @@
 pub enum Lifecycle {
     /// Move it to another host while it runs.
     Migrate,
+    /// Stop it, and go on with it on another host: [`Vm::export`](crate::Vm::export).
+    StopAndCopy,
     /// Keep its state and continue later.
     Snapshot,
     /// Write its memory and registers to a file for analysis.
@@ -21,8 +23,16 @@ pub enum Lifecycle {
 
 impl Lifecycle {
     /// All of them.
-    pub const ALL: [Self; 7] =
-        [Self::Migrate, Self::Snapshot, Self::Dump, Self::Swap, Self::Reset, Self::Hotplug, Self::AssignDevice];
+    pub const ALL: [Self; 8] = [
+        Self::Migrate,
+        Self::StopAndCopy,
+        Self::Snapshot,
+        Self::Dump,
+        Self::Swap,
+        Self::Reset,
+        Self::Hotplug,
+        Self::AssignDevice,
+    ];
 }
 
 /// Whether a VM can do it.

@@ -2,6 +2,7 @@ use super::machine::Machine;
 use super::memory::{Backing, FilesMemory, GmemMemory, GuestMemory, Isolation, Kind, Layout};
 use super::staging::Staging;
 use super::traits::Plain;
+use super::vcpu;
 use super::vm::LocalVm;
 use crate::host::Host;
 use cvm_core::doorbell::Transport;
@@ -32,7 +33,7 @@ impl LocalLoader {
         let shared = shared.map_or_else(|| Backing::new("cvm-shared", layout.bytes()), Ok)?;
         let top = config.memory.iter().map(|range| range.end()).max().unwrap_or(Gpa(0));
         let slots = config.memory.len() as u32;
-        let cpuid = host.supported_cpuid();
+        let cpuid = &vcpu::plain(host.supported_cpuid().clone());
         match isolation {
             Isolation::None => {
                 let memory = FilesMemory::new(layout, shared, host.most_runs)?;

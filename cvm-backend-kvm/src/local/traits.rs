@@ -53,7 +53,7 @@ impl Traits for Plain {
 pub(crate) fn lifecycle(what: Lifecycle, swap: LifecycleAnswer) -> LifecycleAnswer {
     match what {
         Lifecycle::Swap => swap,
-        Lifecycle::Migrate | Lifecycle::Snapshot | Lifecycle::Dump => {
+        Lifecycle::Migrate | Lifecycle::StopAndCopy | Lifecycle::Snapshot | Lifecycle::Dump => {
             LifecycleAnswer::No("there is no protected export of private memory and registers")
         }
         Lifecycle::Reset => LifecycleAnswer::No("the launch is measured once: launch a new vm"),

@@ -1,6 +1,6 @@
 //! Commands to KVM's SEV code, which passes them on to the firmware; and what that code can do.
 
-#![allow(unsafe_code, reason = "two ioctls, whose arguments are addresses")]
+#![allow(unsafe_code, reason = "ioctls whose arguments are addresses")]
 
 use super::Error;
 use crate::{FirmwareError, SevFeatures};
@@ -11,15 +11,13 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VmFd};
 use std::fs::File;
-use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::{from_mut, null_mut};
 use std::sync::Arc;
-use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
-use vmm_sys_util::{ioctl_iow_nr, ioctl_iowr_nr};
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::ioctl_iow_nr;
 
 // Linux include/uapi/linux/kvm.h
-ioctl_iowr_nr!(KVM_MEMORY_ENCRYPT_OP, KVMIO, 0xba, std::ffi::c_ulong);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
 
 /// What KVM can be told to do (Linux arch/x86/include/uapi/asm/kvm.h, `enum sev_cmd_id`), by its number there.
@@ -123,6 +121,11 @@ impl Commands {
         &self.device
     }
 
+    /// The same, for the VM's life.
+    pub(super) fn into_device(self) -> Arc<File> {
+        self.device
+    }
+
     /// Gives a command that has no data.
     pub(super) fn give(&self, command: Command) -> Result<(), Error> {
         // SAFETY: the kernel does not look at the data of such a command.
@@ -148,16 +151,11 @@ impl Commands {
             sev_fd: self.device.as_raw_fd() as u32,
             ..Default::default()
         };
-        // SAFETY: the descriptor is a VM's, and the kernel reads and writes a kvm_sev_cmd; the caller answers for its data.
-        if unsafe { ioctl_with_mut_ref(&*self.vm, KVM_MEMORY_ENCRYPT_OP(), &mut order) } == 0 {
-            return Ok(());
-        }
-        let source = io::Error::last_os_error();
-        Err(Error::Command {
+        self.vm.encrypt_op_sev(&mut order).map_err(|error| Error::Command {
             step: command.step(),
             range: None,
             firmware: FirmwareError::from_status(order.error),
-            source,
+            source: error.into(),
         })
     }
 }
@@ -232,7 +230,7 @@ mod tests {
         for (index, (offset, expected)) in offsets.into_iter().enumerate() {
             assert_eq!(offset, expected, "offset {index}");
         }
-        assert_eq!((KVM_MEMORY_ENCRYPT_OP(), KVM_GET_DEVICE_ATTR()), (0xc008_aeba, 0x4018_aee2));
+        assert_eq!(KVM_GET_DEVICE_ATTR(), 0x4018_aee2);
     }
 
     #[test]

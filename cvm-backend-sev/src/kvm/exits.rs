@@ -7,7 +7,9 @@ use cvm_backend_kvm::backend::Traits;
 use cvm_core::{Error, Lifecycle, LifecycleAnswer, SharedMemory};
 use kvm_bindings::{KVM_EXIT_SYSTEM_EVENT, KVM_SYSTEM_EVENT_SEV_TERM, kvm_run};
 use std::any::Any;
+use std::fs::File;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// A guest asks for certificates (Linux include/uapi/linux/kvm.h).
 const EXIT_SNP_REQ_CERTS: u32 = 43;
@@ -30,6 +32,9 @@ const TERMINATION: u64 = 0x100;
 #[derive(Debug)]
 pub(super) struct SnpTraits {
     pub(super) certificates: Option<PathBuf>,
+    /// KVM passes the guest's requests on by the descriptor of `/dev/sev` that the launch was started with, as long as that is
+    /// open, whatever became of the platform.
+    pub(super) _device: Arc<File>,
 }
 
 /// What the guest gives as the reason of its end, by the MSR; nothing if it has asked by the GHCB's page, of which KVM passes
@@ -63,7 +68,7 @@ impl Traits for SnpTraits {
 
     fn lifecycle(&self, what: Lifecycle) -> Option<LifecycleAnswer> {
         Some(LifecycleAnswer::No(match what {
-            Lifecycle::Migrate => "kvm has no migration of sev-snp guests",
+            Lifecycle::Migrate | Lifecycle::StopAndCopy => "kvm has no migration of sev-snp guests",
             Lifecycle::Snapshot => "neither private memory nor registers can leave the guest",
             Lifecycle::Dump => "the host sees nothing of private memory and registers",
             Lifecycle::Swap | Lifecycle::Reset | Lifecycle::Hotplug | Lifecycle::AssignDevice => return None,

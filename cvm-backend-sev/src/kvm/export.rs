@@ -11,7 +11,6 @@ use cvm_backend_kvm::backend::{LocalVcpu, LocalVm, failed};
 use cvm_core::export::{Export, Exporting, Origin, SealedPage, Target};
 use cvm_core::{BoxError, Error as CoreError, Gpa, GpaRange, PAGE_SIZE, Transcript};
 use kvm_bindings::{kvm_sev_receive_start, kvm_sev_receive_update_data, kvm_sev_send_start, kvm_sev_send_update_data};
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// Length of a session: nonce, wrapped keys, initialisation vector, two MACs (Secure Encrypted Virtualization API,
@@ -144,6 +143,43 @@ impl Drop for Sending<'_> {
     }
 }
 
+/// The pages that have not arrived, of those that a guest has: a bit for each.
+#[derive(Debug)]
+struct Missing {
+    slots: Vec<(GpaRange, Vec<u64>)>,
+    count: u64,
+}
+
+impl Missing {
+    fn all(slots: &[GpaRange]) -> Self {
+        let count = slots.iter().map(GpaRange::pages).sum();
+        let bits = |slot: &GpaRange| vec![u64::MAX; slot.pages().div_ceil(64) as usize];
+        Self { slots: slots.iter().map(|slot| (*slot, bits(slot))).collect(), count }
+    }
+
+    /// The word with the bit of the page at `gpa`, and that bit; nothing if no slot has such a page.
+    fn place(&mut self, gpa: Gpa) -> Option<(&mut u64, u64)> {
+        let (slot, bits) = self.slots.iter_mut().find(|(slot, _)| slot.contains(gpa))?;
+        let page = gpa.0.is_multiple_of(PAGE_SIZE).then_some((gpa.0 - slot.start().0) / PAGE_SIZE)?;
+        Some((bits.get_mut((page / 64) as usize)?, 1 << (page % 64)))
+    }
+
+    fn contains(&mut self, gpa: Gpa) -> bool {
+        self.place(gpa).is_some_and(|(word, bit)| *word & bit != 0)
+    }
+
+    /// Takes out a page; whether it was in.
+    fn remove(&mut self, gpa: Gpa) -> bool {
+        let was_in = self.place(gpa).is_some_and(|(word, bit)| std::mem::replace(word, *word & !bit) & bit != 0);
+        self.count -= u64::from(was_in);
+        was_in
+    }
+
+    fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+}
+
 /// A guest that arrives: a VM that has no contents yet. Dropping it leaves nothing of it.
 ///
 /// What the firmware of the target notices, and what it does not (Secure Encrypted Virtualization API, `SEND_UPDATE_DATA` and
@@ -162,8 +198,7 @@ impl Drop for Sending<'_> {
 pub struct Receiving {
     made: Encrypted,
     policy: SevPolicy,
-    /// Pages that have not arrived.
-    missing: BTreeSet<Gpa>,
+    missing: Missing,
 }
 
 impl Receiving {
@@ -176,8 +211,7 @@ impl Receiving {
         let policy = SevPolicy::from_bits(policy).map_err(|_| Error::Origin("its policy has reserved bits"))?;
         // SAFETY: the kernel reads and writes a kvm_sev_receive_start, and reads the bytes of certificate and session.
         unsafe { made.commands.give_with(Command::ReceiveStart, &mut start)? };
-        let pages = made.slots().iter().flat_map(|slot| (slot.start().0..slot.end().0).step_by(PAGE));
-        let missing = pages.map(Gpa).collect();
+        let missing = Missing::all(made.slots());
         Ok(Self { made, policy, missing })
     }
 
@@ -190,7 +224,7 @@ impl Receiving {
         if page.data.len() != PAGE || page.proof.len() > MOST_BLOB {
             return Err(Error::Origin("a page has another length than a page"));
         }
-        if !self.missing.contains(&page.gpa) {
+        if !self.missing.contains(page.gpa) {
             return Err(Error::Origin("a page came twice, or is none of this guest's"));
         }
         let range = GpaRange::from_pages(page.gpa.0, 1).map_err(|_| Error::Origin("a page is nowhere"))?;
@@ -208,7 +242,7 @@ impl Receiving {
         // guest's page, and to nothing else.
         let opened = unsafe { self.made.commands.give_with(Command::ReceiveUpdateData, &mut update) };
         opened.map_err(|error| error.at(range))?;
-        self.missing.remove(&page.gpa);
+        self.missing.remove(page.gpa);
         Ok(())
     }
 
@@ -219,7 +253,7 @@ impl Receiving {
     /// [`Error::Origin`] if a page is missing, or is shared and came; [`Error::Command`].
     pub fn finish(mut self, shared: &[GpaRange], transcript: Transcript) -> Result<LocalVm, BoxError> {
         for page in shared.iter().flat_map(|range| (range.start().0..range.end().0).step_by(PAGE)) {
-            if !self.missing.remove(&Gpa(page)) {
+            if !self.missing.remove(Gpa(page)) {
                 return Err(Error::Origin("a shared page was sent as a private one, or twice").into());
             }
         }
@@ -228,5 +262,26 @@ impl Receiving {
         }
         self.made.commands.give(Command::ReceiveFinish)?;
         self.made.finish(self.policy, transcript, shared)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_page_of_a_guest_is_missing_until_it_is_taken_out_once() {
+        let slot = |start: u64, pages: u64| GpaRange::from_pages(start * PAGE_SIZE, pages).unwrap();
+        let slots = [slot(0, 65), slot(100, 1)];
+        let mut missing = Missing::all(&slots);
+        for gpa in [65 * PAGE_SIZE, 99 * PAGE_SIZE, 101 * PAGE_SIZE, 1, u64::MAX] {
+            assert!(!missing.contains(Gpa(gpa)) && !missing.remove(Gpa(gpa)), "{gpa:#x}");
+        }
+        for page in (0..65).chain([100]) {
+            let gpa = Gpa(page * PAGE_SIZE);
+            assert!(!missing.is_empty() && missing.contains(gpa) && missing.remove(gpa), "{page}");
+            assert!(!missing.contains(gpa) && !missing.remove(gpa), "{page}");
+        }
+        assert!(missing.is_empty());
     }
 }

@@ -336,12 +336,15 @@ impl Traits for SevTraits {
 
     fn lifecycle(&self, what: Lifecycle) -> Option<LifecycleAnswer> {
         Some(match what {
-            Lifecycle::Migrate | Lifecycle::Snapshot if self.es => {
+            Lifecycle::Migrate | Lifecycle::StopAndCopy | Lifecycle::Snapshot if self.es => {
                 LifecycleAnswer::No("kvm cannot export the vcpus of sev-es: it has no SEND_UPDATE_VMSA")
             }
-            Lifecycle::Migrate if self.export.is_some() => LifecycleAnswer::Yes,
-            Lifecycle::Migrate => LifecycleAnswer::No("the guest policy forbids to send it"),
-            Lifecycle::Snapshot => LifecycleAnswer::No("an export is for one target, which has to be there: migrate"),
+            Lifecycle::StopAndCopy if self.export.is_some() => LifecycleAnswer::Yes,
+            Lifecycle::StopAndCopy => LifecycleAnswer::No("the guest policy forbids to send it"),
+            Lifecycle::Migrate => LifecycleAnswer::No("pages are exported while the vcpus are stopped: stop and copy"),
+            Lifecycle::Snapshot => {
+                LifecycleAnswer::No("an export is for one target, which has to be there: stop and copy")
+            }
             Lifecycle::Dump => LifecycleAnswer::No("private memory is encrypted, also for its host"),
             Lifecycle::Swap | Lifecycle::Reset | Lifecycle::Hotplug | Lifecycle::AssignDevice => return None,
         })

@@ -187,6 +187,10 @@ impl Loader for SnpLoader {
         // SAFETY: the data is what the kernel has for the command; its addresses lead to a block and signatures of the sizes
         // that it has for them, which live until this returns.
         unsafe { self.commands.give_with(Command::SnpLaunchFinish, &mut finish)? };
-        self.machine.finish(Box::new(SnpTraits { certificates: self.options.certificates }), transcript, &[])
+        self.machine.finish(
+            Box::new(SnpTraits { certificates: self.options.certificates, _device: self.commands.into_device() }),
+            transcript,
+            &[],
+        )
     }
 }

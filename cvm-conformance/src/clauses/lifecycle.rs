@@ -12,7 +12,7 @@ use std::fs;
 pub(super) fn clauses<P: Platform>() -> Vec<Clause<P>> {
     vec![
         Clause::new("9.1", "each question about a VM is answered with yes or with a reason", answers),
-        Clause::new("9.2", "a VM can migrate if and only if it has an export", migrate),
+        Clause::new("9.2", "a VM can be stopped and copied if and only if it has an export", stop_and_copy),
         Clause::new("9.3", "nothing is promised that there is no call for", promised),
         Clause::new("9.4", "nothing is exported for a target that nobody vouches for", strangers),
         Clause::new("9.5", "a VM whose memory can be swapped has none that is unevictable", swap).alone(),
@@ -44,7 +44,7 @@ fn nobody() -> Target {
     Target { key: vec![1; 64], chain: vec![2; 64], maker: vec![3; 64] }
 }
 
-fn migrate<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
+fn stop_and_copy<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
     let start = || {
         bench.guest(bench.config(2), |a| {
             a.mov(eax, 0x600du32)?;
@@ -53,7 +53,7 @@ fn migrate<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
         })
     };
     let (mut guest, mut other) = (start(), start());
-    let can = guest.vm.lifecycle(Lifecycle::Migrate) == LifecycleAnswer::Yes;
+    let can = guest.vm.lifecycle(Lifecycle::StopAndCopy) == LifecycleAnswer::Yes;
     assert_eq!(guest.vm.export().is_some(), can);
     assert_eq!(guest.report(), 0x600d);
     if let Some(export) = guest.vm.export() {
@@ -84,7 +84,7 @@ fn strangers<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
 
 fn promised<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
     let guest = bench.guest(bench.config(1), |a| a.end(0));
-    for what in [Lifecycle::Snapshot, Lifecycle::Dump, Lifecycle::Reset, Lifecycle::Hotplug] {
+    for what in [Lifecycle::Migrate, Lifecycle::Snapshot, Lifecycle::Dump, Lifecycle::Reset, Lifecycle::Hotplug] {
         assert!(matches!(guest.vm.lifecycle(what), LifecycleAnswer::No(_)), "{what:?} is promised, and cannot be done");
     }
     Verdict::Met

@@ -22,6 +22,37 @@ const CPUID_AMD_COUNTERS: u32 = 0x8000_0022;
 const KVM_CPUID_FEATURES: u32 = 0x4000_0001;
 const KVM_FEATURE_HC_MAP_GPA_RANGE: u32 = 1 << 16;
 
+/// The leaves of technologies that a plain guest has none of: enclaves, TDX, nested virtualisation by SVM, memory encryption (with
+/// SEV), encryption by several keys, and SEV-SNP's reverse map (Intel SDM, volume 2, CPUID; AMD64 APM volume 3, section E.4).
+const OF_TECHNOLOGIES: [u32; 6] = [0x12, 0x21, 0x8000_000a, 0x8000_001f, 0x8000_0023, 0x8000_0025];
+
+/// Bits of other leaves for the same: VMX in leaf 1, SVM in leaf 0x80000001, both in ECX; SGX and the control of its launches in
+/// leaf 7, in EBX and ECX.
+const VMX_ECX: u32 = 1 << 5;
+const SVM_ECX: u32 = 1 << 2;
+const SGX_EBX: u32 = 1 << 2;
+const SGX_LC_ECX: u32 = 1 << 30;
+
+/// What a plain guest is shown of a processor: nothing of technologies that it does not have. A guest that believed a leaf would
+/// look for encryption that is not there.
+pub(crate) fn plain(mut cpuid: CpuId) -> CpuId {
+    for entry in cpuid.as_mut_slice() {
+        match (entry.function, entry.index) {
+            (leaf, _) if OF_TECHNOLOGIES.contains(&leaf) => {
+                (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
+            }
+            (1, _) => entry.ecx &= !VMX_ECX,
+            (0x8000_0001, _) => entry.ecx &= !SVM_ECX,
+            (7, 0) => {
+                entry.ebx &= !SGX_EBX;
+                entry.ecx &= !SGX_LC_ECX;
+            }
+            _ => {}
+        }
+    }
+    cpuid
+}
+
 /// Shows the processor `cpuid` to the guest, with the vCPU's index as its APIC id.
 pub(crate) fn set_cpuid(
     mut cpuid: CpuId,
@@ -107,4 +138,49 @@ fn refused_register(vcpu: &VcpuFd, refused: &kvm_sregs) -> Option<Error> {
     ];
     let found = replaced.into_iter().find(|(.., sregs)| vcpu.set_sregs(sregs).is_ok());
     found.map(|(register, value, _)| Error::Register { register, value })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvm_bindings::kvm_cpuid_entry2;
+
+    #[test]
+    fn a_plain_guest_is_promised_no_technology() {
+        let all = u32::MAX;
+        let entry = |(function, index)| kvm_cpuid_entry2 {
+            function,
+            index,
+            eax: all,
+            ebx: all,
+            ecx: all,
+            edx: all,
+            ..Default::default()
+        };
+        let leaves = [
+            (0, 0),
+            (1, 0),
+            (7, 0),
+            (7, 1),
+            (0x12, 1),
+            (0x21, 0),
+            (0x8000_0001, 0),
+            (0x8000_000a, 0),
+            (0x8000_001f, 0),
+        ];
+        let shown = plain(CpuId::from_entries(&leaves.map(entry)).unwrap());
+        let registers: Vec<_> = shown.as_slice().iter().map(|leaf| [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]).collect();
+        let expected = [
+            [all; 4],
+            [all, all, !VMX_ECX, all],
+            [all, !SGX_EBX, !SGX_LC_ECX, all],
+            [all; 4],
+            [0; 4],
+            [0; 4],
+            [all, all, !SVM_ECX, all],
+            [0; 4],
+            [0; 4],
+        ];
+        assert_eq!(registers, expected);
+    }
 }
