@@ -251,7 +251,7 @@ mod tests {
                     drop(pin);
                 });
             }
-            let drained = (0..20).all(|_| pins.drain(Deadline::after(Duration::from_secs(20))).is_ok());
+            let drained = (0..20).all(|_| pins.drain(Deadline::after(Duration::from_secs(120))).is_ok());
             stop.store(true, Ordering::SeqCst);
             assert!(drained, "starved");
         });

@@ -482,7 +482,7 @@ impl ConversionListener for Gate {
 
     fn prepare(&self, range: GpaRange, _to: Side) -> Result<(), Objection> {
         self.asked.send(range).unwrap();
-        let agreed = self.agreed.lock().unwrap().recv_timeout(Duration::from_secs(20));
+        let agreed = self.agreed.lock().unwrap().recv_timeout(Duration::from_secs(120));
         agreed.map_err(|_| Objection::Refuse("nobody told it to agree".into()))
     }
 
@@ -584,7 +584,7 @@ fn ranges_without_a_common_page_are_converted_at_the_same_time() {
                 move || ask_from(engine, vcpu, start, 8, Side::Shared).answer
             })
         });
-        let mut under_way = [(); 2].map(|()| hears.recv_timeout(Duration::from_secs(20)).unwrap());
+        let mut under_way = [(); 2].map(|()| hears.recv_timeout(Duration::from_secs(120)).unwrap());
         under_way.sort();
         assert_eq!(under_way, [part(0, 8), part(8, 8)]);
         // Both wait in the one listener, one behind the other's lock.
@@ -600,10 +600,10 @@ fn ranges_with_a_common_page_are_converted_one_after_the_other() {
     let (hears, agree) = gated(&engine);
     std::thread::scope(|scope| {
         let first = scope.spawn(|| ask_from(&engine, 0, 0, 8, Side::Shared).answer);
-        assert_eq!(hears.recv_timeout(Duration::from_secs(20)), Ok(part(0, 8)));
+        assert_eq!(hears.recv_timeout(Duration::from_secs(120)), Ok(part(0, 8)));
         let second = scope.spawn(|| ask_from(&engine, 1, 7, 8, Side::Shared));
         let third = scope.spawn(|| ask_from(&engine, 2, 40, 1, Side::Shared).answer);
-        assert_eq!(hears.recv_timeout(Duration::from_secs(20)), Ok(part(40, 1)), "only this one does not overlap");
+        assert_eq!(hears.recv_timeout(Duration::from_secs(120)), Ok(part(40, 1)), "only this one does not overlap");
         assert!(hears.recv_timeout(Duration::from_millis(50)).is_err());
         for _ in 0..3 {
             agree.send(()).unwrap();
@@ -611,7 +611,7 @@ fn ranges_with_a_common_page_are_converted_one_after_the_other() {
         assert_eq!([first.join().unwrap(), third.join().unwrap()], [Answer::Done; 2]);
         let second = second.join().unwrap();
         assert_eq!((second.answer, second.pages()), (Answer::Done, 7), "the common page was converted already");
-        assert_eq!(hears.recv_timeout(Duration::from_secs(20)), Ok(part(8, 7)));
+        assert_eq!(hears.recv_timeout(Duration::from_secs(120)), Ok(part(8, 7)));
     });
 }
 
