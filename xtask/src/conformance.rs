@@ -5,12 +5,14 @@ use std::env;
 use std::fmt;
 use std::fmt::Write as _;
 use std::fs;
+use std::io::{self, BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Output};
+use std::process::{Command, ExitCode, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use serde::Deserialize;
@@ -25,8 +27,8 @@ const REPORT: &str = "docs/conformance.md";
 /// What a line of a suite's report begins with (`cvm_conformance::REPORT_PREFIX`).
 const PREFIX: &str = "conformance: ";
 
-/// How long a suite may take in L1, in seconds.
-const LIMIT: &str = "900";
+/// After how many clauses a run says how far it is.
+const STEP: usize = 20;
 
 /// The part of the report that is the same on every machine ends before this.
 const HOST_HEADING: &str = "## On the machine that wrote this";
@@ -73,6 +75,9 @@ pub struct Conformance {
     /// Only compare what comes of it in L1 with what docs/conformance.md says
     #[arg(long)]
     check: bool,
+    /// Give up on a suite after this time; what it has found by then is printed
+    #[arg(short, long, value_name = "SECONDS", default_value_t = 1800)]
+    timeout: u64,
 }
 
 /// A line of a suite's report.
@@ -105,7 +110,7 @@ impl Conformance {
                 runs.extend(HERE.1.iter().map(|(subject, user)| Run { program, subject, user: *user, in_l1: false }));
             }
         }
-        let results = all(&runs)?;
+        let results = all(&runs, Duration::from_secs(self.timeout))?;
 
         let mut failed = 0;
         for (run, lines) in runs.iter().zip(&results) {
@@ -123,11 +128,11 @@ impl Conformance {
         if failed > 0 {
             return Err(Error::new(format!("{failed} clauses failed; docs/contract.md says what they are about")));
         }
-        let lines = |in_l1: bool| {
+        let columns = |in_l1: bool| {
             let of_place = runs.iter().zip(&results).filter(move |(run, _)| run.in_l1 == in_l1);
-            of_place.map(|(run, lines)| (run.user, lines.as_slice())).collect::<Vec<_>>()
+            of_place.map(|(run, lines)| Column { user: run.user, lines }).collect::<Vec<_>>()
         };
-        let everywhere = report(&lines(true));
+        let everywhere = report(&columns(true));
         let path = workspace::root().join(REPORT);
         if self.check {
             let kept = fs::read_to_string(&path).context(|| format!("reading {REPORT}"))?;
@@ -137,7 +142,7 @@ impl Conformance {
             }
             print(format_args!("{REPORT} is what came of it"))?;
         } else {
-            let here = format!("{everywhere}\n{HOST_HEADING}\n\n{}", table(&lines(false)));
+            let here = format!("{everywhere}\n{HOST_HEADING}\n\n{}", summary(&columns(false)));
             fs::write(&path, here).context(|| format!("writing {REPORT}"))?;
             print(format_args!("{REPORT} is written"))?;
         }
@@ -180,7 +185,7 @@ fn place(run: &Run<'_>) -> String {
 }
 
 /// Runs the suites, as many at once as there are processors.
-fn all(runs: &[Run<'_>]) -> Result<Vec<Vec<Line>>> {
+fn all(runs: &[Run<'_>], limit: Duration) -> Result<Vec<Vec<Line>>> {
     let mut order: Vec<_> = runs.iter().enumerate().collect();
     // A vault is a process for each VM, and takes longest.
     order.sort_by_key(|(_, run)| run.subject != "vault");
@@ -190,7 +195,7 @@ fn all(runs: &[Run<'_>]) -> Result<Vec<Vec<Line>>> {
         while let Some((index, run)) = order.get(next.fetch_add(1, Ordering::Relaxed)).copied() {
             let begin = Instant::now();
             note(format_args!("{}: running", place(run)));
-            let result = one(run);
+            let result = one(run, limit);
             note(format_args!("{}: {} s", place(run), begin.elapsed().as_secs()));
             if let Ok(mut results) = results.lock() {
                 results.insert(index, result);
@@ -204,7 +209,7 @@ fn all(runs: &[Run<'_>]) -> Result<Vec<Vec<Line>>> {
 }
 
 /// Runs one suite. That clauses fail is no error here.
-fn one(run: &Run<'_>) -> Result<Vec<Line>> {
+fn one(run: &Run<'_>, limit: Duration) -> Result<Vec<Line>> {
     let as_user = workspace::root().join(AS_USER);
     let program: Vec<&Path> = match run.user {
         User::Root => vec![run.program],
@@ -212,7 +217,7 @@ fn one(run: &Run<'_>) -> Result<Vec<Line>> {
     };
     let mut command = if run.in_l1 {
         let mut l1 = Command::new(env::current_exe().context(|| "finding this program".into())?);
-        l1.args(["l1", "--timeout", LIMIT, "--"]).args(program);
+        l1.args(["l1", "--timeout", &limit.as_secs().to_string(), "--"]).args(program);
         l1
     } else {
         let (first, rest) = program.split_first().ok_or_else(|| Error::new("there is no program"))?;
@@ -221,65 +226,129 @@ fn one(run: &Run<'_>) -> Result<Vec<Line>> {
         here
     };
     command.env("CVM_CONFORMANCE_REPORT", "1").env("CVM_SUBJECT", run.subject).arg("--color=never");
-    let Output { stdout, stderr, status } =
-        command.output().context(|| format!("running {}", run.program.display()))?;
-    let text = String::from_utf8_lossy(&stdout);
-    let lines = text.lines().filter_map(|line| line.strip_prefix(PREFIX));
-    let lines = lines.map(serde_json::from_str).collect::<Result<Vec<Line>, _>>();
-    let lines = lines.context(|| format!("reading the report of {}", place(run)))?;
-    if lines.is_empty() || !status.success() && lines.iter().all(|line| line.outcome != "failed") {
-        let said = format!("{text}{}", String::from_utf8_lossy(&stderr));
-        return Err(Error::new(format!("{}: {status}, and no report of a failure:\n{said}", place(run))));
+    let doing = || format!("running {}", run.program.display());
+    let mut suite = command.stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn().context(doing)?;
+    let output = suite.stdout.take().ok_or_else(|| Error::new("the suite started without a pipe"))?;
+    let (send, received) = mpsc::channel();
+    thread::spawn(move || {
+        let lines = BufReader::new(output).lines().map_while(io::Result::ok);
+        lines.map(|line| send.send(line)).take_while(Result::is_ok).for_each(drop);
+    });
+
+    let end = Instant::now() + limit;
+    let (mut lines, mut said) = (Vec::new(), String::new());
+    let is_late = loop {
+        match received.recv_timeout(end.saturating_duration_since(Instant::now())) {
+            Ok(text) => match text.strip_prefix(PREFIX) {
+                Some(json) => {
+                    let line: Line =
+                        serde_json::from_str(json).context(|| format!("reading the report of {}", place(run)))?;
+                    lines.push(line);
+                    if lines.len().is_multiple_of(STEP) {
+                        note(format_args!("{}: {} clauses tried", place(run), lines.len()));
+                    }
+                }
+                None => said.extend([&text, "\n"]),
+            },
+            Err(RecvTimeoutError::Timeout) => break true,
+            Err(RecvTimeoutError::Disconnected) => break false,
+        }
+    };
+    if is_late {
+        // It fails only if the suite has just ended.
+        let _ = suite.kill();
+    }
+    let status = suite.wait().context(doing)?;
+    if is_late || !status.success() && lines.iter().all(|line| line.outcome != "failed") {
+        return Err(Error::new(format!("{}: {}\n{said}", place(run), unfinished(&lines, limit, is_late))));
+    }
+    if lines.is_empty() {
+        return Err(Error::new(format!("{}: {status}, and no clause was tried:\n{said}", place(run))));
     }
     Ok(lines)
 }
 
+/// What a run had found when it ended before its last clause.
+fn unfinished(lines: &[Line], limit: Duration, is_late: bool) -> String {
+    let end = if is_late { format!("no end within {} s", limit.as_secs()) } else { "the suite ended early".into() };
+    let last =
+        lines.last().map_or_else(|| "none".into(), |line| format!("the last one was {} {}", line.clause, line.name));
+    let failed = lines.iter().filter(|line| line.outcome == "failed");
+    let failed =
+        failed.map(|line| format!("\n{} {}: {}", line.clause, line.name, line.reason.as_deref().unwrap_or("")));
+    format!("{end}; {} clauses were tried, {last}{}", lines.len(), failed.collect::<String>())
+}
+
+/// What came of one suite.
+struct Column<'a> {
+    user: User,
+    lines: &'a [Line],
+}
+
+impl Column<'_> {
+    fn subject(&self) -> &str {
+        self.lines.first().map_or("", |line| &line.subject)
+    }
+
+    /// What the suite's word rests on.
+    fn witness(&self) -> &'static str {
+        if self.subject().starts_with("sev") { "**model**" } else { "KVM" }
+    }
+
+    /// The clauses that are not met, by reason.
+    fn departures(&self) -> Vec<(&str, Vec<&str>)> {
+        let mut departures: Vec<(&str, Vec<&str>)> = Vec::new();
+        for line in self.lines {
+            let Some(reason) = line.reason.as_deref() else { continue };
+            match departures.iter_mut().find(|(known, _)| *known == reason) {
+                Some((_, clauses)) => clauses.push(&line.clause),
+                None => departures.push((reason, vec![&line.clause])),
+            }
+        }
+        departures
+    }
+}
+
 /// The report but for what is of one machine.
-fn report(columns: &[(User, &[Line])]) -> String {
+fn report(columns: &[Column<'_>]) -> String {
     format!(
         "# Conformance\n\n\
-         What each clause of [the contract](contract.md) came to with each backend, as `cargo xtask conformance` wrote it.\n\
-         **yes**: the clause is met. A number: the backend has declared that it is not, for the reason below with this \
-         number; that it\nis indeed not met was tried too. Each column names the user whose process was the VMM: nobody has no privileges, \
-         and KVM for a device.\n\n\
+         `cargo xtask conformance` tries each clause of [the contract](contract.md) with each backend, and writes this page. A \
+         backend declares\nwhich clauses it departs from, and how they show it: a clause that fails in any other way fails the \
+         run, and so does one that is met.\n\n\
          ## In L1\n\n\
-         L1 is a small VM whose KVM has the whole interface of confidential VMs; what stands for AMD's secure processor \
-         there is faked,\nand encrypts nothing.\n\n{}",
-        table(columns)
+         L1 is a small VM on an emulated processor, whose KVM has every interface of confidential VMs. The witness **KVM** is \
+         the kernel's own code.\n**model** means that the trusted entity, and a processor with its instructions, are models \
+         in L1's kernel: nothing of what is said there was tried\non hardware. A VMM that is root can trace its vault, so the \
+         vault is tried as an unprivileged user (nobody), too.\n\n{}",
+        summary(columns)
     )
 }
 
-/// Clauses by subjects, and the reasons.
-fn table(columns: &[(User, &[Line])]) -> String {
-    let mut text = String::from("| clause |");
-    for (user, lines) in columns {
-        _ = write!(text, " {} as {user} |", lines.first().map_or("", |line| &line.subject));
-    }
-    _ = writeln!(text, "\n|---|{}", "---|".repeat(columns.len()));
-    let mut reasons: Vec<&str> = Vec::new();
-    // Suites run in one order, that of the numbers.
-    for (row, clause) in columns.first().map_or(&[][..], |(_, lines)| lines).iter().enumerate() {
-        _ = write!(text, "| {} {} |", clause.clause, clause.name);
-        for (_, lines) in columns {
-            match lines.get(row).and_then(|line| line.reason.as_deref()) {
-                None => text.push_str(" yes |"),
-                Some(reason) => {
-                    let known = reasons.iter().position(|known| *known == reason);
-                    let number = known.unwrap_or_else(|| {
-                        reasons.push(reason);
-                        reasons.len() - 1
-                    });
-                    _ = write!(text, " {} |", number + 1);
-                }
+/// A line for each suite, and the reasons of what is not met.
+fn summary(columns: &[Column<'_>]) -> String {
+    let mut text = String::from("| isolation | user | witness | clauses met | not met |\n|---|---|---|---|---|\n");
+    let mut reasons: Vec<((&str, Vec<&str>), Vec<String>)> = Vec::new();
+    for column in columns {
+        let departures = column.departures();
+        let name = match column.user {
+            User::Root => column.subject().to_owned(),
+            User::Nobody => format!("{} as nobody", column.subject()),
+        };
+        let count = departures.iter().map(|(_, clauses)| clauses.len()).sum::<usize>();
+        let met = column.lines.len() - count;
+        let (subject, user, witness) = (column.subject(), column.user, column.witness());
+        _ = writeln!(text, "| {subject} | {user} | {witness} | {met} of {} | {count} |", column.lines.len());
+        for departure in departures {
+            match reasons.iter_mut().find(|(known, _)| *known == departure) {
+                Some((_, names)) => names.push(name.clone()),
+                None => reasons.push((departure, vec![name.clone()])),
             }
         }
-        text.push('\n');
     }
-    if !reasons.is_empty() {
-        text.push('\n');
-    }
-    for (number, reason) in (1..).zip(reasons) {
-        _ = writeln!(text, "{number}. {reason}");
+    text.push_str("\n| not met | by | reason |\n|---|---|---|\n");
+    for ((reason, clauses), names) in reasons {
+        _ = writeln!(text, "| {} | {} | {reason} |", clauses.join(", "), names.join(", "));
     }
     text
 }
@@ -300,12 +369,32 @@ mod tests {
     }
 
     #[test]
-    fn a_reason_that_two_have_is_written_once() {
-        let one = [line("one", "1.1", None), line("one", "1.2", Some("cannot"))];
-        let two = [line("two", "1.1", Some("will not")), line("two", "1.2", Some("cannot"))];
-        let expected = "| clause | one as root | two as nobody |\n|---|---|---|\n| 1.1 it holds | yes | 1 |\n| 1.2 it holds | 2 | 2 |\n\n\
-                        1. will not\n2. cannot\n";
-        assert_eq!(table(&[(User::Root, &one), (User::Nobody, &two)]), expected);
+    fn a_summary_has_a_line_a_suite_and_each_reason_once() {
+        let one =
+            [line("vault", "1.1", None), line("vault", "1.2", Some("cannot")), line("vault", "1.3", Some("cannot"))];
+        let two = [line("sev", "1.1", Some("will not")), line("sev", "1.2", None), line("sev", "1.3", None)];
+        let columns = [
+            Column { user: User::Root, lines: &one },
+            Column { user: User::Nobody, lines: &one },
+            Column { user: User::Root, lines: &two },
+        ];
+        let expected = "| isolation | user | witness | clauses met | not met |\n|---|---|---|---|---|\n\
+                        | vault | root | KVM | 1 of 3 | 2 |\n| vault | nobody | KVM | 1 of 3 | 2 |\n\
+                        | sev | root | **model** | 2 of 3 | 1 |\n\n\
+                        | not met | by | reason |\n|---|---|---|\n\
+                        | 1.2, 1.3 | vault, vault as nobody | cannot |\n| 1.1 | sev | will not |\n";
+        assert_eq!(summary(&columns), expected);
+    }
+
+    #[test]
+    fn a_run_that_is_late_says_what_it_found() {
+        let mut failed = line("none", "1.2", Some("it hangs"));
+        failed.outcome = "failed".into();
+        let text = unfinished(&[line("none", "1.1", None), failed], Duration::from_secs(9), true);
+        assert_eq!(
+            text,
+            "no end within 9 s; 2 clauses were tried, the last one was 1.2 it holds\n1.2 it holds: it hangs"
+        );
     }
 
     #[test]

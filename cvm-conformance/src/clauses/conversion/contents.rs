@@ -5,7 +5,8 @@ use crate::Bench;
 use crate::clause::{Clause, Verdict};
 use crate::guest::{Assembler, MEMORY, REPORT};
 use crate::vmm::{drive, range};
-use cvm_core::{Answer, Exit, GpaRange, PAGE_SIZE, PageState, Platform, Side, Vcpu, Vm, VmConfig};
+use cvm_core::memory::ViewError;
+use cvm_core::{Answer, Exit, Gpa, GpaRange, PAGE_SIZE, PageState, Platform, Side, Vcpu, Vm, VmConfig};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
@@ -219,7 +220,10 @@ fn borders<P: Platform>(bench: &Bench<'_, P>) -> Verdict {
     assert_eq!(guest.report(), 0);
     guest.report();
     assert_eq!(guest.read(BEHIND).unwrap(), 0x1111);
-    guest.assert_private(range(GAP, 1));
+    let view = guest.vm.memory().memory();
+    let error = view.read_obj::<u8>(GuestAddress(GAP)).expect_err("the gap can be read");
+    assert_eq!(ViewError::of(&error), Some(ViewError::OutsideMemory(Gpa(GAP))), "{error}");
+    drop(view);
     guest.end();
     Verdict::Met
 }
