@@ -9,9 +9,9 @@ use super::protocol::{Given, Malformed, Message, Order, Reply, Report, Request};
 use super::socket::{self, Descriptors, Received};
 use crate::{Error, lock};
 use rustix::net::{Shutdown, shutdown};
-use rustix::process::{Signal, pidfd_send_signal};
+use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 use std::io::ErrorKind;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -117,6 +117,14 @@ impl Connection {
         (0..self.vcpus()).for_each(|vcpu| self.page(vcpu).poison());
     }
 
+    /// Ends a vault that no thread waits for, and reaps its process.
+    pub(super) fn end_unwatched(&self) {
+        self.end();
+        // A child that was killed before it has a VM ends at once.
+        let process = self.process.as_ref().map(|process| WaitId::PidFd(process.as_fd()));
+        let _ = process.map(|process| waitid(process, WaitIdOptions::EXITED));
+    }
+
     /// For the thread that waits for the end of the vault: it has come.
     pub(super) fn has_ended(&self, status: String) {
         *lock(&self.ended) = Some(status);
@@ -218,8 +226,9 @@ impl Connection {
                 return Err(self.dead());
             }
             // It has reported on each order before this one, so there is room for this one if it took them.
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                return Err(self.broken("it does not take its orders"));
+            Err(source) if source.kind() == ErrorKind::WouldBlock => {
+                self.give_up("it was given up because it does not take its orders".into());
+                return Err(Error::vault("take an order")(source));
             }
             Err(source) => return Err(Error::vault("order something")(source)),
         }

@@ -141,8 +141,7 @@ impl Vault {
         let connection = Arc::new(Connection::new(socket, process, pages, deadline));
         let watched = Arc::clone(&connection);
         let watcher = std::thread::Builder::new().name("vault-watcher".into()).spawn(move || watched.has_ended(wait()));
-        // Without the thread nothing waits for the process, which ends and stays as a zombie until this process exits.
-        let watcher = watcher.inspect_err(|_| connection.end());
+        let watcher = watcher.inspect_err(|_| connection.end_unwatched());
         let watcher = watcher.map_err(Error::vault("start a thread that watches it"))?;
         let vault = Self { connection, watcher: Some(watcher) };
         vault.await_greeting()?;

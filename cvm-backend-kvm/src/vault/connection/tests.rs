@@ -160,7 +160,7 @@ fn a_vault_that_reports_before_it_is_ordered_to_and_takes_no_orders_is_given_up(
         socket::send(&theirs, sequence, Report::Done.encode(), &[]).unwrap();
         connection.order_done(&Order::Seal, &[]).err()
     });
-    assert!(matches!(outcome, Some(Error::VaultProtocol { what: "it does not take its orders" })), "{outcome:?}");
+    assert!(matches!(outcome, Some(Error::Vault { step: "take an order", .. })), "{outcome:?}");
 }
 
 #[test]
