@@ -284,6 +284,29 @@ fn certificates_go_with_reports_and_are_locked_until_the_report_is_there() {
 }
 
 #[test]
+fn a_guest_asks_the_firmware_when_its_platform_is_gone() {
+    let Some(host) = host(Protection::SevSnp) else { return };
+    /// The exit for a request (AMD publication 56421, section 4.1).
+    const REQUEST: u64 = 0x8000_0011;
+    let mut guest = host.bench().guest(config(1), |a| {
+        a.convert(DATA, 2, Side::Shared)?;
+        // The type of the message: a request for a report.
+        a.store(DATA + 52, Side::Shared, 5)?;
+        a.exit_by_page(REQUEST, [DATA, DATA + 0x1000], &[])?;
+        a.load_field(Field::ExitInfo2)?;
+        a.report()?;
+        a.end(0)
+    });
+    // The lock that tests take turns by stays.
+    drop(host.platform);
+    assert_eq!(converted(&mut guest), (range(DATA, 2), Side::Shared, Answer::Done));
+    // A message that is not encrypted is refused by a firmware that decrypts it: either way it was asked.
+    let answer = guest.report();
+    assert!([0, FirmwareError::InvalidParam.status()].contains(&answer), "{answer:#x}");
+    guest.end();
+}
+
+#[test]
 fn options_that_make_no_sense_start_nothing() {
     let Some(mut host) = host(Protection::SevSnp) else { return };
     let before = processor::asids();
