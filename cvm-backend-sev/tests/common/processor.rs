@@ -36,6 +36,22 @@ pub fn set_parameter(name: &str, value: u32) {
     fs::write(format!("{PARAMETERS}/{name}"), value.to_string()).unwrap();
 }
 
+/// While this exists, the faked one really changes memory that it encrypts in place.
+pub struct Scrambling(());
+
+impl Scrambling {
+    /// Nothing where it is not faked.
+    pub fn new() -> Option<Self> {
+        fs::write(format!("{PARAMETERS}/scramble"), "1").ok().map(|()| Self(()))
+    }
+}
+
+impl Drop for Scrambling {
+    fn drop(&mut self) {
+        set_parameter("scramble", 0);
+    }
+}
+
 /// Has the command with this number fail once with this status, after it was successful `after` times.
 pub fn fail(command: u32, status: u32, after: u32) {
     for (name, value) in [("fail_status", status), ("fail_after", after), ("fail_cmd", command)] {
