@@ -39,7 +39,8 @@ pub trait Machine {
     /// the range are lost, and the host can read and write what is shared.
     unsafe fn convert(&self, range: GpaRange, to: Side) -> u64;
 
-    /// Makes private memory usable that nobody has used yet. Where no memory has to be accepted, this does nothing.
+    /// Lets the guest use private memory that nobody has used yet, whatever is in it: see
+    /// [`Platform::accept`](crate::Platform::accept). Where no memory has to be accepted, this does nothing.
     ///
     /// # Errors
     /// [`Error::Sev`] when `range` is not all memory.

@@ -3,7 +3,7 @@
 use crate::hypercall::{EAGAIN, EINVAL, KVM_EINVAL};
 use crate::{Error, Machine, SharedRegion};
 use core::fmt;
-use cvm_core::boot::{self, BootPage};
+use cvm_core::boot::{self, BootPage, FreshMemory};
 use cvm_core::doorbell::{DEVICE_SPACE, MAX_DEVICES, Transport, control, device_base};
 use cvm_core::{Answer, GpaRange, PAGE_SIZE, Side, Trigger};
 
@@ -20,6 +20,8 @@ pub struct Platform<M> {
     /// What to add to the address of a page to reach it while it is shared.
     shared_at: u64,
     patience: Patience,
+    /// From this address on private memory is undefined until it is written to, if it is undefined anywhere.
+    undefined_from: Option<u64>,
 }
 
 impl<M: Machine> Platform<M> {
@@ -27,13 +29,15 @@ impl<M: Machine> Platform<M> {
     /// it off.
     ///
     /// # Errors
-    /// [`Error::BootPage`] if it asks for a transport that this version does not know.
+    /// [`Error::BootPage`] if it asks for a transport, or describes fresh memory in a way, that this version does not know.
     pub fn new(boot: &BootPage, machine: M, patience: Patience) -> Result<Self, Error> {
         if boot.magic != boot::MAGIC {
             return Err(Error::BootPage("magic"));
         }
         let transport = boot.transport().ok_or(Error::BootPage("transport"))?;
-        Ok(Self { machine, transport, shared_at: boot.shared_at, patience })
+        let fresh_memory = boot.fresh_memory().ok_or(Error::BootPage("fresh memory"))?;
+        let undefined_from = (fresh_memory == FreshMemory::Undefined).then_some(boot.accepted);
+        Ok(Self { machine, transport, shared_at: boot.shared_at, patience, undefined_from })
     }
 
     /// The instructions that reach the host.
@@ -132,13 +136,34 @@ impl<M: Machine> Platform<M> {
         Ok(range)
     }
 
-    /// Makes private memory usable that was not loaded and that nobody has used yet. Memory that was, or was shared and
-    /// taken back, is already.
+    /// Makes private memory usable that was not loaded and that nobody has used yet: it is zero then. Where the platform does not
+    /// see to that, zeros are written here, so an allocator calls this once for what it hands out. Memory below
+    /// [`BootPage::accepted`] is usable as the launch left it, and stays as it is.
+    ///
+    /// # Safety
+    /// The range must be memory, private, and mapped writable to the same virtual addresses. From [`BootPage::accepted`] on
+    /// nothing of the guest may be in it: its contents are lost.
+    /// ```compile_fail,E0133
+    /// fn accept(platform: &cvm_guest::Platform<impl cvm_guest::Machine>, stack: cvm_core::GpaRange) {
+    ///     let _ = platform.accept(stack);
+    /// }
+    /// ```
     ///
     /// # Errors
-    /// [`Error::Sev`] when `range` is not all memory.
-    pub fn accept(&self, range: GpaRange) -> Result<(), Error> {
-        self.machine.accept(range)
+    /// [`Error::Sev`] when `range` is not all memory and the guest is one that can tell.
+    pub unsafe fn accept(&self, range: GpaRange) -> Result<(), Error> {
+        self.machine.accept(range)?;
+        if let Some(from) = self.undefined_from {
+            let start = range.start().0.max(from);
+            let len = range.end().0.saturating_sub(start);
+            let (Ok(at), Ok(len)) = (usize::try_from(start), usize::try_from(len)) else {
+                return Err(Error::TooFar(range));
+            };
+            // SAFETY: the caller promises memory that is mapped there, and that nobody uses; nothing is written if nothing of it
+            // is undefined.
+            unsafe { core::ptr::with_exposed_provenance_mut::<u8>(at).write_bytes(0, len) };
+        }
+        Ok(())
     }
 
     /// Accepts the interrupt with `vector` and this trigger on this vCPU from now on; the host may inject no others.
@@ -300,6 +325,44 @@ mod tests {
 
     fn range() -> GpaRange {
         GpaRange::from_pages(0x20_0000, 3).unwrap()
+    }
+
+    #[test]
+    fn accepted_memory_is_zero_where_it_was_undefined_and_as_it_was_elsewhere() {
+        const PAGE: usize = PAGE_SIZE as usize;
+        #[repr(align(4096))]
+        struct Memory([u8; 4 * PAGE]);
+        let accept = |fresh_memory: FreshMemory, from: usize, pages: std::ops::Range<usize>| {
+            let memory = Box::leak(Box::new(Memory([0x2a; 4 * PAGE])));
+            let base = memory.0.as_mut_ptr().expose_provenance() as u64;
+            let boot = BootPage {
+                magic: boot::MAGIC,
+                accepted: base + (from * PAGE) as u64,
+                fresh_memory: fresh_memory as u64,
+                ..BootPage::new_zeroed()
+            };
+            let host = Host::new(&[]);
+            let platform = Platform::new(&boot, &host, |_| false).unwrap();
+            let range = GpaRange::from_pages(base + (pages.start * PAGE) as u64, pages.len() as u64).unwrap();
+            // SAFETY: it is leaked memory of the test's own, mapped where it is, and there is no reference into it.
+            unsafe { platform.accept(range).unwrap() };
+            // SAFETY: as above.
+            let page = |page: usize| unsafe {
+                core::ptr::with_exposed_provenance::<[u8; PAGE]>(base as usize + page * PAGE).read()
+            };
+            std::array::from_fn::<_, 4, _>(|number| page(number)[0] + page(number)[PAGE - 1])
+        };
+        assert_eq!(accept(FreshMemory::Undefined, 0, 1..3), [0x54, 0, 0, 0x54]);
+        assert_eq!(accept(FreshMemory::Undefined, 2, 1..4), [0x54, 0x54, 0, 0]);
+        assert_eq!(accept(FreshMemory::Undefined, 3, 0..2), [0x54; 4]);
+        assert_eq!(accept(FreshMemory::Zero, 0, 0..4), [0x54; 4]);
+    }
+
+    #[test]
+    fn a_boot_page_that_describes_fresh_memory_in_no_known_way_is_refused() {
+        let host = Host::new(&[]);
+        let boot = BootPage { magic: boot::MAGIC, fresh_memory: 2, ..BootPage::new_zeroed() };
+        assert_eq!(Platform::new(&boot, &host, |_| false).unwrap_err(), Error::BootPage("fresh memory"));
     }
 
     #[test]

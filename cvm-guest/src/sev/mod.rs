@@ -4,7 +4,7 @@
 //! |---|---|---|---|
 //! | exits | by themselves | by the GHCB | by the GHCB |
 //! | conversions | hypercall | hypercall | page state change, [`Validate`] around it |
-//! | memory that was not loaded | is there | is there | [`accepted`](Acceptance) when it is first needed |
+//! | memory that was not loaded | undefined | undefined | [`accepted`](Acceptance) when it is first needed, then undefined |
 //! | CPUID | the host's | the host's | [`CpuidTable`], which the secure processor vouches for |
 //! | vCPUs started by the guest | none | none | from a [`StatePage`] |
 //! | evidence | none | none | reports (feature `report`) |

@@ -136,7 +136,8 @@ fn share(platform: &Platform<Processor>, boot: &BootPage) -> Option<(SharedRegio
     let bounce = boot.argument[0] != 0;
     hal::set_up(platform, pool, bounce).ok()?;
     match (bounce, boot.shared_at) {
-        (true, _) => platform.accept(arena).ok()?,
+        // SAFETY: it is memory that nothing of the guest is in yet, mapped to its own addresses.
+        (true, _) => unsafe { platform.accept(arena) }.ok()?,
         // SAFETY: nothing of the guest is in the arena yet. Its buffers are the devices' from then on.
         (false, 0) => unsafe { platform.convert(arena, Side::Shared) }.ok()?,
         // The devices' buffers are used at their own addresses.

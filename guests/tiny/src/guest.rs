@@ -9,7 +9,7 @@ use core::fmt::Write;
 use core::hint::spin_loop;
 use core::panic::PanicInfo;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use cvm_core::boot::BootPage;
+use cvm_core::boot::{BootPage, FreshMemory};
 use cvm_core::x86::VcpuState;
 use cvm_core::{GpaRange, PAGE_SIZE, Side};
 use cvm_guest::sev::{BlockRecord, Fault, GhcbPage, Protection, Reporter, SecretsPage, StatePage};
@@ -146,7 +146,7 @@ fn work(platform: &Platform<Processor>, boot: &BootPage) {
     }
     let _ = writeln!(console, "tiny guest: pool shared at {range}");
 
-    let accepted = accept(platform, pool).unwrap_or_else(|_| platform.end(code::PLATFORM));
+    let accepted = accept(platform, boot, pool).unwrap_or_else(|_| platform.end(code::PLATFORM));
     let Some(mut report) = use_disk(platform, nonce) else { platform.end(code::DISK) };
     let _ = writeln!(console, "tiny guest: disk of {} bytes read, written and read back", report.disk_len);
 
@@ -218,23 +218,34 @@ fn start_vcpu(platform: &Platform<Processor>, boot: *const BootPage) -> ! {
     platform.end(0)
 }
 
-/// Uses memory that was not loaded. Returns how many bytes of it; none if there are too few.
-fn accept(platform: &Platform<Processor>, pool: u64) -> Result<u64, Error> {
+/// Uses memory that was not loaded. Returns how many bytes of it; none if there are too few, or if it is not zero at first.
+fn accept(platform: &Platform<Processor>, boot: &BootPage, pool: u64) -> Result<u64, Error> {
     let start = pool - 2 * POOL_LEN;
     if start < LOADED_END {
         return Ok(0);
     }
     let range = GpaRange::new(start, POOL_LEN).map_err(|_| Error::BootPage("memory"))?;
-    platform.accept(range)?;
+    // SAFETY: it is memory that nothing of the guest is in, mapped to its own address.
+    unsafe { platform.accept(range)? };
     let word = |at: u64| core::ptr::with_exposed_provenance_mut::<u64>((start + at) as usize);
     let offsets = || (0..POOL_LEN).step_by(PAGE_SIZE as usize);
+    // SAFETY: as above.
+    let is_zero = || offsets().all(|at| unsafe { word(at).read_volatile() } == 0);
+    let mut is_as_said = is_zero();
     for at in offsets() {
         // SAFETY: it is memory that nothing else of the guest is in, mapped to its own address.
         unsafe { word(at).write_volatile(!at) };
     }
     // SAFETY: as above.
     let kept = offsets().all(|at| unsafe { word(at).read_volatile() } == !at);
-    Ok(if kept { POOL_LEN } else { 0 })
+    is_as_said &= kept;
+    if boot.fresh_memory() == Some(FreshMemory::Undefined) {
+        // Emulators have zeros there at first, so only a second time shows who writes them.
+        // SAFETY: as above.
+        unsafe { platform.accept(range)? };
+        is_as_said &= is_zero();
+    }
+    Ok(if is_as_said { POOL_LEN } else { 0 })
 }
 
 /// Has the secure processor report about this guest, with the nonce in it.
