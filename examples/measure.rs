@@ -8,7 +8,7 @@ mod program;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use cvm::doorbell::Doorbell;
 use cvm::image::Image;
-use cvm::sev::{CpuSignature, Firmware, KernelHashes, SevFeatures, Vcpus, Vmm, igvm, sev, snp};
+use cvm::sev::{CpuSignature, Firmware, HostData, KernelHashes, SevFeatures, Vcpus, Vmm, igvm, sev, snp};
 use cvm::{BoxError, Gpa, Launch, VmConfig};
 use program::print;
 use serde_json::{Value, json};
@@ -26,7 +26,7 @@ use tiny_guest::{BOOT_PAGE, PAGE_TABLES};
 struct Options {
     #[command(subcommand)]
     mode: Mode,
-    /// Print an object: {mode, digest} and of firmware {firmware, sections}, of an IGVM file {policy}
+    /// Print an object: {mode, digest} and of firmware {firmware, sections}, of an IGVM file {policy}, with --elf {config, host_data}
     #[arg(long, global = true)]
     json: bool,
 }
@@ -158,8 +158,11 @@ impl ElfOptions {
         let argument = std::array::from_fn(|index| self.arguments.get(index).copied().unwrap_or_default());
         launch.load_boot_page(Gpa(BOOT_PAGE), argument)?;
         launch.start_in_long_mode(image.entry(), Gpa(PAGE_TABLES), Gpa(BOOT_PAGE))?;
-        let digest = snp::of_transcript(&launch.transcript()?, features);
-        Ok(json!({ "mode": "snp", "digest": digest.to_string() }))
+        let config = launch.config_digest();
+        let host_data: String =
+            HostData::ConfigDigest.bytes(&config).iter().map(|byte| format!("{byte:02x}")).collect();
+        let digest = snp::of_transcript(&launch.transcript()?, features).to_string();
+        Ok(json!({ "mode": "snp", "digest": digest, "config": config.to_string(), "host_data": host_data }))
     }
 }
 
@@ -305,7 +308,7 @@ fn run(options: Options) -> Result<ExitCode, BoxError> {
         return Ok(ExitCode::SUCCESS);
     }
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    for fact in ["firmware", "policy"] {
+    for fact in ["firmware", "policy", "config", "host_data"] {
         if let Some(value) = measured[fact].as_str() {
             print(format_args!("{fact:<16}{value}"))?;
         }

@@ -7,8 +7,8 @@ use crate::program::chain;
 use cvm::doorbell::Transport;
 use cvm::interrupt::Guarding;
 use cvm::memory::Allocated;
-use cvm::sev::SevFeatures;
 use cvm::sev::snp::of_transcript;
+use cvm::sev::{HostData, SevFeatures};
 use cvm::{BoxError, Error, Gpa, Lifecycle, LifecycleAnswer, PAGE_SIZE, Protection, Vm};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -17,9 +17,11 @@ use std::ops::Range;
 use std::time::Duration;
 use tiny_guest::{MIN_MEMORY, MMIO, POOL_LEN, ROUNDS, Task, VCPU_PAGES, report_data};
 
-/// Where a report of SEV-SNP has what the guest wanted in it, and the measurement (AMD publication 56860, table 23).
+/// Where a report of SEV-SNP has what the guest wanted in it, the measurement, and what the host gave at the launch (AMD
+/// publication 56860, table 23).
 const ATTESTED_DATA: Range<usize> = 0x50..0x90;
 const ATTESTED_MEASUREMENT: Range<usize> = 0x90..0xc0;
+const ATTESTED_HOST_DATA: Range<usize> = 0xc0..0xe0;
 
 /// From this much memory on the guest uses some that nothing was loaded to.
 const ACCEPTING_MEMORY: u64 = MIN_MEMORY + 2 * POOL_LEN;
@@ -219,6 +221,13 @@ impl Outcome {
             let attestation = &finding.report.attestation;
             let measurement = &attestation[ATTESTED_MEASUREMENT];
             check("the guest's report has the predicted measurement", hex(measurement), measurement == predicted.0);
+            let host_data = &attestation[ATTESTED_HOST_DATA];
+            let config = machine.vm.transcript().config().map(|config| HostData::ConfigDigest.bytes(&config));
+            check(
+                "the guest's report has the digest of the launch configuration as host data",
+                hex(host_data),
+                config.is_some_and(|config| host_data == config),
+            );
             let data = &attestation[ATTESTED_DATA];
             check(
                 "the report has the vmm's nonce",

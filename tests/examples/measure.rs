@@ -39,11 +39,15 @@ fn measure_prints_the_digest_alone_on_its_last_line_and_says_what_firmware_lacks
     let elf = concat!(env!("CARGO_MANIFEST_DIR"), "/guests/tiny/tiny-guest.elf");
     let of = |more: &[&str]| {
         let output = run("measure", &[&["snp", "--elf", elf, "--vcpus", "2"], more].concat());
-        let last = stdout(&output).trim().to_owned();
+        let last = stdout(&output).lines().last().unwrap_or_default().to_owned();
         assert!(last.len() == 96 && last.bytes().all(|byte| byte.is_ascii_hexdigit()), "{}", stderr(&output));
         last
     };
     assert_eq!(of(&[]), of(&["--arguments", "0,0"]));
+    let output = run("measure", &["snp", "--elf", elf, "--vcpus", "2", "--json"]);
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).expect("an object");
+    let (config, host_data) = (json["config"].as_str().unwrap(), json["host_data"].as_str().unwrap());
+    assert!(config.len() == 96 && host_data.len() == 64 && config.starts_with(host_data), "{json}");
     for more in [&["--arguments", "0,0x1"][..], &["--memory", "32"], &["--msr"], &["--private-bit", "47"]] {
         assert_ne!(of(&[]), of(more), "{more:?}");
     }

@@ -5,6 +5,15 @@
 //! | make | `INIT2`, memory and its pinning, vCPUs, `LAUNCH_START` |
 //! | load | `LAUNCH_UPDATE_DATA` for all pages, in the order of loading |
 //! | seal | the vCPUs' states; with SEV-ES `LAUNCH_UPDATE_VMSA`; `LAUNCH_MEASURE`; the owner, `LAUNCH_SECRET`; `LAUNCH_FINISH` |
+//!
+//! Three things a guest's owner has to know of these technologies:
+//!
+//! - The launch configuration is measured by the boot page, which has its digest. SEV and SEV-ES have no field for data of the host's
+//!   as SEV-SNP has, so **a guest without a boot page is not bound to its configuration**.
+//! - The measurement is of contents in the order of loading, not of their addresses, and with SEV alone not of the initial states of
+//!   vCPUs.
+//! - Memory that was not loaded is undefined: the guest decrypts what nobody has encrypted. A launch with a boot page loads zeros up
+//!   to the address from which on its guest has to write before it reads.
 
 #![allow(unsafe_code, reason = "commands hold addresses")]
 
