@@ -296,8 +296,8 @@ impl Column<'_> {
     }
 
     /// The clauses that are not met, by reason.
-    fn departures(&self) -> Vec<(&str, Vec<&str>)> {
-        let mut departures: Vec<(&str, Vec<&str>)> = Vec::new();
+    fn departures(&self) -> Vec<Departure<'_>> {
+        let mut departures: Vec<Departure<'_>> = Vec::new();
         for line in self.lines {
             let Some(reason) = line.reason.as_deref() else { continue };
             match departures.iter_mut().find(|(known, _)| *known == reason) {
@@ -325,10 +325,13 @@ fn report(columns: &[Column<'_>]) -> String {
     )
 }
 
+/// A reason, and the clauses that are not met for it.
+type Departure<'a> = (&'a str, Vec<&'a str>);
+
 /// A line for each suite, and the reasons of what is not met.
 fn summary(columns: &[Column<'_>]) -> String {
     let mut text = String::from("| isolation | user | witness | clauses met | not met |\n|---|---|---|---|---|\n");
-    let mut reasons: Vec<((&str, Vec<&str>), Vec<String>)> = Vec::new();
+    let mut reasons: Vec<(Departure<'_>, Vec<String>)> = Vec::new();
     for column in columns {
         let departures = column.departures();
         let name = match column.user {
