@@ -72,6 +72,8 @@ pub enum Error {
         register: &'static str,
         /// What it was to have.
         value: u64,
+        /// KVM's answer.
+        source: io::Error,
     },
     /// Memory cannot be laid out like this.
     #[error("failed to lay out memory")]

@@ -118,7 +118,10 @@ pub(crate) fn set_state(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), Error> {
     (sregs.cr0, sregs.cr3, sregs.cr4) = (state.cr0, state.cr3, state.cr4);
     sregs.efer = state.efer;
     if let Err(error) = vcpu.set_sregs(&sregs) {
-        return Err(refused_register(vcpu, &sregs).unwrap_or_else(|| Error::kvm("set the system registers")(error)));
+        return Err(match refused_register(vcpu, &sregs, error) {
+            Some((register, value)) => Error::Register { register, value, source: error.into() },
+            None => Error::kvm("set the system registers")(error),
+        });
     }
     let [rax, rcx, rdx, rbx] = state.rax_to_rbx;
     let [r8, r9, r10, r11, r12, r13, r14, r15] = state.r8_to_r15;
@@ -127,17 +130,19 @@ pub(crate) fn set_state(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), Error> {
     vcpu.set_regs(&regs).map_err(Error::kvm("set the registers"))
 }
 
-/// Which one control register KVM refuses: it takes the others with a usual value in its place.
-fn refused_register(vcpu: &VcpuFd, refused: &kvm_sregs) -> Option<Error> {
+/// The one control register that KVM refuses: KVM takes the others with a usual value in its place. KVM answers EINVAL to a
+/// value, so that any other error, and one of a state with nothing but usual values, has another cause.
+fn refused_register(vcpu: &VcpuFd, refused: &kvm_sregs, error: kvm_ioctls::Error) -> Option<(&'static str, u64)> {
     let usual = VcpuState::LONG_MODE;
     let replaced = [
-        ("cr0", refused.cr0, kvm_sregs { cr0: usual.cr0, ..*refused }),
-        ("cr3", refused.cr3, kvm_sregs { cr3: usual.cr3, ..*refused }),
-        ("cr4", refused.cr4, kvm_sregs { cr4: usual.cr4, ..*refused }),
-        ("efer", refused.efer, kvm_sregs { efer: usual.efer, ..*refused }),
+        ("cr0", refused.cr0, usual.cr0, kvm_sregs { cr0: usual.cr0, ..*refused }),
+        ("cr3", refused.cr3, usual.cr3, kvm_sregs { cr3: usual.cr3, ..*refused }),
+        ("cr4", refused.cr4, usual.cr4, kvm_sregs { cr4: usual.cr4, ..*refused }),
+        ("efer", refused.efer, usual.efer, kvm_sregs { efer: usual.efer, ..*refused }),
     ];
-    let found = replaced.into_iter().find(|(.., sregs)| vcpu.set_sregs(sregs).is_ok());
-    found.map(|(register, value, _)| Error::Register { register, value })
+    let is_refused = |(_, value, usual, sregs): &(_, u64, u64, _)| value != usual && vcpu.set_sregs(sregs).is_ok();
+    let found = replaced.into_iter().filter(|_| error.errno() == libc::EINVAL).find(is_refused);
+    found.map(|(register, value, ..)| (register, value))
 }
 
 #[cfg(test)]
