@@ -46,11 +46,16 @@ pub(super) fn of_connector(socket: BorrowedFd<'_>) -> io::Result<Peer> {
     Ok(credentials.into())
 }
 
+/// How many bytes of ancillary data credentials take.
+// SAFETY: it computes a size from a size.
+const CREDENTIALS_BYTES: usize = unsafe { libc::CMSG_SPACE(size_of::<libc::ucred>() as libc::c_uint) } as usize;
+
 /// The process that has sent the next message, which stays where it is. `SO_PASSCRED` must have been set before it was sent;
 /// nothing when there is no message to come.
 pub(super) fn of_next_message(socket: BorrowedFd<'_>) -> io::Result<Option<Peer>> {
-    // As much as a header and the credentials take, aligned as a header has to be.
-    let mut control = [0u64; 8];
+    // As much as the credentials take with their header, aligned as a header has to be, and no more: where there is room for
+    // descriptors that come along, the kernel opens them in this process, which a peer must not bring about.
+    let mut control = [0u64; CREDENTIALS_BYTES.div_ceil(size_of::<u64>())];
     let mut byte = 0u8;
     let mut part = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
     // SAFETY: all of a msghdr may be zero (recvmsg(2)).
@@ -104,6 +109,20 @@ mod tests {
         let mut message = [0; 16];
         assert_eq!(rustix::net::recv(&ours, &mut message[..], rustix::net::RecvFlags::empty()).unwrap().0, 8);
         assert_eq!(of_next_message(ours.as_fd()).unwrap(), None);
+    }
+
+    #[test]
+    fn no_descriptor_that_comes_along_is_opened() {
+        let (ours, theirs) = socket::pair().unwrap();
+        set_socket_passcred(&ours, true).unwrap();
+        // A socket whose other end tells whether anybody still has it.
+        let (watched, handed_over) = socket::kick_pair().unwrap();
+        socket::send(&theirs, 0, Default::default(), &[handed_over.as_fd()]).unwrap();
+        assert!(of_next_message(ours.as_fd()).unwrap().is_some());
+        // The message is taken, and with it all that has the other end, unless this process was given it.
+        drop((handed_over, theirs));
+        socket::receive(&ours, socket::Descriptors::None).unwrap_err();
+        assert_eq!(socket::take_signals(&watched).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
 
     #[test]
