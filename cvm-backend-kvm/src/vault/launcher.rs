@@ -2,16 +2,15 @@
 
 use super::{MARK, NAME, credentials};
 use crate::Error;
+use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen as start_listening, socket_with,
 };
-use rustix::process::{DumpableBehavior, geteuid, set_dumpable_behavior};
+use rustix::process::{DumpableBehavior, geteuid, set_dumpable_behavior, umask};
 use std::convert::Infallible;
-use std::fs::{self, Permissions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -76,9 +75,12 @@ impl Launcher {
 
     fn listen(&self) -> io::Result<OwnedFd> {
         let listener = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-        bind(&listener, &SocketAddrUnix::new(&self.socket)?)?;
-        // The kernel tells who connects, so the file need not say it.
-        fs::set_permissions(&self.socket, Permissions::from_mode(0o666))?;
+        // The kernel tells who connects, so the file need not say it. It has this mode from the start: whoever can write to the
+        // directory could put another file of this user's in its place before a change of its mode.
+        let mask = umask(Mode::XUSR | Mode::XGRP | Mode::XOTH);
+        let bound = SocketAddrUnix::new(&self.socket).and_then(|address| bind(&listener, &address));
+        umask(mask);
+        bound?;
         start_listening(&listener, BACKLOG)?;
         Ok(listener)
     }
@@ -91,4 +93,23 @@ fn start(device: &Path, connection: OwnedFd) -> io::Result<Child> {
     // What a terminal sends to the launcher is not for the vaults.
     command.process_group(0);
     command.spawn()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::stat;
+
+    #[test]
+    fn every_user_may_connect_to_the_socket_as_it_is_made() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("socket");
+        let launcher = Launcher { socket: socket.clone(), device: PathBuf::new(), users: Vec::new(), most: 0 };
+        let mask = umask(Mode::from_raw_mode(0o077));
+        let listener = launcher.listen();
+        let kept = umask(mask);
+        listener.unwrap();
+        assert_eq!(Mode::from_raw_mode(stat(&socket).unwrap().st_mode), Mode::from_raw_mode(0o666));
+        assert_eq!(kept, Mode::from_raw_mode(0o077));
+    }
 }
