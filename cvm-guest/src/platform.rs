@@ -57,8 +57,9 @@ impl<M: Machine> Platform<M> {
     ///
     /// # Errors
     /// [`Error::NotConverted`] when the host refuses, or puts the guest off for longer than its patience lasts; the request can
-    /// be repeated then. [`Error::UnknownAnswer`],
-    /// [`Error::TooFar`]. Some pages may have been converted then.
+    /// be repeated then, by the same vCPU and before that vCPU asks for another conversion: under SEV-SNP it alone knows where
+    /// the host has stopped, and else the guest ends. [`Error::UnknownAnswer`], [`Error::TooFar`]. Some pages may have been
+    /// converted then.
     pub unsafe fn convert(&self, range: GpaRange, to: Side) -> Result<(), Error> {
         let mut tries = 0;
         loop {
