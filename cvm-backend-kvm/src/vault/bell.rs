@@ -3,7 +3,7 @@
 use rustix::event::Timespec;
 use rustix::thread::futex;
 use std::sync::atomic::{AtomicU32, Ordering, fence};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A number that both ends see, and that one of them can sleep on.
 pub(super) trait Word {
@@ -44,6 +44,38 @@ impl Word for AtomicU32 {
 /// A wait for the other end took too long.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Overdue;
+
+/// How long the VMM waits for its vault at a time.
+const SLICE: Duration = Duration::from_secs(1);
+
+/// What is left of a time within which the vault has to do something, while the VMM waits.
+///
+/// It runs out only as the VMM is there to see it: a slice counts as no longer than it was to be. Where the VMM and its vault
+/// are stopped together, as by a container that is paused, the vault is not late afterwards.
+#[derive(Debug)]
+pub(super) struct Patience {
+    left: Duration,
+    slice: Option<(Instant, Duration)>,
+}
+
+impl Patience {
+    pub(super) fn new(limit: Duration) -> Self {
+        Self { left: limit, slice: None }
+    }
+
+    /// How long to wait from `now` on before this is asked again.
+    pub(super) fn slice(&mut self, now: Instant) -> Result<Duration, Overdue> {
+        if let Some((since, at_most)) = self.slice.take() {
+            self.left = self.left.saturating_sub(now.saturating_duration_since(since).min(at_most));
+        }
+        if self.left.is_zero() {
+            return Err(Overdue);
+        }
+        let slice = self.left.min(SLICE);
+        self.slice = Some((now, slice));
+        Ok(slice)
+    }
+}
 
 /// What is rung for each message in one direction: its number, and whether the other end may be sleeping.
 #[derive(Debug)]
@@ -159,6 +191,26 @@ mod tests {
             // A number that is slept through leaves this waiting, which loom reports as a deadlock.
             waits.join().unwrap();
         });
+    }
+
+    #[test]
+    fn time_in_which_the_vmm_was_stopped_does_not_count() {
+        let mut patience = Patience::new(3 * SLICE);
+        let mut now = Instant::now();
+        for _ in 0..3 {
+            assert_eq!(patience.slice(now), Ok(SLICE));
+            now += 1000 * SLICE;
+        }
+        assert_eq!(patience.slice(now), Err(Overdue));
+    }
+
+    #[test]
+    fn time_that_passes_in_part_of_a_slice_counts() {
+        let mut patience = Patience::new(SLICE);
+        let begin = Instant::now();
+        assert_eq!(patience.slice(begin), Ok(SLICE));
+        assert_eq!(patience.slice(begin + SLICE / 4), Ok(SLICE * 3 / 4));
+        assert_eq!(patience.slice(begin + SLICE), Err(Overdue));
     }
 
     #[test]

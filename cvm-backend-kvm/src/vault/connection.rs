@@ -12,6 +12,7 @@ use rustix::net::{Shutdown, shutdown};
 use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -30,6 +31,8 @@ pub(super) struct Connection {
     exchanges: Vec<Exchange>,
     /// How long the vault may take for anything but to run the guest.
     deadline: Duration,
+    /// Whether it was ended. The pages say so too, but a vault that cannot be killed can take that back.
+    is_over: AtomicBool,
     /// Why the VMM has given it up, if it has.
     given_up: OnceLock<String>,
     /// How it ended.
@@ -93,6 +96,7 @@ impl Connection {
             exchanges: (0..pages.count()).map(|_| Exchange::default()).collect(),
             pages,
             deadline,
+            is_over: AtomicBool::new(false),
             given_up: OnceLock::new(),
             ended: Mutex::default(),
             has_ended: Condvar::new(),
@@ -111,6 +115,7 @@ impl Connection {
 
     /// Ends the vault, or what passes for one, as far as this process can.
     pub(super) fn end(&self) {
+        self.is_over.store(true, Ordering::SeqCst);
         // Either fails if it has ended already; and a process of another user cannot be killed.
         let _ = self.process.as_ref().map(|process| pidfd_send_signal(process, Signal::KILL));
         let _ = shutdown(&self.socket, Shutdown::Both);
@@ -123,6 +128,10 @@ impl Connection {
         // A child that was killed before it has a VM ends at once.
         let process = self.process.as_ref().map(|process| WaitId::PidFd(process.as_fd()));
         let _ = process.map(|process| waitid(process, WaitIdOptions::EXITED));
+    }
+
+    fn is_over(&self) -> bool {
+        self.is_over.load(Ordering::SeqCst)
     }
 
     /// For the thread that waits for the end of the vault: it has come.
@@ -157,7 +166,9 @@ impl Connection {
         self.end();
         let given_up = || self.given_up.get().cloned();
         let status = given_up().or_else(|| self.await_end()).or_else(given_up);
-        Error::VaultDied { status: status.unwrap_or_else(|| "it has closed its socket, and does not end".into()) }
+        // Later calls do not wait again.
+        let lives = || self.given_up.get_or_init(|| "it has closed its socket, and does not end".into()).clone();
+        Error::VaultDied { status: status.unwrap_or_else(lives) }
     }
 
     /// Gives up a vault that breaks the protocol: it cannot be what was started.
@@ -251,10 +262,14 @@ impl Connection {
     fn request(&self, vcpu: u32, request: &Request, operation: &'static str, limit: Limit<'_>) -> Result<Reply, Error> {
         let exchange = self.exchanges.get(vcpu as usize);
         let exchange = exchange.ok_or_else(|| Error::VaultRefused { reason: "there is no such vcpu".into() })?;
+        if self.is_over() {
+            return Err(self.dead());
+        }
         let Some(answered) = exchange.ask(self.page(vcpu), request, limit) else {
             return Ok(Reply::Outdated("the vcpu runs, so its guest waits for nothing".into()));
         };
         match answered {
+            _ if self.is_over() => Err(self.dead()),
             Ok((message, text)) => match Reply::decode(vcpu, &message, &text) {
                 Ok(Reply::Refused(reason)) => Err(Error::VaultRefused { reason }),
                 Ok(reply) => Ok(reply),
@@ -268,7 +283,8 @@ impl Connection {
 
     /// Runs `vcpu` up to its next exit, however long that takes, but for a deadline after it was kicked.
     pub(super) fn run(&self, vcpu: u32, given: Given, is_kicked: &dyn Fn() -> bool) -> Result<Reply, Error> {
-        let limit = Limit::AfterKick { within: self.deadline, is_kicked };
+        let is_kicked = || is_kicked() || self.is_over();
+        let limit = Limit::AfterKick { within: self.deadline, is_kicked: &is_kicked };
         self.request(vcpu, &Request::Run(given), "stop a vcpu that was kicked", limit)
     }
 

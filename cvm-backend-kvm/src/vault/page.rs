@@ -15,7 +15,7 @@
 //! Either end may change anything at any time. So a message is copied before it is looked at, and all that is in the
 //! page is read and written by atomic or volatile accesses.
 
-use super::bell::{Bell, Overdue, Word};
+use super::bell::{Bell, Overdue, Patience, Word};
 use super::protocol::{Encoded, MOST_TEXT, Message, WORDS};
 use crate::Error;
 use crate::local::Backing;
@@ -195,19 +195,18 @@ impl Limit<'_> {
 
     /// What says before each sleep how long it may take.
     fn clock(self) -> impl FnMut() -> Result<Option<Duration>, Overdue> {
-        let mut begin = None;
+        let mut patience = None;
         move || {
             let within = match self {
                 Self::Within(within) => within,
                 Self::AfterKick { within, is_kicked } if is_kicked() => within,
                 // Nothing wakes a sleeping thread for a kick but the vault, which may be stopped.
                 Self::AfterKick { within, .. } => {
-                    begin = None;
+                    patience = None;
                     return Ok(Some(within.min(KICK_CHECK)));
                 }
             };
-            let left = within.checked_sub(begin.get_or_insert_with(Instant::now).elapsed());
-            left.filter(|left| !left.is_zero()).map(Some).ok_or(Overdue)
+            patience.get_or_insert_with(|| Patience::new(within)).slice(Instant::now()).map(Some)
         }
     }
 }

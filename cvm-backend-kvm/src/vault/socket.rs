@@ -3,6 +3,7 @@
 //! Descriptors cross in one direction only, to the vault. A VMM takes none: whatever a hostile vault hands over might block
 //! the VMM that uses it, or even closes it.
 
+use super::bell::Patience;
 use super::protocol::{Encoded, MOST_TEXT, Message};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -83,15 +84,15 @@ pub(super) enum Descriptors {
 
 /// Waits until there is a message or the other end is gone; false if neither comes in time.
 pub(super) fn await_message(socket: impl AsFd, limit: Duration) -> io::Result<bool> {
-    let begin = Instant::now();
-    loop {
-        let left = Timespec::try_from(limit.saturating_sub(begin.elapsed())).ok();
-        match poll(&mut [PollFd::new(&socket, PollFlags::IN)], left.as_ref()) {
-            Ok(ready) => return Ok(ready > 0),
-            Err(Errno::INTR) => {}
+    let mut patience = Patience::new(limit);
+    while let Ok(slice) = patience.slice(Instant::now()) {
+        match poll(&mut [PollFd::new(&socket, PollFlags::IN)], Timespec::try_from(slice).ok().as_ref()) {
+            Ok(0) | Err(Errno::INTR) => {}
+            Ok(_) => return Ok(true),
             Err(error) => return Err(error.into()),
         }
     }
+    Ok(false)
 }
 
 /// Receives a message without waiting for it; nothing when the other end is gone.

@@ -126,6 +126,35 @@ fn every_thread_that_waits_hears_that_the_vault_is_given_up() {
     });
 }
 
+/// One that no process of the VMM can kill takes back on its pages that it is dead, and goes on to answer.
+#[test]
+fn a_vault_that_is_given_up_is_not_heard_again() {
+    let (connection, _theirs) = connect(SOON);
+    let page = connection.page(0);
+    let _ = connection.broken("the test says so");
+    let answering = Answering::default();
+    let revive = || answering.answer(page, Reply::Done.encode());
+    revive();
+    for outcome in [connection.ask(0, &requests()[0]), connection.run(0, Given::Nothing, &|| false)] {
+        assert!(matches!(outcome, Err(Error::VaultDied { status }) if status.contains("the test says so")));
+        revive();
+    }
+}
+
+#[test]
+fn a_run_under_way_ends_even_if_the_vault_takes_back_that_it_was_given_up() {
+    let (connection, _theirs) = connect(SOON);
+    thread::scope(|scope| {
+        let run = scope.spawn(|| connection.run(0, Given::Nothing, &|| false));
+        Answering::default().next(connection.page(0)).unwrap();
+        // As if the vault had been faster than the thread that waits.
+        connection.given_up.set("the test says so".into()).unwrap();
+        connection.is_over.store(true, Ordering::SeqCst);
+        let outcome = run.join().unwrap();
+        assert!(matches!(outcome, Err(Error::VaultDied { status }) if status.contains("the test says so")));
+    });
+}
+
 #[test]
 fn a_request_does_not_wait_for_the_end_of_a_run() {
     let (connection, _theirs) = connect(LATE);
