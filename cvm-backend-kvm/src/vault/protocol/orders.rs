@@ -49,7 +49,7 @@ pub enum Order {
     },
     /// A part of the numbers that the next vCPU's initial state is ([`VcpuState::to_words`]).
     Registers {
-        /// Which part, less than [`PARTS`].
+        /// Which part, from 0, of `VcpuState::WORDS` numbers in messages of this size.
         part: usize,
         /// Its numbers.
         words: [u64; PART],
@@ -101,7 +101,7 @@ impl Order {
         (0..PARTS).map(part).chain([Self::SetVcpu { index }])
     }
 
-    /// Takes a part of a state, of which there are less than [`PARTS`].
+    /// Takes a part of a state, of which there are from 0; a state has as many parts as its message takes.
     pub(in crate::vault) fn put(words: &mut [u64; VcpuState::WORDS], part: usize, of: [u64; PART]) {
         words.iter_mut().skip(PART * part).zip(of).for_each(|(word, number)| *word = number);
     }
