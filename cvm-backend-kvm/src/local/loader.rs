@@ -33,7 +33,7 @@ impl LocalLoader {
         let shared = shared.map_or_else(|| Backing::new("cvm-shared", layout.bytes()), Ok)?;
         let top = config.memory.iter().map(|range| range.end()).max().unwrap_or(Gpa(0));
         let slots = config.memory.len() as u32;
-        let cpuid = &vcpu::plain(host.supported_cpuid().clone());
+        let cpuid = &vcpu::without_encryption(host.supported_cpuid().clone());
         match isolation {
             Isolation::None => {
                 let memory = FilesMemory::new(layout, shared, host.most_runs)?;

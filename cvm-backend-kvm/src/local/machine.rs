@@ -34,7 +34,7 @@ pub struct Machine {
 impl Machine {
     /// Gives `vm`, whose memory is `memory`, what `config` says of interrupts, policy and vCPUs, and the exits that
     /// conversions by `transport` need. The configuration has to be one that the host was [asked](Host::check) about. vCPUs
-    /// are the processor `cpuid`, but for what the configuration changes of it.
+    /// are the processor `cpuid`, but for what the configuration changes of it and technologies that no guest has.
     ///
     /// # Errors
     /// [`Error::Kvm`] with the step that failed.

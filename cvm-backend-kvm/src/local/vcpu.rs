@@ -8,7 +8,7 @@ mod snapshot;
 mod start;
 
 pub use snapshot::VcpuSnapshot;
-pub(crate) use start::{plain, set_cpuid, set_state};
+pub(crate) use start::{set_cpuid, set_state, without_encryption};
 
 use super::kick::Kicker;
 use super::memory::GuestMemory;

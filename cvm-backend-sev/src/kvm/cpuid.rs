@@ -3,7 +3,7 @@
 
 use super::Error;
 use cvm_backend_kvm::backend::Host;
-use cvm_core::PAGE_SIZE;
+use cvm_core::{PAGE_SIZE, Protection};
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use std::fmt;
 
@@ -13,6 +13,25 @@ pub(super) const ENCRYPTION_LEAF: u32 = 0x8000_001f;
 /// What KVM has of that leaf.
 pub(super) fn encryption(host: &Host) -> Option<&kvm_cpuid_entry2> {
     host.supported_cpuid().as_slice().iter().find(|leaf| leaf.function == ENCRYPTION_LEAF)
+}
+
+/// Bits of its EAX, by technology.
+const SEV_EAX: u32 = 1 << 1;
+const SEV_ES_EAX: u32 = 1 << 3;
+const SEV_SNP_EAX: u32 = 1 << 4;
+
+/// Shows a guest the memory encryption that it has, and nothing of the host's: neither stronger kinds, nor SME, nor ASIDs.
+pub(super) fn encrypted(mut cpuid: CpuId, protection: Protection) -> CpuId {
+    let shown = match protection {
+        Protection::SevSnp => SEV_EAX | SEV_ES_EAX | SEV_SNP_EAX,
+        Protection::SevEs => SEV_EAX | SEV_ES_EAX,
+        _ => SEV_EAX,
+    };
+    for entry in cpuid.as_mut_slice().iter_mut().filter(|entry| entry.function == ENCRYPTION_LEAF) {
+        entry.eax &= shown;
+        (entry.ecx, entry.edx) = (0, 0);
+    }
+    cpuid
 }
 
 /// How many leaves the page has room for, and the bytes before them and of each.
@@ -173,6 +192,18 @@ mod tests {
         assert_eq!((found[0].leaf, found[0].given[1], found[0].corrected[1]), (7, 0xf, 0xd));
         assert_eq!(found[0].to_string(), "leaf 0x7.0x0 ebx 0xf -> 0xd");
         assert!(corrections(&given, &given).is_empty());
+    }
+
+    #[test]
+    fn a_guest_is_shown_its_own_memory_encryption_alone() {
+        let all = u32::MAX;
+        for (protection, eax) in [(Protection::Sev, 0x2), (Protection::SevEs, 0xa), (Protection::SevSnp, 0x1a)] {
+            let leaves = [entry(1, 0, [all; 4]), entry(ENCRYPTION_LEAF, 0, [all; 4])];
+            let cpuid = encrypted(CpuId::from_entries(&leaves).unwrap(), protection);
+            let [other, leaf] = cpuid.as_slice() else { panic!("{cpuid:?}") };
+            assert_eq!([leaf.eax, leaf.ebx, leaf.ecx, leaf.edx], [eax, all, 0, 0], "{protection}");
+            assert_eq!([other.eax, other.ebx, other.ecx, other.edx], [all; 4], "{protection}");
+        }
     }
 
     #[test]

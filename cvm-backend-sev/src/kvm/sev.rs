@@ -19,7 +19,7 @@
 
 use super::command::{Command, Commands};
 use super::export::SevExport;
-use super::{Error, device, exits};
+use super::{Error, cpuid, device, exits};
 use crate::owner::Secret;
 use crate::sev::{LaunchMeasurement, NOT_MEASURED, Running, SevDigest};
 use crate::{SevFeatures, SevFlags, SevPolicy};
@@ -143,7 +143,8 @@ impl Encrypted {
         let commands = Commands::new(host, device, protection, features)?;
         let vm = Arc::clone(commands.vm());
         let memory = GuestMemory::pinned(&vm, &config.memory)?;
-        let machine = Machine::new(host, vm, memory, config, transport, host.supported_cpuid())?;
+        let cpuid = cpuid::encrypted(host.supported_cpuid().clone(), protection);
+        let machine = Machine::new(host, vm, memory, config, transport, &cpuid)?;
         Ok(Self { machine, commands, es })
     }
 

@@ -58,7 +58,8 @@ impl SnpLoader {
             commands.give(Command::SnpEnableReqCerts)?;
         }
         let memory = GuestMemory::guest_memfd(host, &vm, &config.memory)?;
-        let mut cpuid = cpuid::vouchable(host.supported_cpuid().clone());
+        let cpuid = cpuid::encrypted(host.supported_cpuid().clone(), Protection::SevSnp);
+        let mut cpuid = cpuid::vouchable(cpuid);
         if let Some(change) = &options.cpuid {
             change(&mut cpuid);
         }

@@ -2,6 +2,7 @@
 
 mod contents;
 mod measurement;
+mod processor;
 mod reported;
 mod start;
 
@@ -32,6 +33,11 @@ pub(super) fn clauses<P: Platform>() -> Vec<Clause<P>> {
         "2.19",
         "memory that was not loaded is zero when the guest first uses it",
         contents::fresh_memory,
+    ));
+    clauses.push(Clause::new(
+        "2.20",
+        "the processor promises the guest no technology that the guest does not have",
+        processor::technologies,
     ));
     clauses
 }

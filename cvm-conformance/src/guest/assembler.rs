@@ -46,6 +46,11 @@ impl Assembler {
         self.interface.exits == Exits::Ghcb
     }
 
+    /// How the guest and its host work together.
+    pub fn interface(&self) -> Interface {
+        self.interface
+    }
+
     /// How conversions are asked for.
     pub fn transport(&self) -> Transport {
         self.interface.transport

@@ -4,7 +4,7 @@ use crate::Error;
 use cvm_core::doorbell::Transport;
 use cvm_core::x86::{Segment, VcpuState};
 use cvm_core::{InterruptController, Policy, VmConfig};
-use kvm_bindings::{CpuId, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{CpuId, kvm_cpuid_entry2, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
 /// Bits of CPUID leaf 1 that speak of a local APIC: in ECX x2APIC and the TSC deadline timer, in EDX the APIC itself
@@ -22,9 +22,12 @@ const CPUID_AMD_COUNTERS: u32 = 0x8000_0022;
 const KVM_CPUID_FEATURES: u32 = 0x4000_0001;
 const KVM_FEATURE_HC_MAP_GPA_RANGE: u32 = 1 << 16;
 
-/// The leaves of technologies that a plain guest has none of: enclaves, TDX, nested virtualisation by SVM, memory encryption (with
-/// SEV), encryption by several keys, and SEV-SNP's reverse map (Intel SDM, volume 2, CPUID; AMD64 APM volume 3, section E.4).
-const OF_TECHNOLOGIES: [u32; 6] = [0x12, 0x21, 0x8000_000a, 0x8000_001f, 0x8000_0023, 0x8000_0025];
+/// The leaves of technologies that no guest has: enclaves, TDX, nested virtualisation by SVM, encryption by several keys, and
+/// SEV-SNP's reverse map, which is the host's (Intel SDM, volume 2, CPUID; AMD64 APM volume 3, section E.4).
+const OF_TECHNOLOGIES: [u32; 5] = [0x12, 0x21, 0x8000_000a, 0x8000_0023, 0x8000_0025];
+
+/// The leaf of memory encryption (AMD64 APM volume 3, section E.4.17).
+const ENCRYPTION_LEAF: u32 = 0x8000_001f;
 
 /// Bits of other leaves for the same: VMX in leaf 1, SVM in leaf 0x80000001, both in ECX; SGX and the control of its launches in
 /// leaf 7, in EBX and ECX.
@@ -33,27 +36,32 @@ const SVM_ECX: u32 = 1 << 2;
 const SGX_EBX: u32 = 1 << 2;
 const SGX_LC_ECX: u32 = 1 << 30;
 
-/// What a plain guest is shown of a processor: nothing of technologies that it does not have. A guest that believed a leaf would
-/// look for encryption that is not there.
-pub(crate) fn plain(mut cpuid: CpuId) -> CpuId {
-    for entry in cpuid.as_mut_slice() {
-        match (entry.function, entry.index) {
-            (leaf, _) if OF_TECHNOLOGIES.contains(&leaf) => {
-                (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
-            }
-            (1, _) => entry.ecx &= !VMX_ECX,
-            (0x8000_0001, _) => entry.ecx &= !SVM_ECX,
-            (7, 0) => {
-                entry.ebx &= !SGX_EBX;
-                entry.ecx &= !SGX_LC_ECX;
-            }
-            _ => {}
-        }
-    }
+/// Removes the leaf of memory encryption: a guest that believed it would look for encryption that is not there.
+pub(crate) fn without_encryption(mut cpuid: CpuId) -> CpuId {
+    let leaves = cpuid.as_mut_slice().iter_mut();
+    leaves.filter(|entry| entry.function == ENCRYPTION_LEAF).for_each(clear);
     cpuid
 }
 
-/// Shows the processor `cpuid` to the guest, with the vCPU's index as its APIC id.
+/// Removes the technologies that no guest has.
+fn remove_technologies(entry: &mut kvm_cpuid_entry2) {
+    match (entry.function, entry.index) {
+        (leaf, _) if OF_TECHNOLOGIES.contains(&leaf) => clear(entry),
+        (1, _) => entry.ecx &= !VMX_ECX,
+        (0x8000_0001, _) => entry.ecx &= !SVM_ECX,
+        (7, 0) => {
+            entry.ebx &= !SGX_EBX;
+            entry.ecx &= !SGX_LC_ECX;
+        }
+        _ => {}
+    }
+}
+
+fn clear(entry: &mut kvm_cpuid_entry2) {
+    (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
+}
+
+/// Shows the processor `cpuid` to the guest, with the vCPU's index as its APIC id and without technologies that no guest has.
 pub(crate) fn set_cpuid(
     mut cpuid: CpuId,
     vcpu: &VcpuFd,
@@ -62,6 +70,7 @@ pub(crate) fn set_cpuid(
     config: &VmConfig,
 ) -> Result<(), Error> {
     for entry in cpuid.as_mut_slice() {
+        remove_technologies(entry);
         match entry.function {
             1 => {
                 entry.ebx = entry.ebx & 0x00ff_ffff | index << 24;
@@ -77,7 +86,7 @@ pub(crate) fn set_cpuid(
                 }
             }
             CPUID_COUNTERS | CPUID_AMD_COUNTERS if config.policy.contains(Policy::NO_PERFORMANCE_COUNTERS) => {
-                (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
+                clear(entry);
             }
             KVM_CPUID_FEATURES if transport == Transport::Hypercall => entry.eax |= KVM_FEATURE_HC_MAP_GPA_RANGE,
             0xb | 0x1f => entry.edx = index,
@@ -148,7 +157,6 @@ fn refused_register(vcpu: &VcpuFd, refused: &kvm_sregs, error: kvm_ioctls::Error
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kvm_bindings::kvm_cpuid_entry2;
 
     #[test]
     fn a_plain_guest_is_promised_no_technology() {
@@ -173,7 +181,8 @@ mod tests {
             (0x8000_000a, 0),
             (0x8000_001f, 0),
         ];
-        let shown = plain(CpuId::from_entries(&leaves.map(entry)).unwrap());
+        let mut shown = without_encryption(CpuId::from_entries(&leaves.map(entry)).unwrap());
+        shown.as_mut_slice().iter_mut().for_each(remove_technologies);
         let registers: Vec<_> = shown.as_slice().iter().map(|leaf| [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]).collect();
         let expected = [
             [all; 4],
