@@ -71,7 +71,7 @@ pub struct L1 {
 /// The processor of the VM. A KVM of AMD's has SEV, SEV-ES and SEV-SNP, one of Intel's has TDX.
 ///
 /// With five levels of nested paging the kernel's model of an SEV processor tells private and shared accesses to one page
-/// apart, as hardware does; see `l1/README.md`.
+/// apart, as hardware does; see `xtask/l1/README.md`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Processor {
     /// AMD's, with SEV-ES and SEV-SNP guests as on hardware
