@@ -15,4 +15,4 @@
 pub use crate::error::failed;
 pub use crate::host::{Host, open_device, setting};
 pub use crate::local::{GuestMemory, LocalVcpu, LocalVm, Machine, PinnedMemory, Traits, VcpuSnapshot};
-pub use crate::probe::no_vm_type;
+pub use crate::probe::{no_device, no_vm_type};

@@ -20,13 +20,7 @@ pub(crate) fn offers(path: &Path) -> Vec<Offer> {
     let host = match Host::open(path) {
         Ok(host) => host,
         Err(error) => {
-            let lack = match &error {
-                crate::Error::Open { path, source: Remedied { cause, remedy } } => {
-                    Missing::new(format!("{} cannot be opened: {cause}", path.display()), *remedy)
-                }
-                crate::Error::Kvm { source, .. } => Missing::new(format!("{error}: {source}"), "a kvm that answers"),
-                _ => Missing::new(error.to_string(), "a kernel whose kvm speaks version 12"),
-            };
+            let lack = no_device(&error);
             return ALL.map(|protection| offer(protection, vec![lack.clone()])).into();
         }
     };
@@ -39,6 +33,17 @@ pub(crate) fn offers(path: &Path) -> Vec<Offer> {
         tdx(&host),
         offer(Protection::SecureExecution, vec![secure_execution]),
     ]
+}
+
+/// What is missing on a host whose KVM device gave `error` when it was opened.
+pub fn no_device(error: &crate::Error) -> Missing {
+    match error {
+        crate::Error::Open { path, source: Remedied { cause, remedy } } => {
+            Missing::new(format!("{} cannot be opened: {cause}", path.display()), *remedy)
+        }
+        crate::Error::Kvm { source, .. } => Missing::new(format!("{error}: {source}"), "a kvm that answers"),
+        _ => Missing::new(error.to_string(), "a kernel whose kvm speaks version 12"),
+    }
 }
 
 const ALL: [Protection; 5] =

@@ -2,7 +2,7 @@
 
 use crate::{Error, Gpa, GpaRange, PAGE_SIZE};
 use object::LittleEndian;
-use object::elf::{EM_X86_64, ET_EXEC, FileHeader64, PT_LOAD, ProgramHeader64};
+use object::elf::{ELFMAG, EM_X86_64, ET_EXEC, FileHeader64, PT_LOAD, ProgramHeader64};
 use object::read::elf::{FileHeader, ProgramHeader};
 use std::collections::BTreeMap;
 
@@ -59,6 +59,9 @@ fn refuse(reason: &str) -> Error {
 /// The entry point of an ELF file as it stands there, and its segments in the order of their addresses: they do not
 /// overlap, and have no more contents than the file.
 pub(crate) fn segments(file: &[u8]) -> Result<(u64, Vec<Segment<'_>>), Error> {
+    if !file.starts_with(&ELFMAG) {
+        return Err(refuse("it is not an ELF file"));
+    }
     let parse = |error: object::read::Error| refuse(&error.to_string());
     let header = FileHeader64::<LittleEndian>::parse(file).map_err(parse)?;
     let endian = header.endian().map_err(parse)?;

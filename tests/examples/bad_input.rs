@@ -114,7 +114,7 @@ fn bad_input_gives_an_error_that_says_what_is_wrong() {
         (&["--memory", "0"], "0 is not in 6..=3328"),
         (&["--memory", "18446744073709551615"], "not in 6..=3328"),
         (&["--guest", "/nonexistent"], "failed to read /nonexistent"),
-        (&["--guest", text], "text: the image is refused"),
+        (&["--guest", text], "text: the image is refused: it is not an ELF file"),
         (&["--guest", &overlapping], "overlap"),
         (&["--guest", &outside], "outside the guest's memory"),
         (&["--disk", "/nonexistent"], "failed to open the disk /nonexistent"),

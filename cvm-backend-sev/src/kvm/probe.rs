@@ -3,7 +3,7 @@
 use super::Resources;
 use super::command::{Attribute, attribute, vm_type};
 use super::cpuid;
-use cvm_backend_kvm::backend::{Host, no_vm_type};
+use cvm_backend_kvm::backend::{Host, no_device, no_vm_type};
 use cvm_core::Protection;
 use cvm_core::platform::{Missing, Offer};
 use std::fs::OpenOptions;
@@ -19,10 +19,7 @@ pub(super) fn offers(kvm: &Path, firmware: &Path) -> Vec<Offer> {
     KINDS
         .map(|(protection, parameter)| match &host {
             Ok(host) => offer_of(host, firmware, protection, parameter),
-            Err(error) => {
-                let lack = Missing::new(error.to_string(), "access to a KVM device");
-                Offer { protection, missing: vec![lack], notes: Vec::new() }
-            }
+            Err(error) => Offer { protection, missing: vec![no_device(error)], notes: Vec::new() },
         })
         .into()
 }
@@ -66,4 +63,18 @@ fn offer_of(host: &Host, firmware: &Path, protection: Protection, parameter: &st
 fn is_coherent(host: &Host) -> bool {
     const COHERENT: u32 = 1 << 10;
     cpuid::encryption(host).is_some_and(|leaf| leaf.eax & COHERENT != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_cannot_be_opened_is_reported_with_its_name_and_cause() {
+        for offer in offers(Path::new("/nonexistent/kvm"), Path::new("/nonexistent/sev")) {
+            let [missing] = &offer.missing[..] else { panic!("{offer:?}") };
+            assert!(missing.what.starts_with("/nonexistent/kvm cannot be opened: No such file"), "{missing:?}");
+            assert!(missing.remedy.starts_with("load kvm_intel or kvm_amd"), "{missing:?}");
+        }
+    }
 }
