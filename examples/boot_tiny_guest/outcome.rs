@@ -37,7 +37,7 @@ pub struct Check {
     holds: bool,
 }
 
-/// Pages that changed sides.
+/// Pages that were converted.
 #[derive(Debug, Serialize)]
 struct Conversions {
     requests: u64,
@@ -195,7 +195,7 @@ impl Outcome {
             let kept = if protection == Protection::SevSnp { others + 1 + 2 } else { 0 };
             let to_shared = POOL_LEN / PAGE_SIZE + to_private + kept;
             check(
-                "as many pages changed sides as the guest asked for",
+                "as many pages were converted as the guest asked for",
                 format!("{} to shared, {} to private", totals.to_shared, totals.to_private),
                 (totals.to_shared, totals.to_private, totals.refused) == (to_shared, to_private, 0)
                     && report.converted_by_others == others * ROUNDS * 2 * VCPU_PAGES,
@@ -203,7 +203,7 @@ impl Outcome {
             let memory = memory_len(machine);
             let shared_by_map = finding.shared_pages * PAGE_SIZE;
             check(
-                "no page has memory on both sides",
+                "no page has both private and shared memory",
                 match &finding.allocated {
                     Ok(Allocated { private, shared }) => {
                         format!("{} private, {shared} shared of {shared_by_map}", told(*private))
