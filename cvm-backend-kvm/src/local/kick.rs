@@ -17,7 +17,9 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use vmm_sys_util::ioctl::ioctl_with_ptr;
 use vmm_sys_util::ioctl_iow_nr;
-use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+use vmm_sys_util::signal::{
+    Error as SignalError, SIGRTMIN, block_signal, clear_signal, register_signal_handler, unblock_signal,
+};
 
 /// The signal that makes KVM_RUN return, see [`KvmPlatform`](crate::KvmPlatform).
 fn signal() -> c_int {
@@ -83,13 +85,9 @@ fn unblock() {
     if IS_UNBLOCKED.replace(true) {
         return;
     }
-    // SAFETY: the set is initialised by sigemptyset before it is used, and all pointers are to this stack.
-    unsafe {
-        let mut set = std::mem::zeroed();
-        libc::sigemptyset(&mut set);
-        libc::sigaddset(&mut set, signal());
-        libc::pthread_sigmask(libc::SIG_UNBLOCK, &set, null_mut());
-    }
+    // It fails only for a number that is no signal's.
+    let unblocked = unblock_signal(signal());
+    debug_assert!(unblocked.is_ok(), "the signal to vcpus could not be unblocked: {unblocked:?}");
 }
 
 // Linux include/uapi/linux/kvm.h: what is written is a kvm_signal_mask, whose length the number does not count.
@@ -107,33 +105,32 @@ pub(crate) fn call_off(vcpu: &mut VcpuFd) -> Result<(), Error> {
     handler()?;
     let failed = |source| Error::Kvm { step: "call off a vcpu's entry", source };
     let all_but_ours = SignalMask { len: size_of::<u64>() as u32, blocked: !(1 << (signal() - 1)) };
-    // SAFETY: the sets are initialised before they are used, and all pointers are to this stack. The signal is sent to this
-    // thread, which blocks it until it has taken it again. KVM reads a mask of the length that it says, or nothing.
-    unsafe {
-        let (mut ours, mut before) = (std::mem::zeroed(), std::mem::zeroed());
-        libc::sigemptyset(&mut ours);
-        libc::sigaddset(&mut ours, signal());
-        libc::pthread_sigmask(libc::SIG_BLOCK, &ours, &mut before);
-        libc::pthread_kill(libc::pthread_self(), signal());
-        let called_off = match ioctl_with_ptr(vcpu, KVM_SET_SIGNAL_MASK(), &raw const all_but_ours) {
-            0 => match vcpu.run().map(drop) {
-                // A KVM that lets nothing run yet has kept nothing back either.
-                Err(error) if [libc::EINTR, libc::EINVAL].contains(&error.errno()) => Ok(()),
-                Err(error) => Err(failed(error.into())),
-                Ok(()) => Err(failed(io::Error::other("it was let run"))),
-            },
-            _ => Err(failed(io::Error::last_os_error())),
-        };
-        // With that mask it would be deaf to all other signals whenever it runs.
-        let called_off = match ioctl_with_ptr(vcpu, KVM_SET_SIGNAL_MASK(), null::<SignalMask>()) {
-            0 => called_off,
-            _ => called_off.and(Err(failed(io::Error::last_os_error()))),
-        };
-        let at_once = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        libc::sigtimedwait(&ours, null_mut(), &at_once);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &before, null_mut());
-        called_off
-    }
+    let was_blocked = match block_signal(signal()) {
+        Ok(()) => false,
+        Err(SignalError::SignalAlreadyBlocked(_)) => true,
+        Err(error) => return Err(failed(io::Error::other(error.to_string()))),
+    };
+    // SAFETY: the signal is sent to this thread, which blocks it until it has taken it again.
+    unsafe { libc::pthread_kill(libc::pthread_self(), signal()) };
+    // SAFETY: KVM reads a mask of the length that it says, which is on this stack.
+    let called_off = match unsafe { ioctl_with_ptr(vcpu, KVM_SET_SIGNAL_MASK(), &raw const all_but_ours) } {
+        0 => match vcpu.run().map(drop) {
+            // A KVM that lets nothing run yet has kept nothing back either.
+            Err(error) if [libc::EINTR, libc::EINVAL].contains(&error.errno()) => Ok(()),
+            Err(error) => Err(failed(error.into())),
+            Ok(()) => Err(failed(io::Error::other("it was let run"))),
+        },
+        _ => Err(failed(io::Error::last_os_error())),
+    };
+    // With that mask the vCPU's thread would be deaf to all other signals whenever the vCPU runs.
+    // SAFETY: without a mask KVM reads nothing.
+    let called_off = match unsafe { ioctl_with_ptr(vcpu, KVM_SET_SIGNAL_MASK(), null::<SignalMask>()) } {
+        0 => called_off,
+        _ => called_off.and(Err(failed(io::Error::last_os_error()))),
+    };
+    let cleared = clear_signal(signal());
+    let restored = if was_blocked { Ok(()) } else { unblock_signal(signal()) };
+    called_off.and(cleared.and(restored).map_err(|error| failed(io::Error::other(error.to_string()))))
 }
 
 /// Makes sure that there is a handler for the signal.
@@ -241,14 +238,7 @@ mod tests {
 
     /// Blocks the signal on this thread; returns whether it was blocked already.
     fn block() -> bool {
-        // SAFETY: the sets are initialised before they are used, and all pointers are to this stack.
-        unsafe {
-            let (mut ours, mut before) = (std::mem::zeroed(), std::mem::zeroed());
-            libc::sigemptyset(&mut ours);
-            libc::sigaddset(&mut ours, signal());
-            libc::pthread_sigmask(libc::SIG_BLOCK, &ours, &mut before);
-            libc::sigismember(&before, signal()) == 1
-        }
+        matches!(block_signal(signal()), Err(SignalError::SignalAlreadyBlocked(_)))
     }
 
     #[test]
