@@ -10,7 +10,7 @@ use cvm_backend_kvm::vault::protocol::{Given, Message, Request};
 use cvm_core::doorbell::device_base;
 use cvm_core::x86::{Register, VcpuState};
 use cvm_core::{Answer, Error, Event, Exit, Gpa, PageKind, Platform, Side, Vcpu, Vm};
-use rustix::process::{Signal, kill_process};
+use rustix::process::{Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use std::thread;
 use std::time::Duration;
 
@@ -20,7 +20,12 @@ const DEADLINE: Duration = Duration::from_secs(5);
 fn stop_all(count: usize) {
     let vaults = children();
     assert_eq!(vaults.len(), count, "{vaults:?}");
-    vaults.into_iter().for_each(|vault| kill_process(vault, Signal::STOP).unwrap());
+    for vault in vaults {
+        kill_process(vault, Signal::STOP).unwrap();
+        // The signal has been sent, and the vault's threads may go on until each of them has seen it.
+        let status = waitid(WaitId::Pid(vault), WaitIdOptions::STOPPED).unwrap().expect("it is waited for");
+        assert!(status.stopped(), "{status:?}");
+    }
 }
 
 /// That an error, or what led to it, names the operation that the vault did not do.
