@@ -72,8 +72,9 @@ pub struct Outcome {
     pub ok: bool,
     isolation: String,
     measurement: String,
-    /// What the guest was given, beside its task, so that no run is like another.
-    nonce: u64,
+    /// What the guest was given, beside its task, so that no run is like another. It has 64 bits, which not every reader of
+    /// JSON keeps in a number.
+    nonce: String,
     transport: &'static str,
     ends: Vec<String>,
     exits: BTreeMap<&'static str, u64>,
@@ -264,7 +265,7 @@ impl Outcome {
             ok: attempts && checks.iter().all(|check| check.holds),
             isolation: protection.to_string(),
             measurement: predicted.unwrap_or_else(|| machine.vm.transcript().measurement()).to_string(),
-            nonce: machine.observer().nonce,
+            nonce: format!("{:#x}", machine.observer().nonce),
             transport: match transport {
                 Transport::Hypercall => "hypercall",
                 Transport::PageState => "page state",
@@ -301,7 +302,7 @@ impl fmt::Display for Outcome {
         let mut row = |name: &str, value: &dyn fmt::Display| writeln!(f, "{name:<24}{value}");
         row("isolation", &self.isolation)?;
         row("measurement", &self.measurement)?;
-        row("nonce", &format!("{:#x}", self.nonce))?;
+        row("nonce", &self.nonce)?;
         row("disk sha-256", &self.disk_sha256.as_deref().unwrap_or("none"))?;
         row("conversions by", &self.transport)?;
         row(

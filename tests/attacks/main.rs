@@ -26,6 +26,7 @@ mod vmm;
 
 use clap::Parser;
 use cvm::kvm::KvmPlatform;
+use cvm::{Platform, Protection};
 use hostile_guest::Effort;
 use isolation::Isolation;
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -57,6 +58,8 @@ struct Scene {
     name: &'static str,
     /// Their groups, as [`report::group`] has them.
     groups: &'static [&'static str],
+    /// Whether the attacker is root.
+    by_root: bool,
     play: fn(Isolation, &Stage, Effort, &mut Report) -> io::Result<()>,
 }
 
@@ -64,16 +67,19 @@ const SCENES: &[Scene] = &[
     Scene {
         name: "the trust model",
         groups: &[],
+        by_root: false,
         play: |isolation, stage, _, report| trust::check(isolation, stage, report),
     },
     Scene {
         name: "a hostile vmm",
         groups: &["vmm"],
+        by_root: false,
         play: |isolation, stage, _, report| play(isolation, stage, "vmm", &[], report),
     },
     Scene {
         name: "a hostile guest",
         groups: &["guest"],
+        by_root: false,
         play: |isolation, stage, effort, report| {
             let [programs, conversions] = [effort.programs, effort.conversions.into()].map(|number| number.to_string());
             play(isolation, stage, "guest", &[&conversions, &programs], report)
@@ -82,11 +88,13 @@ const SCENES: &[Scene] = &[
     Scene {
         name: "the death of a vault",
         groups: &["kill-vault"],
+        by_root: false,
         play: |isolation, stage, _, report| play(isolation, stage, "kill-vault", &[], report),
     },
     Scene {
         name: "the death of a vmm",
         groups: &["kill-vmm"],
+        by_root: false,
         play: |isolation, stage, _, report| {
             report.take(isolation, "", vec![kill_vmm(stage, &role(isolation, stage, "convert"))?]);
             Ok(())
@@ -95,11 +103,13 @@ const SCENES: &[Scene] = &[
     Scene {
         name: "vmms against their vaults",
         groups: &["vmm-child", "vmm-root", "vmm-apart", "start"],
+        by_root: false,
         play: |isolation, stage, _, report| trust::attack(isolation, stage, report),
     },
     Scene {
         name: "another process of the user",
         groups: &["user"],
+        by_root: false,
         play: |isolation, stage, _, report| {
             if stage.has_user() { beside(isolation, stage, As::User, "user/", report) } else { Ok(()) }
         },
@@ -107,9 +117,8 @@ const SCENES: &[Scene] = &[
     Scene {
         name: "another process of root",
         groups: &["root"],
-        play: |isolation, stage, _, report| {
-            if stage.has_root() { beside(isolation, stage, As::Myself, "root/", report) } else { Ok(()) }
-        },
+        by_root: true,
+        play: |isolation, stage, _, report| beside(isolation, stage, As::Myself, "root/", report),
     },
 ];
 
@@ -159,20 +168,49 @@ fn kill_vmm(stage: &Stage, role: &[String; 3]) -> io::Result<Finding> {
 /// The users and the device, which the first test that runs makes.
 type SharedStage = LazyLock<Stage, Box<dyn FnOnce() -> Stage + Send>>;
 
-/// Plays a scene, if this host offers the isolation.
+/// Plays a scene.
 fn run(scene: &Scene, isolation: Isolation, stage: &Stage, effort: Effort) -> Result<(), Failed> {
     let protection = isolation.protection().ok_or("the library does not have this isolation")?;
-    if let Err(error) = KvmPlatform::open(stage.device(), Some(protection)) {
-        if isolation == Isolation::None && std::env::var_os("CVM_REQUIRE_KVM").is_some() {
-            return Err(format!("{protection}: {error}").into());
-        }
-        eprintln!("SKIPPED: isolation {protection}: {error}");
-        return Ok(());
-    }
+    KvmPlatform::open(stage.device(), Some(protection)).map_err(|error| format!("{protection}: {error}"))?;
     let mut report = Report::default();
     (scene.play)(isolation, stage, effort, &mut report)?;
     report.complete(isolation, stage, scene.groups);
     report.end()
+}
+
+/// Why this host does not offer an isolation.
+fn missing(protection: Protection) -> Option<String> {
+    let offer = KvmPlatform::probe().into_iter().find(|offer| offer.protection == protection);
+    let Some(offer) = offer else { return Some("the library does not have it".into()) };
+    let missing: Vec<_> = offer.missing.iter().map(|missing| missing.what.clone()).collect();
+    (!missing.is_empty()).then(|| missing.join("; "))
+}
+
+/// Whether a host that does not offer an isolation fails the tests: `CVM_REQUIRE_KVM` requires what any KVM offers, and
+/// `CVM_REQUIRE_L1` what the KVM of L1 offers besides.
+fn is_required(isolation: Isolation) -> bool {
+    let variable = if isolation == Isolation::GuestMemfd { "CVM_REQUIRE_L1" } else { "CVM_REQUIRE_KVM" };
+    std::env::var_os(variable).is_some()
+}
+
+/// A scene as a test: ignored, or failed if it is required, where this host does not have what it takes.
+fn trial(
+    scene: &'static Scene,
+    isolation: Isolation,
+    protection: Protection,
+    missing: Option<&str>,
+    stage: &Arc<SharedStage>,
+    effort: Effort,
+) -> Trial {
+    let name = format!("{protection}: {}", scene.name);
+    if let Some(missing) = missing {
+        let reason = format!("{protection} is not offered here: {missing}");
+        let required = is_required(isolation);
+        return Trial::test(name, move || Err(reason.into())).with_ignored_flag(!required);
+    }
+    let stage = Arc::clone(stage);
+    let trial = Trial::test(name, move || run(scene, isolation, &stage, effort));
+    trial.with_ignored_flag(scene.by_root && !rustix::process::geteuid().is_root())
 }
 
 fn main() -> ExitCode {
@@ -195,11 +233,11 @@ fn main() -> ExitCode {
         Trial::test("every row is played in one test", || report::groups(SCENES.iter().flat_map(|scene| scene.groups))),
     ];
     for (isolation, protection) in Isolation::offered() {
-        for scene in SCENES {
-            let stage = Arc::clone(&stage);
-            let name = format!("{protection}: {}", scene.name);
-            trials.push(Trial::test(name, move || run(scene, isolation, &stage, effort)));
+        let missing = missing(protection);
+        if let Some(missing) = &missing {
+            eprintln!("SKIPPED: isolation {protection}: {missing}");
         }
+        trials.extend(SCENES.iter().map(|it| trial(it, isolation, protection, missing.as_deref(), &stage, effort)));
     }
     libtest_mimic::run(&options.harness, trials).exit_code()
 }

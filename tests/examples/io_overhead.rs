@@ -7,7 +7,7 @@ use std::fs;
 /// What both guests of `io_overhead` did, case by case, in a short run.
 fn io_overhead(arguments: &[&str]) -> Value {
     let output = run("io_overhead", &[&["--json", "--ios", "2", "--rounds", "1"], arguments].concat());
-    let json: Value = serde_json::from_str(&stdout(&output))
+    let json = crate::parse(&stdout(&output))
         .unwrap_or_else(|error| panic!("{arguments:?} gave no json: {error}\n{}", stderr(&output)));
     assert!(output.status.success() && json["ok"] == true, "{arguments:?}: {json:#}");
     json

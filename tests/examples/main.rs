@@ -49,10 +49,37 @@ fn stderr(output: &Output) -> String {
     String::from_utf8(output.stderr.clone()).unwrap()
 }
 
+/// Fails for a number that a reader of JSON with floating-point numbers does not keep: such numbers are strings.
+fn assert_exact(json: &Value) {
+    const EXACT: u64 = 1 << 53;
+    match json {
+        Value::Array(values) => values.iter().for_each(assert_exact),
+        Value::Object(fields) => fields.values().for_each(assert_exact),
+        Value::Number(number) if !number.is_f64() => {
+            let magnitude = number.as_u64().or(number.as_i64().map(i64::unsigned_abs));
+            assert!(magnitude.is_some_and(|magnitude| magnitude <= EXACT), "{number} is no string");
+        }
+        _ => {}
+    }
+}
+
+/// What an example printed with `--json`.
+fn parse(printed: &str) -> serde_json::Result<Value> {
+    let json = serde_json::from_str(printed)?;
+    assert_exact(&json);
+    Ok(json)
+}
+
+#[test]
+#[should_panic(expected = "9007199254740993 is no string")]
+fn a_number_that_floating_point_does_not_keep_is_noticed() {
+    assert_exact(&serde_json::json!({ "a": [{ "b": 9_007_199_254_740_993u64 }] }));
+}
+
 /// Boots the tiny guest and returns the JSON and whether the exit status was 0.
 fn boot(arguments: &[&str]) -> (Value, bool) {
     let output = run("boot_tiny_guest", &[arguments, &["--json"]].concat());
-    let json = serde_json::from_str(&stdout(&output)).unwrap_or_else(|error| {
+    let json = parse(&stdout(&output)).unwrap_or_else(|error| {
         panic!("{arguments:?} gave no json: {error}\n{}\n{}", stdout(&output), stderr(&output))
     });
     (json, output.status.success())
@@ -67,7 +94,7 @@ fn boot_well(arguments: &[&str]) -> Value {
 
 /// Whether this host offers a kind of protection.
 fn offered(protection: &str) -> bool {
-    let offers: Value = serde_json::from_str(&stdout(&run("probe", &["--json"]))).unwrap();
+    let offers = parse(&stdout(&run("probe", &["--json"]))).unwrap();
     offers.as_array().unwrap().iter().any(|offer| offer["protection"] == protection && offer["offered"] == true)
 }
 

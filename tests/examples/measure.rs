@@ -1,7 +1,6 @@
 //! `measure`: digests of files.
 
 use crate::{run, stderr, stdout};
-use serde_json::Value;
 use std::fs;
 
 #[test]
@@ -13,7 +12,7 @@ fn measure_prints_the_digest_alone_on_its_last_line_and_says_what_firmware_lacks
     let output = run("measure", &arguments);
     assert_eq!(stdout(&output).lines().last(), Some(digest), "{}", stderr(&output));
     let output = run("measure", &[&arguments[..], &["--json"]].concat());
-    let json: Value = serde_json::from_str(&stdout(&output)).unwrap();
+    let json = crate::parse(&stdout(&output)).unwrap();
     assert_eq!((&json["digest"], &json["firmware"]), (&digest.into(), &"0xffffd000..0x100000000".into()));
 
     let plain = tempfile::NamedTempFile::new().unwrap();
@@ -45,7 +44,7 @@ fn measure_prints_the_digest_alone_on_its_last_line_and_says_what_firmware_lacks
     };
     assert_eq!(of(&[]), of(&["--arguments", "0,0"]));
     let output = run("measure", &["snp", "--elf", elf, "--vcpus", "2", "--json"]);
-    let json: serde_json::Value = serde_json::from_slice(&output.stdout).expect("an object");
+    let json = crate::parse(&crate::stdout(&output)).expect("an object");
     let (config, host_data) = (json["config"].as_str().unwrap(), json["host_data"].as_str().unwrap());
     assert!(config.len() == 96 && host_data.len() == 64 && config.starts_with(host_data), "{json}");
     for more in [&["--arguments", "0,0x1"][..], &["--memory", "32"], &["--msr"], &["--private-bit", "47"]] {

@@ -1,7 +1,6 @@
 //! The examples with little to vary: `minimal_vmm`, `probe`, `boot_igvm`.
 
 use crate::{kvm, run, stderr, stdout};
-use serde_json::Value;
 use std::fs;
 use std::path::Path;
 
@@ -20,7 +19,7 @@ fn the_smallest_vmm_greets_and_is_refused() {
 #[test]
 fn the_probe_names_every_kind_of_protection_and_a_remedy_for_what_lacks() {
     let output = run("probe", &["--json"]);
-    let offers: Value = serde_json::from_str(&stdout(&output)).unwrap();
+    let offers = crate::parse(&stdout(&output)).unwrap();
     let kinds: Vec<_> = offers.as_array().unwrap().iter().map(|offer| offer["protection"].as_str().unwrap()).collect();
     assert_eq!(kinds, ["none", "guest-memfd", "vault", "tdx", "secure-execution", "sev", "sev-es", "sev-snp"]);
     for offer in offers.as_array().unwrap() {

@@ -36,7 +36,7 @@ fn every_way_to_ring_and_to_ask_leads_to_the_same() {
         let arguments = ["--doorbell", doorbell, "--transport", "hypercall", "--json", "--timeout", "240"];
         let output = run("boot_tiny_guest", &arguments);
         if output.status.success() {
-            let json: Value = serde_json::from_str(&stdout(&output)).unwrap();
+            let json = crate::parse(&stdout(&output)).unwrap();
             assert_eq!((&json["transport"], &json["ok"]), (&"hypercall".into(), &true.into()));
         } else {
             assert!(stderr(&output).contains("hypercalls do not work on this kvm"), "{}", stderr(&output));
@@ -114,7 +114,7 @@ fn hardware_that_the_host_lacks_is_refused_with_what_lacks_and_how_to_see_it_all
             assert_eq!(json["checks"].as_array().unwrap().len(), checks);
             if platform == "snp" {
                 let image = concat!(env!("CARGO_MANIFEST_DIR"), "/guests/tiny/tiny-guest.elf");
-                let given = format!("0,{}", json["nonce"]);
+                let given = format!("0,{}", json["nonce"].as_str().unwrap());
                 let output = run("measure", &["snp", "--elf", image, "--vcpus", "2", "--arguments", &given]);
                 assert_eq!(stdout(&output).lines().last(), json["measurement"].as_str(), "{}", stderr(&output));
             }
@@ -234,7 +234,7 @@ fn a_vault_that_is_killed_is_named_as_the_cause_and_the_rest_is_still_reported()
         }
         let output = vmm.wait_with_output().unwrap();
         assert!(!output.status.success());
-        let Ok(json) = serde_json::from_str::<Value>(&stdout(&output)) else { continue };
+        let Ok(json) = crate::parse(&stdout(&output)) else { continue };
         assert!(json["ends"][0].as_str().unwrap().contains("the vault is dead"), "{json:#}");
         assert!(json["memory"]["error"].as_str().unwrap().contains("the vault is dead"), "{json:#}");
         assert!(json["measurement"].is_string() && json["checks"].is_array(), "{json:#}");
