@@ -5,7 +5,10 @@ use crate::local::apic_lacks;
 use crate::policy::Facts;
 use cvm_core::launch::VmConfig;
 use cvm_core::{Error as CoreError, InterruptController, Policy};
-use kvm_bindings::{CpuId, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_VM_TYPES, KVM_MAX_CPUID_ENTRIES};
+use kvm_bindings::{
+    CpuId, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_GUEST_MEMFD, KVM_CAP_VM_TYPES, KVM_MAX_CPUID_ENTRIES,
+    KVM_X86_SW_PROTECTED_VM,
+};
 use kvm_ioctls::{Kvm, VmFd};
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
@@ -100,8 +103,27 @@ impl Host {
 
     /// What KVM says of a capability (Linux include/uapi/linux/kvm.h); 0 if it has none of it, or does not say.
     pub(crate) fn capability(&self, capability: u32) -> u32 {
+        self.ask_capability(capability).unwrap_or(0)
+    }
+
+    /// What KVM says of a capability (Linux include/uapi/linux/kvm.h); 0 if it has none of it.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`] if KVM does not say.
+    fn ask_capability(&self, capability: u32) -> Result<u32, Error> {
+        let answer = self.kvm.check_extension_raw(capability.into());
         // A call that fails gives -1, in which every bit is set.
-        self.kvm.check_extension_raw(capability.into()).try_into().unwrap_or(0)
+        u32::try_from(answer).map_err(|_| Error::kvm("say what it can do")(kvm_ioctls::Error::last()))
+    }
+
+    /// Whether KVM has VMs whose private memory is a guest_memfd. It decides who can read a guest's memory, so a KVM that does
+    /// not say is no KVM without them.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`] if KVM does not say.
+    pub(crate) fn has_guest_memfd(&self) -> Result<bool, Error> {
+        let vm_types = self.ask_capability(KVM_CAP_VM_TYPES)?;
+        Ok(vm_types >> KVM_X86_SW_PROTECTED_VM & 1 == 1 && self.ask_capability(KVM_CAP_GUEST_MEMFD)? != 0)
     }
 
     /// Whether KVM has VMs of this type (`KVM_CAP_VM_TYPES`).

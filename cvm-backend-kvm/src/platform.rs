@@ -71,10 +71,10 @@ impl KvmPlatform {
             Some(Protection::Vault) => local.with_vault(Program::find()?),
             Some(Protection::None) => Ok(Self { isolation: Isolation::None, ..local }),
             Some(Protection::GuestMemfd) => {
-                let lacks = probe::guest_memfd(&local.host).missing;
-                if lacks.is_empty() {
-                    return Ok(Self { isolation: Isolation::GuestMemfd, ..local });
+                if local.isolation == Isolation::GuestMemfd {
+                    return Ok(local);
                 }
+                let lacks = probe::guest_memfd(&local.host).missing;
                 let what = lacks.into_iter().map(|missing| missing.what).collect::<Vec<_>>().join("; ");
                 Err(Error::NotOffered { protection: Protection::GuestMemfd, what })
             }
@@ -85,8 +85,7 @@ impl KvmPlatform {
     /// The platform behind the KVM device at `path`, for VMs of this process, with the strongest protection from it.
     pub(crate) fn local(path: &Path) -> Result<Self, Error> {
         let host = Host::open(path)?;
-        let lacks = probe::guest_memfd(&host).missing;
-        let isolation = if lacks.is_empty() { Isolation::GuestMemfd } else { Isolation::None };
+        let isolation = if host.has_guest_memfd()? { Isolation::GuestMemfd } else { Isolation::None };
         Ok(Self {
             device: path.to_owned(),
             host,

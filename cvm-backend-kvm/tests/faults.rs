@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use rustix::process::{WaitId, WaitIdOptions, waitid};
 use std::fs;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -100,6 +101,38 @@ fn sweep(protection: Protection, work: impl Fn(Protection) -> Result<(), BoxErro
     assert!(failures > 20, "of {calls} calls only {failures} were errors");
 }
 
+/// Only one test at a time counts files, threads and processes.
+static ALONE: Mutex<()> = Mutex::new(());
+
+#[test]
+fn a_platform_is_not_opened_while_kvm_does_not_say_what_isolates_its_guests() {
+    if kvm().is_none() {
+        return;
+    }
+    if let Err(why) = available() {
+        return skip(&why);
+    }
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let open = || open(Protection::None).map(drop).map_err(|error| chain(&*error));
+    let (mut refused, mut opened) = (0, 0);
+    for nth in 0..with_fault(None, open).unwrap().calls {
+        let outcome = with_fault(Some(Fault { nth, errno: FAULT }), open).unwrap();
+        if outcome.failed.as_deref() != Some(CHECK_EXTENSION) {
+            continue;
+        }
+        match outcome.result.expect("no panic") {
+            Err(error) => {
+                assert!(error.contains(&format!("os error {FAULT}")), "{error}");
+                refused += 1;
+            }
+            Ok(()) => opened += 1,
+        }
+    }
+    // Performance counters that KVM does not tell of are ones that it cannot leave out: a policy about them is refused.
+    assert_eq!(opened, 1, "and {refused} times it was refused");
+    assert!(refused > 0);
+}
+
 #[test]
 fn a_call_that_fails_is_an_error_that_says_so_and_leaves_nothing() {
     if kvm().is_none() {
@@ -108,6 +141,7 @@ fn a_call_that_fails_is_an_error_that_says_so_and_leaves_nothing() {
     if let Err(why) = available() {
         return skip(&why);
     }
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     sweep(isolation(), launch_and_run);
     // Where vaults are tested, this was a part of it.
     if isolation() != Protection::Vault {

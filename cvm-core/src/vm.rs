@@ -138,7 +138,9 @@ pub trait Vm: Send + Sync {
     fn doorbell_fd(&self, register: u16) -> Result<OwnedFd, Error>;
 
     /// An eventfd whose every write raises the edge-triggered interrupt `vector` on vCPU `vcpu`, and wakes it if it has
-    /// halted. It does not block. Each call for the same interrupt returns the same eventfd.
+    /// halted. It does not block. Each call for the same interrupt returns the same eventfd: the descriptors share one open
+    /// file description, and so `O_NONBLOCK`. A holder that clears the flag makes the writes of all others block while
+    /// the counter is full.
     ///
     /// The interrupt guard decides here: that the guest accepts the vector now is enough for all writes to come, as no
     /// guest takes an acceptance back. Where it accepts only so many interrupts in a second, the guard decides at each

@@ -86,6 +86,13 @@ impl Exchange {
     }
 }
 
+/// Waits for the end of a child that was killed, and reaps it; false if it does not end in time.
+fn reap(process: BorrowedFd<'_>, limit: Duration) -> bool {
+    // A pidfd is readable once its process has ended.
+    let has_ended = socket::await_readable(process, limit).unwrap_or(false);
+    has_ended && waitid(WaitId::PidFd(process), WaitIdOptions::EXITED | WaitIdOptions::NOHANG).is_ok()
+}
+
 impl Connection {
     /// The connection to the vault at the other end of `socket`, which `process` leads to if this process may kill it.
     pub(super) fn new(socket: OwnedFd, process: Option<OwnedFd>, pages: Pages, deadline: Duration) -> Self {
@@ -125,9 +132,7 @@ impl Connection {
     /// Ends a vault that no thread waits for, and reaps its process.
     pub(super) fn end_unwatched(&self) {
         self.end();
-        // A child that was killed before it has a VM ends at once.
-        let process = self.process.as_ref().map(|process| WaitId::PidFd(process.as_fd()));
-        let _ = process.map(|process| waitid(process, WaitIdOptions::EXITED));
+        let _ = self.process.as_ref().map(|process| reap(process.as_fd(), self.deadline));
     }
 
     fn is_over(&self) -> bool {
@@ -197,8 +202,12 @@ impl Connection {
 
     /// Waits for the report with this number.
     fn receive(&self, sequence: u32, operation: &'static str) -> Result<Report, Error> {
-        let hear = Error::vault("hear from it");
-        match socket::await_message(&self.socket, self.deadline) {
+        // The report may come later, and must not be taken for that of the next order.
+        let hear = |source| {
+            self.give_up("it was given up because its report could not be read".into());
+            Error::vault("report")(source)
+        };
+        match socket::await_readable(&self.socket, self.deadline) {
             Ok(true) => {}
             Ok(false) => return Err(self.overdue(operation)),
             Err(source) => return Err(hear(source)),
@@ -230,20 +239,22 @@ impl Connection {
     /// Gives an order, and waits for the report.
     pub(super) fn order(&self, order: &Order, descriptors: &[BorrowedFd<'_>]) -> Result<Report, Error> {
         let mut last = lock(&self.last);
-        *last = last.wrapping_add(1);
-        match socket::send(&self.socket, *last, order.encode(), descriptors) {
-            Ok(()) => {}
+        // An order that could not be sent has no number: the vault counts those that it gets.
+        let sequence = last.wrapping_add(1);
+        match socket::send(&self.socket, sequence, order.encode(), descriptors) {
+            Ok(()) => *last = sequence,
             Err(error) if [ErrorKind::BrokenPipe, ErrorKind::ConnectionReset].contains(&error.kind()) => {
                 return Err(self.dead());
             }
-            // It has reported on each order before this one, so there is room for this one if it took them.
+            // A report follows the order that was taken from the socket, so an honest vault leaves room for the next order:
+            // there is nothing to wait for.
             Err(source) if source.kind() == ErrorKind::WouldBlock => {
                 self.give_up("it was given up because it does not take its orders".into());
                 return Err(Error::vault("take an order")(source));
             }
             Err(source) => return Err(Error::vault("order something")(source)),
         }
-        match self.receive(*last, order.name())? {
+        match self.receive(sequence, order.name())? {
             Report::Failed(reason) => Err(Error::VaultRefused { reason }),
             report => Ok(report),
         }

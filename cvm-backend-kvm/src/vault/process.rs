@@ -62,7 +62,7 @@ fn connect(path: &Path, deadline: Duration) -> Result<OwnedFd, Error> {
 
 /// The process that has started to serve this connection, by its greeting, which stays to be read.
 fn identify(socket: &OwnedFd, path: &Path, deadline: Duration) -> Result<Peer, Error> {
-    if !socket::await_message(socket, deadline).map_err(Error::vault("wait for its greeting"))? {
+    if !socket::await_readable(socket, deadline).map_err(Error::vault("wait for its greeting"))? {
         return Err(Error::VaultOverdue { operation: GREET, waited: deadline });
     }
     let peer = credentials::of_next_message(socket.as_fd()).map_err(Error::vault("say who it is"))?;

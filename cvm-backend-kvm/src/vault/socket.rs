@@ -69,8 +69,12 @@ pub(super) fn send(
         return Err(io::ErrorKind::InvalidInput.into());
     }
     let parts = [IoSlice::new(message.as_bytes()), IoSlice::new(text.as_bytes())];
-    sendmsg(socket, &parts, &mut ancillary, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?;
-    Ok(())
+    loop {
+        match sendmsg(&socket, &parts, &mut ancillary, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            Err(Errno::INTR) => {}
+            sent => return Ok(sent.map(drop)?),
+        }
+    }
 }
 
 /// Whether descriptors may come with a message.
@@ -82,8 +86,8 @@ pub(super) enum Descriptors {
     Some,
 }
 
-/// Waits until there is a message or the other end is gone; false if neither comes in time.
-pub(super) fn await_message(socket: impl AsFd, limit: Duration) -> io::Result<bool> {
+/// Waits until there is something to read or the other end is gone; false if neither comes in time.
+pub(super) fn await_readable(socket: impl AsFd, limit: Duration) -> io::Result<bool> {
     let mut patience = Patience::new(limit);
     while let Ok(slice) = patience.slice(Instant::now()) {
         match poll(&mut [PollFd::new(&socket, PollFlags::IN)], Timespec::try_from(slice).ok().as_ref()) {

@@ -209,3 +209,39 @@ fn the_wait_for_the_end_of_a_vault_that_does_not_end_is_over_by_the_deadline() {
     connection.has_ended("a status".into());
     assert_eq!(connection.await_end().as_deref(), Some("a status"));
 }
+
+#[test]
+fn an_order_that_cannot_be_sent_does_not_take_a_number() {
+    let (connection, theirs) = connect(SOON);
+    let too_many = [theirs.as_fd(); 4 * socket::MOST_DESCRIPTORS];
+    let outcome = connection.order(&Order::Count, &too_many);
+    assert!(matches!(outcome, Err(Error::Vault { step: "order something", .. })), "{outcome:?}");
+    // Nothing answers the next one, which has the first number all the same.
+    connection.order(&Order::Count, &[]).unwrap_err();
+    let received = socket::receive(&theirs, Descriptors::Some).unwrap().expect("the order");
+    assert_eq!(received.message.sequence, 1);
+}
+
+#[test]
+fn a_vault_whose_report_cannot_be_read_is_given_up() {
+    // A pipe is readable, and is no socket.
+    let (reader, writer) = std::io::pipe().unwrap();
+    rustix::io::write(&writer, &[0]).unwrap();
+    let pages = Pages::map(&Backing::new("cvm-pages", Pages::bytes(1)).unwrap(), 1).unwrap();
+    let connection = Connection::new(reader.into(), None, pages, LATE);
+    let outcome = connection.await_greeting();
+    assert!(matches!(outcome, Err(Error::Vault { step: "report", .. })), "{outcome:?}");
+    let error = connection.ask(0, &requests()[0]).unwrap_err();
+    assert!(matches!(&error, Error::VaultDied { status } if status.contains("could not be read")), "{error}");
+}
+
+#[test]
+fn the_wait_for_a_child_that_does_not_end_is_over_by_the_deadline_and_one_that_ends_is_reaped() {
+    let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+    let pid = rustix::process::Pid::from_child(&child);
+    let process = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
+    assert!(!reap(process.as_fd(), SOON));
+    child.kill().unwrap();
+    assert!(reap(process.as_fd(), LATE));
+    assert_eq!(child.wait().unwrap_err().raw_os_error(), Some(libc::ECHILD));
+}
