@@ -125,7 +125,10 @@ fn load_tables<P: Platform>(bench: &Bench<'_, P>, launch: &mut Launch<P::Loader>
     launch.load(Gpa(HANDLERS), &handlers, PageKind::Measured)
 }
 
-/// A handler, which ends the interrupt if an APIC waits for that.
+/// The opcode of `hlt`.
+const HLT: u32 = 0xf4;
+
+/// A handler, which skips a `hlt` that the interrupt came before, and ends the interrupt if an APIC waits for that.
 fn handle(a: &mut Assembler, vector: u8, ends: bool) -> Result<(), IcedError> {
     let clobbered = [rax, rbx, rcx, rdx, r14, r15];
     for register in clobbered {
@@ -142,6 +145,17 @@ fn handle(a: &mut Assembler, vector: u8, ends: bool) -> Result<(), IcedError> {
         a.xor(eax, eax)?;
         a.xor(edx, edx)?;
         a.msr_out(EOI)?;
+    }
+    if vector != FAULT {
+        // Software that emulates SVM (QEMU's TCG up to now) forgets on an exit that `sti` holds interrupts back for one more
+        // instruction. An interrupt that comes before the `hlt` of `halt` would leave the guest halted for ever.
+        let interrupted_at = clobbered.len() * size_of::<u64>();
+        let mut done = a.create_label();
+        a.mov(rax, qword_ptr(rsp + interrupted_at))?;
+        a.cmp(byte_ptr(rax), HLT)?;
+        a.jne(done)?;
+        a.inc(qword_ptr(rsp + interrupted_at))?;
+        a.set_label(&mut done)?;
     }
     for register in clobbered.into_iter().rev() {
         a.pop(register)?;
