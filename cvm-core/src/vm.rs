@@ -220,7 +220,7 @@ pub trait Kick: Send + Sync {
 }
 
 #[derive(Debug, Default)]
-struct Leash {
+struct WatchdogState {
     released: bool,
     fired: bool,
 }
@@ -228,7 +228,7 @@ struct Leash {
 /// Kicks vCPUs when a time is over, so that a guest which spins does not hold its VMM forever.
 #[derive(Debug)]
 pub struct Watchdog {
-    leash: Arc<(Mutex<Leash>, Condvar)>,
+    state: Arc<(Mutex<WatchdogState>, Condvar)>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -239,11 +239,11 @@ impl Watchdog {
     /// # Errors
     /// If there can be no more threads.
     pub fn new(limit: Duration, vcpus: Vec<Arc<dyn Kick>>) -> std::io::Result<Self> {
-        let leash = Arc::<(Mutex<Leash>, Condvar)>::default();
-        let theirs = Arc::clone(&leash);
+        let state = Arc::<(Mutex<WatchdogState>, Condvar)>::default();
+        let shared = Arc::clone(&state);
         let end = Instant::now().checked_add(limit);
         let thread = std::thread::Builder::new().name("vm-watchdog".into()).spawn(move || {
-            let (state, wake) = &*theirs;
+            let (state, wake) = &*shared;
             let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
             while !state.released {
                 let left = end.map_or(Duration::MAX, |end| end.saturating_duration_since(Instant::now()));
@@ -255,19 +255,19 @@ impl Watchdog {
                 state = wake.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
             }
         })?;
-        Ok(Self { leash, thread: Some(thread) })
+        Ok(Self { state, thread: Some(thread) })
     }
 
     /// Whether the time was over.
     pub fn fired(&self) -> bool {
-        self.leash.0.lock().unwrap_or_else(PoisonError::into_inner).fired
+        self.state.0.lock().unwrap_or_else(PoisonError::into_inner).fired
     }
 }
 
 impl Drop for Watchdog {
     fn drop(&mut self) {
-        self.leash.0.lock().unwrap_or_else(PoisonError::into_inner).released = true;
-        self.leash.1.notify_all();
+        self.state.0.lock().unwrap_or_else(PoisonError::into_inner).released = true;
+        self.state.1.notify_all();
         if let Some(thread) = self.thread.take() {
             // It cannot have panicked but inside a kick, and then there is nothing to be done about it here.
             let _ = thread.join();
