@@ -20,7 +20,8 @@ use std::process;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// How many orders and requests that no honest VMM makes a vault refuses before it ends.
+/// How many messages that no honest VMM sends a vault refuses before it ends. An order that is understood and merely fails, such as
+/// one for more memory than the host has, costs nothing.
 const REFUSALS: u32 = 1 << 12;
 
 /// How many more refusals there will be. An honest VMM uses none up, so that it needs no refill.
