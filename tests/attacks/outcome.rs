@@ -42,6 +42,8 @@ pub enum Observed {
     Absent(String),
     /// This machine's KVM cannot do it, where others can.
     Unable(String),
+    /// The kernel is built without the system call that the attack is made of (ENOSYS).
+    NoSuchCall,
 }
 
 impl fmt::Display for Observed {
@@ -51,6 +53,7 @@ impl fmt::Display for Observed {
             Self::Refused(with) => write!(f, "refused: {with}"),
             Self::Absent(why) => write!(f, "nothing to attack: {why}"),
             Self::Unable(why) => write!(f, "not possible here: {why}"),
+            Self::NoSuchCall => f.write_str("this kernel is built without the system call"),
         }
     }
 }
@@ -94,6 +97,8 @@ impl Row {
             (Outcome::Open(_), Observed::Got(_)) => Ok(()),
             // A refusal that was not tried is none.
             (Outcome::Open(_), Observed::Unable(_)) => Ok(()),
+            // The attack does not exist on such a kernel, for any attacker.
+            (_, Observed::NoSuchCall) => Ok(()),
             (Outcome::Absent(_), Observed::Absent(_)) => Ok(()),
             (Outcome::OpenInFile(_), Observed::Got(_)) if !guest_memfd() => Ok(()),
             (Outcome::OpenInFile(_), Observed::Refused(seen)) if guest_memfd() && seen == "not found" => Ok(()),

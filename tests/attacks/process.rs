@@ -92,7 +92,7 @@ pub const ATTACKS: &[(&str, Attack)] = &[
 /// All of them, by name.
 pub fn all(victim: Victim) -> impl Iterator<Item = (&'static str, Observed)> {
     let failed = |error: io::Error| match error.raw_os_error() {
-        Some(libc::ENOSYS) => Observed::Unable("the kernel has no such call".into()),
+        Some(libc::ENOSYS) => Observed::NoSuchCall,
         _ => Observed::Refused(sys::name(&error)),
     };
     ATTACKS.iter().map(move |(name, attack)| (*name, attack(victim).unwrap_or_else(failed)))

@@ -57,7 +57,9 @@ impl Report {
                 continue;
             };
             match row.judge(isolation, table.party, &observed) {
-                Ok(()) if matches!(observed, Observed::Unable(_)) => eprintln!("SKIPPED: {id}: {observed}"),
+                Ok(()) if matches!(observed, Observed::Unable(_) | Observed::NoSuchCall) => {
+                    eprintln!("SKIPPED: {id}: {observed}")
+                }
                 Ok(()) => {}
                 Err(why) => self.fail(format!("{isolation:?}: {id}: {why}")),
             }
