@@ -98,13 +98,18 @@ fn descriptors_that_do_not_belong_are_refused() {
     let Some(_vaults) = vaults() else { return };
     let mut vault = Vault::start();
     let null = File::open("/dev/null").unwrap();
-    let before = fs::read_dir(format!("/proc/{}/fd", vault.process.id())).map(Iterator::count).ok();
+    // Only root can look into a vault.
+    let is_root = rustix::process::geteuid().is_root();
+    let held = |vault: &Vault| fs::read_dir(format!("/proc/{}/fd", vault.process.id())).map(Iterator::count);
+    let before = is_root.then(|| held(&vault).unwrap());
     for _ in 0..4 {
         let heard = vault.order_with(&Order::Slot(range(0, 1)), &[null.as_fd()]);
         assert!(matches!(heard, Heard::Report(Report::Failed(_))), "{heard:?}");
     }
-    let after = fs::read_dir(format!("/proc/{}/fd", vault.process.id())).map(Iterator::count).ok();
-    assert_eq!(after, before, "it has kept what it refused");
+    match before {
+        Some(before) => assert_eq!(held(&vault).unwrap(), before, "the vault has kept a descriptor that it refused"),
+        None => eprintln!("SKIPPED: whether the vault keeps a descriptor that it refused, which only root can see"),
+    }
 }
 
 #[test]
