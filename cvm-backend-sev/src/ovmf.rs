@@ -10,6 +10,7 @@ use crate::kernel::TABLE_BYTES;
 use crate::{Error, PageType};
 use cvm_core::{Gpa, GpaRange, PAGE_SIZE};
 use std::fmt;
+use zerocopy::{TryFromBytes, try_transmute};
 
 /// The end of an image's place in memory.
 const END: u64 = 1 << 32;
@@ -34,7 +35,7 @@ const METADATA_HEADER: usize = 16;
 const SECTION: usize = 12;
 
 /// What a section of memory is for. The numbers are those of the metadata.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, TryFromBytes)]
 #[repr(u32)]
 pub enum SectionKind {
     /// Memory that the firmware needs before it can accept any itself.
@@ -143,11 +144,6 @@ impl fmt::Debug for Firmware<'_> {
 }
 
 impl SectionKind {
-    fn from_u32(kind: u32) -> Option<Self> {
-        use SectionKind::{Cpuid, KernelHashes, Memory, Secrets, SvsmCallingArea};
-        [Memory, Secrets, Cpuid, SvsmCallingArea, KernelHashes].into_iter().find(|known| *known as u32 == kind)
-    }
-
     /// What its pages are to the measurement, where no VMM or kernel decides otherwise.
     pub fn page_type(self) -> PageType {
         match self {
@@ -239,8 +235,7 @@ fn sections(image: &[u8], from_end: u32, firmware: GpaRange) -> Result<Vec<Secti
     let mut sections = Vec::with_capacity(count);
     for at in (start + METADATA_HEADER..).step_by(SECTION).take(count) {
         let (gpa, len, kind) = (number(at)?, number(at + 4)?, number(at + 8)?);
-        let kind =
-            SectionKind::from_u32(kind).ok_or_else(|| damaged(at + 8, format!("a section of kind {kind:#x}")))?;
+        let kind = try_transmute!(kind).map_err(|_| damaged(at + 8, format!("a section of kind {kind:#x}")))?;
         let one = !matches!(kind, SectionKind::Memory | SectionKind::SvsmCallingArea);
         if one && u64::from(len) != PAGE_SIZE {
             return Err(damaged(at + 4, format!("the section {kind:?} is one page, not {len:#x} bytes at {gpa:#x}")));

@@ -3,7 +3,7 @@
 //! It is a measured page. The first vCPU state passes its GPA in RSI, and the vCPU's index in RDI.
 
 use crate::doorbell::{Doorbell, Transport};
-use zerocopy::{FromBytes, Immutable, KnownLayout};
+use zerocopy::{FromBytes, Immutable, KnownLayout, TryFromBytes, try_transmute};
 
 /// The first field of a boot page: "CVMBOOT1" in ASCII, little endian.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"CVMBOOT1");
@@ -15,7 +15,7 @@ pub const MAX_RANGES: usize = 8;
 pub const ALL_ACCEPTED: u64 = u64::MAX;
 
 /// How a guest's exits reach its host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, TryFromBytes)]
 #[repr(u32)]
 pub enum Exits {
     /// By themselves: the host sees the operands of the instruction.
@@ -27,7 +27,7 @@ pub enum Exits {
 
 /// What fresh memory contains: private memory that nobody has written to since it became private. That is memory which was
 /// not loaded, once it is accepted where that is necessary, and memory which was shared and has become private.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, TryFromBytes)]
 #[repr(u64)]
 pub enum FreshMemory {
     /// Zeros.
@@ -128,18 +128,17 @@ pub const BOOT_PAGE_LEN: usize = size_of::<BootPage>();
 impl BootPage {
     /// The doorbell, if the number stands for one.
     pub fn doorbell(&self) -> Option<Doorbell> {
-        [Doorbell::Port, Doorbell::Msr].into_iter().find(|d| *d as u32 == self.doorbell)
+        try_transmute!(self.doorbell).ok()
     }
 
     /// The transport of conversions, if the number stands for one.
     pub fn transport(&self) -> Option<Transport> {
-        let transports = [Transport::Doorbell, Transport::Hypercall, Transport::PageState];
-        transports.into_iter().find(|transport| *transport as u32 == self.transport)
+        try_transmute!(self.transport).ok()
     }
 
     /// What fresh memory contains, if the number stands for that.
     pub fn fresh_memory(&self) -> Option<FreshMemory> {
-        [FreshMemory::Zero, FreshMemory::Undefined].into_iter().find(|it| *it as u64 == self.fresh_memory)
+        try_transmute!(self.fresh_memory).ok()
     }
 
     /// Its bytes as guests on x86-64 find them: little endian, on hosts of either byte order.
@@ -182,7 +181,7 @@ impl BootPage {
 
     /// The way of exits, if the number stands for one.
     pub fn exits(&self) -> Option<Exits> {
-        [Exits::Direct, Exits::Ghcb].into_iter().find(|exits| *exits as u32 == self.exits)
+        try_transmute!(self.exits).ok()
     }
 }
 

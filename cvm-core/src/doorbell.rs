@@ -13,6 +13,7 @@
 
 #[cfg(feature = "std")]
 use crate::{Answer, ConversionRequest, Error, Exit, Gpa, PAGE_SIZE, Side};
+use zerocopy::TryFromBytes;
 
 /// The first port of the register space. Above the ports that PCs use, below the end of the 64 Ki ports.
 pub const PORT_BASE: u16 = 0xa000;
@@ -64,7 +65,7 @@ pub mod control {
 }
 
 /// Which instructions reach the register space.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, TryFromBytes)]
 #[repr(u32)]
 pub enum Doorbell {
     /// `in` and `out`.
@@ -83,7 +84,7 @@ pub enum Trigger {
 }
 
 /// How a guest asks for conversions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, TryFromBytes)]
 #[repr(u32)]
 pub enum Transport {
     /// By the control registers behind the doorbell.

@@ -1,9 +1,10 @@
 //! The two sides of guest memory, and what a guest is told when it asks to move a page between them.
 
 use core::fmt;
+use zerocopy::{TryFromBytes, try_transmute};
 
 /// Whom a page belongs to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, TryFromBytes)]
 #[repr(u32)]
 pub enum Side {
     /// The guest alone.
@@ -21,13 +22,9 @@ impl Side {
         }
     }
 
-    /// The side that a number on the wire stands for.
-    pub const fn from_u32(raw: u32) -> Option<Self> {
-        match raw {
-            0 => Some(Self::Private),
-            1 => Some(Self::Shared),
-            _ => None,
-        }
+    /// The visibility that a number on the wire stands for.
+    pub fn from_u32(raw: u32) -> Option<Self> {
+        try_transmute!(raw).ok()
     }
 }
 
@@ -41,7 +38,7 @@ impl fmt::Display for Side {
 }
 
 /// What a guest hears about its conversion request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, TryFromBytes)]
 #[repr(u32)]
 pub enum Answer {
     /// Every page of the range is on the side that was asked for.
@@ -54,12 +51,7 @@ pub enum Answer {
 
 impl Answer {
     /// The answer that a number on the wire stands for.
-    pub const fn from_u32(raw: u32) -> Option<Self> {
-        match raw {
-            0 => Some(Self::Done),
-            1 => Some(Self::Invalid),
-            2 => Some(Self::Retry),
-            _ => None,
-        }
+    pub fn from_u32(raw: u32) -> Option<Self> {
+        try_transmute!(raw).ok()
     }
 }
