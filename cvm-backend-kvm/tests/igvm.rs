@@ -3,9 +3,11 @@
 mod common;
 
 use common::{CODE, DATA, Guest, MEMORY, TABLES, assemble, config, kvm};
+use cvm_backend_kvm::KvmPlatform;
 use cvm_core::igvm::{IgvmError, IgvmImage, native_page};
+use cvm_core::platform::Offer;
 use cvm_core::x86::{Segment, VcpuState, identity_map};
-use cvm_core::{Error, Gpa, PAGE_SIZE, PageState, Platform, Side, Vm, VmConfig};
+use cvm_core::{Error, Gpa, PAGE_SIZE, PageState, Platform, Protection, Side, Vm, VmConfig};
 use iced_x86::code_asm::*;
 use igvm::{Arch, IgvmDirectiveHeader, IgvmFile, IgvmPlatformHeader, IgvmRevision};
 use igvm_defs::{
@@ -40,7 +42,7 @@ fn code(config: &VmConfig) -> Vec<u8> {
 }
 
 /// A guest that reports the registers that it starts with, and ends.
-fn code_of_registers(config: &VmConfig) -> Vec<u8> {
+fn code_of_registers(config: &VmConfig, reads_cr4: bool) -> Vec<u8> {
     const EFER: u32 = 0xc000_0080;
     assemble(config, CODE, |a| {
         // Before anything that changes flags or other registers.
@@ -53,8 +55,10 @@ fn code_of_registers(config: &VmConfig) -> Vec<u8> {
         }
         a.mov(rax, cr0)?;
         a.report()?;
-        a.mov(rax, cr4)?;
-        a.report()?;
+        if reads_cr4 {
+            a.mov(rax, cr4)?;
+            a.report()?;
+        }
         a.mov(ecx, EFER)?;
         a.rdmsr()?;
         a.report()?;
@@ -145,7 +149,15 @@ fn a_guest_from_a_file_finds_its_pages_its_state_and_what_it_asked_for() {
 fn a_vcpu_starts_from_the_state_in_the_file() {
     let Some(platform) = kvm() else { return };
     let config = config(1);
-    let code = code_of_registers(&config);
+    // KVM intercepts reads of CR4. Where the processor does not decode the instruction, KVM fetches it, and from private memory in a
+    // guest_memfd it cannot.
+    let offers = KvmPlatform::probe();
+    let has_guest_memfd = |offer: &Offer| offer.protection == Protection::GuestMemfd && offer.missing.is_empty();
+    let reads_cr4 = platform.protection() == Protection::None || !offers.iter().any(has_guest_memfd);
+    if !reads_cr4 {
+        eprintln!("SKIPPED: CR4 of a guest whose private memory is in a guest_memfd");
+    }
+    let code = code_of_registers(&config, reads_cr4);
     // As tools write them that build files for services in the guest: other control bits, limits of 0 and so on.
     let wide = Segment { attributes: 0xa093, ..STATE.data };
     for state in [
@@ -168,7 +180,8 @@ fn a_vcpu_starts_from_the_state_in_the_file() {
         let registers = [state.rax_to_rbx[0], state.r8_to_r15[0], state.r8_to_r15[7], state.rflags, state.cr0];
         let [gdt, idt] = [(state.gdt_base, state.gdt_limit), (state.idt_base, state.idt_limit)]
             .map(|(base, limit)| [base << 16 | u64::from(limit), base]);
-        let expected = [&registers[..], &[state.cr4, state.efer], &gdt, &idt, &selectors].concat();
+        let control: &[u64] = if reads_cr4 { &[state.cr4] } else { &[] };
+        let expected = [&registers[..], control, &[state.efer], &gdt, &idt, &selectors].concat();
         for (index, register) in expected.into_iter().enumerate() {
             assert_eq!(guest.report(), register as u32, "register {index} of {state:x?}");
         }
