@@ -7,7 +7,7 @@ use crate::digest::{LaunchDigest, VMSA_GPA, pages};
 use crate::id_block::{self, AUTH_BYTES, KEY_BYTES, SIGNATURE_BYTES};
 use crate::snp::page_type;
 use crate::{Error, IdAuth, IdBlock, PageType, SevFeatures, SnpPolicy, Vmsa, vmsa};
-use cvm_core::igvm::{Context, Directive, Igvm, IgvmError, IgvmImage, IgvmPlatform, difference};
+use cvm_core::igvm::{Context, Directive, Igvm, IgvmError, IgvmImage, IgvmPlatform, difference, possible};
 use cvm_core::x86::save_area::{self, at};
 use cvm_core::{Measurement, PAGE_SIZE, PageKind};
 use sha2::{Digest, Sha384};
@@ -93,12 +93,8 @@ pub fn image(igvm: Igvm<'_>) -> Result<IgvmImage<'_>, Error> {
     IgvmImage::new(igvm, |context: &Context<'_>| {
         let state = save_area::state(context.contents);
         difference(context, Vmsa::of(&state, features).as_bytes(), &vmsa::FIELDS)?;
-        state.check().map_err(|field| {
-            let names = [("code attributes", at::CS), ("data attributes", at::DS)].into_iter();
-            let mut names = names.chain(vmsa::FIELDS.iter().map(|(at, name)| (*name, *at)));
-            let at = names.find(|(name, _)| *name == field).map_or(0, |(_, at)| at);
-            IgvmError::State { vcpu: context.vcpu.into(), field, at }
-        })?;
+        let attributes = [(at::CS, "code attributes"), (at::DS, "data attributes")];
+        possible(context, &state, attributes.into_iter().chain(vmsa::FIELDS))?;
         Ok(state)
     })
 }

@@ -12,7 +12,7 @@ mod image;
 mod native;
 mod reader;
 
-pub use image::{IgvmImage, difference};
+pub use image::{IgvmImage, difference, possible};
 pub use native::native_page;
 
 use crate::{Gpa, GpaRange, PAGE_SIZE, PageKind};

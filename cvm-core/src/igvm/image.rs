@@ -66,6 +66,21 @@ impl<'a> IgvmImage<'a> {
     }
 }
 
+/// Checks that a processor can have the state that a vCPU has in a file, whose `fields` are there with their offsets.
+///
+/// # Errors
+/// [`IgvmError::State`] with the first field that no processor has so.
+pub fn possible(
+    context: &Context<'_>,
+    state: &VcpuState,
+    fields: impl IntoIterator<Item = (usize, &'static str)>,
+) -> Result<(), IgvmError> {
+    state.check().map_err(|field| {
+        let at = fields.into_iter().find(|(_, name)| *name == field).map_or(0, |(at, _)| at);
+        IgvmError::State { vcpu: context.vcpu.into(), field, at }
+    })
+}
+
 /// Checks that a vCPU's state in a file is the page `expected`, whose `fields` are there with their offsets, in order.
 ///
 /// # Errors

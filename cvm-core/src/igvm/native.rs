@@ -1,7 +1,7 @@
 //! The first state of a vCPU as files for [`IgvmPlatform::Native`](super::IgvmPlatform::Native) have it: a page with an
 //! `IgvmNativeVpContextX64` and zeros.
 
-use super::{Context, IgvmError, difference};
+use super::{Context, IgvmError, difference, possible};
 use crate::PAGE_SIZE;
 use crate::x86::{Segment, VcpuState};
 
@@ -139,9 +139,6 @@ pub(super) fn state(context: &Context<'_>) -> Result<VcpuState, IgvmError> {
     };
     // What is reserved, and what is behind the state.
     difference(context, &native_page(&state), &FIELDS)?;
-    state.check().map_err(|field| {
-        let at = FIELDS.iter().find(|(_, name)| *name == field).map_or(0, |(at, _)| *at);
-        IgvmError::State { vcpu: context.vcpu.into(), field, at }
-    })?;
+    possible(context, &state, FIELDS)?;
     Ok(state)
 }
