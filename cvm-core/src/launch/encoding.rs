@@ -96,6 +96,7 @@ mod tests {
     use super::*;
     use crate::boot::Exits;
     use crate::doorbell::{Doorbell, Transport};
+    use crate::launch::tests::INTERFACE;
     use crate::{GpaRange, InterruptController, InterruptPolicy, Policy};
     use std::collections::BTreeSet;
 
@@ -111,15 +112,6 @@ mod tests {
             transport: None,
         }
     }
-
-    const INTERFACE: Interface = Interface {
-        transport: Transport::PageState,
-        exits: Exits::Ghcb,
-        private_bit: Some(51),
-        acceptance: true,
-        fresh_memory: FreshMemory::Undefined,
-        vouched_pages: true,
-    };
 
     /// Written by hand from the table at [`VmConfig::encode`].
     #[rustfmt::skip]

@@ -9,6 +9,16 @@ use sha2::{Digest, Sha384};
 use std::sync::Arc;
 use zerocopy::FromBytes;
 
+/// An interface with everything that a platform can ask of its guest.
+pub(super) const INTERFACE: Interface = Interface {
+    transport: Transport::PageState,
+    exits: Exits::Ghcb,
+    private_bit: Some(51),
+    acceptance: true,
+    fresh_memory: FreshMemory::Undefined,
+    vouched_pages: true,
+};
+
 /// A loader that keeps what it is given, and fails when told to.
 #[derive(Debug, Default)]
 struct Keeper {
@@ -299,15 +309,7 @@ fn every_field_of_the_configuration_changes_the_boot_page() {
 fn a_guest_that_has_to_accept_memory_is_told_from_where_on_and_what_lies_below_is_loaded() {
     let mut config = VmConfig::new(16 * PAGE_SIZE, 1).unwrap();
     config.memory = vec![range(0, 16), range(16, 1100)];
-    let interface = Interface {
-        transport: Transport::PageState,
-        exits: Exits::Ghcb,
-        private_bit: Some(51),
-        acceptance: true,
-        fresh_memory: FreshMemory::Undefined,
-        vouched_pages: true,
-    };
-    let mut launch = Launch::new(Keeper::default(), config, interface).unwrap();
+    let mut launch = Launch::new(Keeper::default(), config, INTERFACE).unwrap();
     launch.load(Gpa(15 * PAGE_SIZE), &[1; 2 * PAGE_SIZE as usize], PageKind::Measured).unwrap();
     launch.load_boot_page(Gpa(PAGE_SIZE), [0; 4]).unwrap();
     let (_, contents, _) = &launch.loader.loads[2];
