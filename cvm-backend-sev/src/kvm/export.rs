@@ -145,12 +145,12 @@ impl Drop for Sending<'_> {
 
 /// The pages that have not arrived, of those that a guest has: a bit for each.
 #[derive(Debug)]
-struct Missing {
+struct MissingPages {
     slots: Vec<(GpaRange, Vec<u64>)>,
     count: u64,
 }
 
-impl Missing {
+impl MissingPages {
     fn all(slots: &[GpaRange]) -> Self {
         let count = slots.iter().map(GpaRange::pages).sum();
         let bits = |slot: &GpaRange| vec![u64::MAX; slot.pages().div_ceil(64) as usize];
@@ -198,7 +198,7 @@ impl Missing {
 pub struct Receiving {
     made: Encrypted,
     policy: SevPolicy,
-    missing: Missing,
+    missing: MissingPages,
 }
 
 impl Receiving {
@@ -211,7 +211,7 @@ impl Receiving {
         let policy = SevPolicy::from_bits(policy).map_err(|_| Error::Origin("its policy has reserved bits"))?;
         // SAFETY: the kernel reads and writes a kvm_sev_receive_start, and reads the bytes of certificate and session.
         unsafe { made.commands.give_with(Command::ReceiveStart, &mut start)? };
-        let missing = Missing::all(made.slots());
+        let missing = MissingPages::all(made.slots());
         Ok(Self { made, policy, missing })
     }
 
@@ -273,7 +273,7 @@ mod tests {
     fn each_page_of_a_guest_is_missing_until_it_is_taken_out_once() {
         let slot = |start: u64, pages: u64| GpaRange::from_pages(start * PAGE_SIZE, pages).unwrap();
         let slots = [slot(0, 65), slot(100, 1)];
-        let mut missing = Missing::all(&slots);
+        let mut missing = MissingPages::all(&slots);
         for gpa in [65 * PAGE_SIZE, 99 * PAGE_SIZE, 101 * PAGE_SIZE, 1, u64::MAX] {
             assert!(!missing.contains(Gpa(gpa)) && !missing.remove(Gpa(gpa)), "{gpa:#x}");
         }
