@@ -12,7 +12,7 @@
 //! The result is a [`LocalVm`], which is the same for all of them: one loop around `KVM_RUN`, one conversion engine, one way
 //! for interrupts.
 
-pub use crate::error::failed;
+pub use crate::error::{chain, failed};
 pub use crate::host::{Host, open_device, setting};
 pub use crate::local::{GuestMemory, LocalVcpu, LocalVm, Machine, PinnedMemory, Traits, VcpuSnapshot};
 pub use crate::probe::{no_device, no_vm_type};

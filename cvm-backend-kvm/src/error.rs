@@ -9,7 +9,7 @@ use std::time::Duration;
 pub struct Remedied {
     /// The kernel's answer.
     pub cause: io::Error,
-    /// What to do.
+    /// How to remove the cause.
     pub remedy: &'static str,
 }
 
@@ -46,7 +46,7 @@ pub enum Error {
         "no isolation was named, and the strongest, vault, is not offered: {what}; to launch with less, name {alternatives}"
     )]
     NoDefault {
-        /// What is missing for the strongest.
+        /// The feature that is missing for the strongest.
         what: String,
         /// The protections that the host offers by name.
         alternatives: String,
@@ -70,7 +70,7 @@ pub enum Error {
     Register {
         /// Which.
         register: &'static str,
-        /// What it was to have.
+        /// Its value in the initial state.
         value: u64,
         /// KVM's answer.
         source: io::Error,
@@ -179,4 +179,10 @@ impl Error {
 /// For `map_err`, where the contract's error is due: `step` was what the host was to do.
 pub fn failed<E: Into<BoxError>>(step: &'static str) -> impl Fn(E) -> CoreError {
     move |error| CoreError::Backend { step, range: None, source: error.into() }
+}
+
+/// An error and all its sources, as one line.
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    std::iter::successors(error.source(), |error| error.source())
+        .fold(error.to_string(), |text, source| format!("{text}: {source}"))
 }

@@ -61,8 +61,8 @@ enum VmOf {
 }
 
 impl KvmVm {
-    /// What the vault that holds the VM has measured by itself; nothing without a vault. It is the word of a process of this
-    /// host, which no hardware vouches for.
+    /// The measurement that the vault which holds the VM has computed by itself; nothing without a vault. No hardware vouches for
+    /// it: the vault is a process of this host.
     pub fn measured_by_vault(&self) -> Option<Measurement> {
         match &self.0 {
             VmOf::Local(_) => None,

@@ -78,7 +78,7 @@ pub(crate) fn works(host: &Host) -> Result<bool, Error> {
     try_one(host).map_err(|source| Error::HypercallUnknown { source })
 }
 
-/// What a round of the trial came to.
+/// The outcome of one round of the trial.
 enum Round {
     /// KVM returned with the hypercall.
     Arrived,

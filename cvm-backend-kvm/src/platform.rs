@@ -26,7 +26,7 @@ pub struct KvmPlatform {
     isolation: Isolation,
     /// What starts vaults, if one is to hold the VM.
     vault: Option<Program>,
-    /// What is known of vaults that something else starts.
+    /// How a vault starts that another program starts.
     peer: Option<Start>,
     vault_deadline: Duration,
     hypercalls: OnceLock<bool>,
@@ -183,7 +183,7 @@ impl Platform for KvmPlatform {
         let transport = self.transport(config.transport)?;
         let loader = match &self.vault {
             Some(program) => {
-                // Who can trace the vault can have it debug the guest, and inject what it likes.
+                // A VMM that can trace the vault can make it debug the guest and inject any interrupt.
                 let facts = Facts::read(program, self.peer);
                 if let Some(why) = facts.unknown().filter(|_| config.policy.contains(Policy::NO_DEBUG)) {
                     return Err(failed("find out whether the vmm can debug its vault")(why));

@@ -1,6 +1,7 @@
 //! What this host offers of each kind of protection.
 
 use crate::Remedied;
+use crate::error::chain;
 use crate::host::{Host, setting};
 use crate::hypercall;
 use crate::trust::{Facts, Finding};
@@ -20,8 +21,8 @@ pub(crate) fn offers(path: &Path) -> Vec<Offer> {
     let host = match Host::open(path) {
         Ok(host) => host,
         Err(error) => {
-            let lack = no_device(&error);
-            return ALL.map(|protection| offer(protection, vec![lack.clone()])).into();
+            let missing = no_device(&error);
+            return ALL.map(|protection| offer(protection, vec![missing.clone()])).into();
         }
     };
     let secure_execution =
@@ -49,14 +50,18 @@ pub fn no_device(error: &crate::Error) -> Missing {
 const ALL: [Protection; 5] =
     [Protection::None, Protection::GuestMemfd, Protection::Vault, Protection::Tdx, Protection::SecureExecution];
 
-fn none(host: &Host) -> Offer {
+/// What every VM on KVM needs and this one does not have.
+fn missing(host: &Host) -> Vec<Missing> {
     let needs = [
         (Cap::UserMemory, "KVM_CAP_USER_MEMORY", "a newer kernel"),
         (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT", "Linux 4.12 or later"),
         (Cap::X86UserSpaceMsr, "KVM_CAP_X86_USER_SPACE_MSR", "Linux 5.10 or later"),
     ];
-    let lacks = needs.into_iter().filter(|(cap, ..)| !host.kvm.check_extension(*cap));
-    let lacks = lacks.map(|(_, what, remedy)| Missing::new(format!("kvm has no {what}"), remedy)).collect();
+    let missing = needs.into_iter().filter(|(cap, ..)| !host.kvm.check_extension(*cap));
+    missing.map(|(_, what, remedy)| Missing::new(format!("kvm has no {what}"), remedy)).collect()
+}
+
+fn none(host: &Host) -> Offer {
     let hypercalls = if !host.offers_hypercall() {
         "guests ask for conversions by doorbell: kvm has no KVM_CAP_EXIT_HYPERCALL for KVM_HC_MAP_GPA_RANGE".into()
     } else {
@@ -67,13 +72,10 @@ fn none(host: &Host) -> Offer {
                           not get past the hypercall"
                     .into()
             }
-            Err(error) => {
-                let source = std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
-                format!("{error}{source}")
-            }
+            Err(error) => chain(&error),
         }
     };
-    Offer { protection: Protection::None, missing: lacks, notes: vec![hypercalls] }
+    Offer { protection: Protection::None, missing: missing(host), notes: vec![hypercalls] }
 }
 
 /// This library's own gap, where a host offers what no backend uses yet.
@@ -96,7 +98,7 @@ pub(crate) fn guest_memfd(host: &Host) -> Offer {
 }
 
 fn of_vault(host: &Host) -> Offer {
-    let mut lacks = none(host).missing;
+    let mut missing = missing(host);
     let mut peer = None;
     let found = Program::find().and_then(|mut program| {
         peer = vault::try_out(&mut program)?;
@@ -105,12 +107,11 @@ fn of_vault(host: &Host) -> Offer {
     let program = match found {
         Ok(program) => Some(program),
         Err(crate::Error::NotOffered { what, .. }) => {
-            lacks.push(Missing::new(what, "a program that can be a vault, or one beside it"));
+            missing.push(Missing::new(what, "a program that can be a vault, or one beside it"));
             None
         }
         Err(error) => {
-            let source = std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
-            lacks.push(Missing::new(format!("{error}{source}"), "a cvm-vault that listens there and takes this user"));
+            missing.push(Missing::new(chain(&error), "a cvm-vault that listens there and takes this user"));
             None
         }
     };
@@ -125,7 +126,7 @@ fn of_vault(host: &Host) -> Offer {
         format!("it does not protect from {from}: {what}; {remedy}")
     });
     let notes = std::iter::once(memory.to_owned()).chain(ways).collect();
-    Offer { protection: Protection::Vault, missing: lacks, notes }
+    Offer { protection: Protection::Vault, missing, notes }
 }
 
 /// Why KVM has no VM type for a protection that `module` turns on by the parameter `name`, as far as that tells: `firmware`

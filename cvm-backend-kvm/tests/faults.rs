@@ -7,6 +7,7 @@ mod common;
 
 use common::*;
 use cvm_backend_kvm::KvmPlatform;
+use cvm_backend_kvm::backend::chain;
 use cvm_conformance::faults::{Fault, available, with_fault};
 use cvm_core::doorbell::device_base;
 use cvm_core::{Answer, BoxError, Exit, Gpa, PageKind, Platform, Protection, Side, Vcpu, Vm, Watchdog};
@@ -22,11 +23,6 @@ const FAULT: i32 = libc::EIO;
 
 /// `KVM_CHECK_EXTENSION` (Linux include/uapi/linux/kvm.h).
 const CHECK_EXTENSION: &str = "ioctl 0xae03";
-
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    std::iter::successors(error.source(), |error| error.source())
-        .fold(error.to_string(), |text, source| format!("{text}: {source}"))
-}
 
 fn open(protection: Protection) -> Result<KvmPlatform, BoxError> {
     Ok(KvmPlatform::open(Path::new("/dev/kvm"), Some(protection))?)

@@ -4,6 +4,7 @@
 mod common;
 
 use common::*;
+use cvm_backend_kvm::backend::chain;
 use cvm_backend_sev::FirmwareError;
 use cvm_backend_sev::kvm::{Error, Session, SevOptions};
 use cvm_backend_sev::{SevFeatures, SevFlags, SevPolicy};
@@ -280,8 +281,7 @@ fn memory_that_may_not_be_pinned_is_refused_with_the_limit_to_raise() {
     let Some(host) = host(Protection::Sev) else { return };
     let before = processor::asids();
     let error = processor::unprivileged(|| host.platform.launch(config(1)).unwrap_err());
-    let causes = std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source());
-    let refused = causes.map(ToString::to_string).collect::<Vec<_>>().join(": ");
+    let refused = chain(&error);
     assert!(refused.contains("LimitMEMLOCK") && refused.contains("CAP_IPC_LOCK"), "{refused}");
     assert_eq!(processor::asids(), before);
 }

@@ -1,6 +1,7 @@
 //! A vault for programs whose `main` cannot begin with [`vault::init`](cvm_backend_kvm::vault::init), and the launcher of vaults
 //! that run under their own user.
 
+use cvm_backend_kvm::backend::chain;
 use cvm_backend_kvm::vault::{self, Launcher};
 use lexopt::{Arg, Parser, ValueExt};
 use std::io::Write;
@@ -61,8 +62,7 @@ fn main() -> ExitCode {
         Ok(Command::Connection(device)) => vault::serve(&device),
         Ok(Command::Listen(launcher)) => {
             let Err(error) = launcher.run();
-            let sources = std::iter::successors(std::error::Error::source(&error), |error| error.source());
-            sources.fold(error.to_string(), |text, source| format!("{text}: {source}"))
+            chain(&error)
         }
         Err(error) => error.to_string(),
     };

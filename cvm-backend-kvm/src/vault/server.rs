@@ -5,6 +5,7 @@ use super::protocol::{Order, Report};
 use super::socket::{self, Descriptors, Received};
 use super::vcpu_thread::VcpuThread;
 use super::{MOST_LOADED, sandbox};
+use crate::error::chain;
 use crate::local::{Backing, Layout, LocalLoader, LocalVm};
 use crate::{Error, KvmPlatform};
 use cvm_core::launch::VmConfig;
@@ -54,12 +55,6 @@ impl<E: Into<BoxError>> From<E> for Refusal {
 /// A refusal of an order that no honest VMM gives.
 fn senseless<T>(reason: impl ToString) -> Result<T, Refusal> {
     Err(Refusal::Senseless(reason.to_string()))
-}
-
-/// An error with all its sources.
-pub(super) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    std::iter::successors(error.source(), |error| error.source())
-        .fold(error.to_string(), |text, source| format!("{text}: {source}"))
 }
 
 /// Serves the VMM at the other end of `socket`, with a VM of the KVM device at `device`, until it is gone.

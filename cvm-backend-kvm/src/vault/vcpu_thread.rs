@@ -2,7 +2,8 @@
 
 use super::page::{Answering, Page, Pages};
 use super::protocol::{Failure, Given, Malformed, Reply, Request};
-use super::server::{RefusalBudget, chain};
+use super::server::RefusalBudget;
+use crate::error::chain;
 use crate::local::LocalVcpu;
 use cvm_core::memory::LeftAs;
 use cvm_core::{Answer, Error as CoreError, Kick, PageState, Vcpu};

@@ -3,6 +3,7 @@
 use crate::common::{CODE, Guest, config, load};
 use crate::guests::{POOL, POOL_PAGES, SAYS_SECRET, spin, witness};
 use crate::{children, vaults};
+use cvm_backend_kvm::backend::chain;
 use cvm_backend_kvm::{Error as KvmError, KvmPlatform};
 use cvm_core::x86::Register;
 use cvm_core::{Answer, Error, Event, Exit, Gpa, PageKind, Platform, Protection, Side, Vcpu, Vm};
@@ -156,8 +157,7 @@ fn a_program_that_is_no_vault_is_told_from_one() {
         cvm_backend_kvm::vault::use_program(program);
         let platform = KvmPlatform::open(Path::new("/dev/kvm"), Some(Protection::Vault)).unwrap();
         let error = platform.with_vault_deadline(deadline).launch(config(1)).unwrap_err();
-        let chain = std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source());
-        let told = chain.map(ToString::to_string).collect::<Vec<_>>().join(": ");
+        let told = chain(&error);
         assert!(told.contains(says), "{program}: {told}");
         assert!(children().is_empty(), "{program}: {:?}", children());
     }
